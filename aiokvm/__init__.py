@@ -1,0 +1,1 @@
+"""aiokvm: virtual machines for Linux KVM inside an asynchronous Python program."""

@@ -1,0 +1,53 @@
+"""The exceptions of aiokvm: one tree, each saying what was wrong and what to do about it."""
+
+from __future__ import annotations
+
+import os
+
+
+class AiokvmError(Exception):
+    """The root of all errors that aiokvm raises on purpose."""
+
+
+class ConfigError(AiokvmError, ValueError):
+    """A machine was described in a way that cannot be built; nothing was allocated."""
+
+
+class BootError(AiokvmError):
+    """What was to be booted is missing, damaged, unsupported or too large; nothing was allocated."""
+
+
+class GuestMemoryError(AiokvmError, ValueError):
+    """A guest physical address range is not wholly inside the guest's RAM, or the RAM is gone."""
+
+
+class DeviceError(AiokvmError):
+    """A device could not be attached, or failed."""
+
+
+class ImageError(AiokvmError):
+    """A kernel or image could not be found, fetched, verified or built."""
+
+
+class LabError(AiokvmError):
+    """The lab could not be built or started."""
+
+
+class KvmError(AiokvmError, OSError):
+    """A KVM ioctl failed.
+
+    ``ioctl`` is the request's name as the UAPI header spells it, ``errno`` the kernel's answer and
+    ``hint`` what to do about it, empty where that is not known.
+    """
+
+    def __init__(self, ioctl: str, errno: int, hint: str = "") -> None:
+        OSError.__init__(self, errno, os.strerror(errno))
+        self.ioctl = ioctl
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.ioctl}: {self.strerror} (errno {self.errno})"
+        return f"{text}: {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[type[KvmError], tuple[str, int, str]]:
+        return type(self), (self.ioctl, self.errno or 0, self.hint)
