@@ -1,1 +1,31 @@
-"""."""
+"""The loop adapter: the only part of aiokvm that knows which event loop runs.
+
+`current_loop` gives a `Loop` for the loop that runs the caller: asyncio with any of its event loops, uvloop
+included, or trio. It holds what anyio has no words for; structured concurrency is anyio's everywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .loop import Handle, Loop
+
+__all__ = ["Handle", "Loop", "current_loop"]
+
+
+def current_loop() -> Loop:
+    """The adapter of the event loop that runs the caller.
+
+    Raises RuntimeError outside of a running loop.
+    """
+    # A program that runs on trio has imported it; importing it here would cost all others its start-up time.
+    if "trio" in sys.modules:
+        import trio
+
+        if trio.lowlevel.in_trio_task():
+            from .trio_loop import TrioLoop
+
+            return TrioLoop()
+    from .asyncio_loop import AsyncioLoop
+
+    return AsyncioLoop()

@@ -1,0 +1,71 @@
+"""The adapter for asyncio, with any event loop that implements its interface."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .loop import Handle
+
+T = TypeVar("T")
+
+
+class _Watch:
+    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int, callback: Callable[[], object]) -> None:
+        self._loop = loop
+        self._fd: int | None = fd
+        loop.add_reader(fd, callback)
+
+    def cancel(self) -> None:
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
+            self._fd = None
+
+
+class AsyncioLoop:
+    """See `Loop`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
+        return _Watch(self._loop, fd, callback)
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        self._loop.call_soon(callback)
+
+    def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(callback)
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
+        return self._loop.call_at(deadline_ns / 1e9, callback)
+
+    def now_ns(self) -> int:
+        return int(self._loop.time() * 1e9)
+
+    async def sleep_until(self, deadline_ns: int) -> None:
+        await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)
+
+    async def uncancelled(self, work: Callable[[], Awaitable[T]]) -> T:
+        async def run() -> T:
+            return await work()
+
+        # anyio's scopes are kept off by the shield, asyncio's own cancel() by waiting for a task of its own.
+        task = asyncio.create_task(run())
+        cancelled: asyncio.CancelledError | None = None
+        with anyio.CancelScope(shield=True):
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+        try:
+            return task.result()
+        finally:
+            if cancelled is not None:
+                raise cancelled

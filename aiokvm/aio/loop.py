@@ -1,0 +1,45 @@
+"""What aiokvm asks of an event loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
+
+
+class Handle(Protocol):
+    """Something that the loop does until told not to."""
+
+    def cancel(self) -> None:
+        """Ends it; the callback is not called any more. Idempotent."""
+
+
+class Loop(Protocol):
+    """An event loop. All methods but `call_soon_threadsafe` belong to its own thread.
+
+    Callbacks are plain functions. One that raises is logged by the loop and does not end it.
+    """
+
+    def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
+        """Calls back whenever the descriptor is readable (level-triggered)."""
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Calls back once, after the loop has looked at its descriptors again."""
+
+    def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
+        """The same, from any thread."""
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
+        """Calls back once, when `now_ns` has reached the deadline."""
+
+    def now_ns(self) -> int:
+        """The loop's monotonic clock, in nanoseconds."""
+
+    async def sleep_until(self, deadline_ns: int) -> None:
+        """Returns when `now_ns` has reached the deadline."""
+
+    async def uncancelled(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Runs work to its end whatever cancels the caller, and only then lets the cancellation through."""

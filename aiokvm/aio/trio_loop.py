@@ -1,0 +1,101 @@
+"""The adapter for trio."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .loop import Handle
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def _call(callback: Callable[[], object]) -> None:
+    # trio ends the whole run when a callback of its own raises; asyncio logs it, and so does aiokvm on both.
+    try:
+        callback()
+    except Exception:
+        logger.exception("exception in callback %r", callback)
+
+
+class _Task:
+    """A callback driven by a system task, which a cancel scope ends."""
+
+    def __init__(
+        self, wait: Callable[[], Awaitable[None]], callback: Callable[[], object], again: bool
+    ) -> None:
+        self._scope = trio.CancelScope()
+        self._wait = wait
+        self._callback = callback
+        self._again = again
+        trio.lowlevel.spawn_system_task(self._run)
+
+    async def _run(self) -> None:
+        with self._scope:
+            while True:
+                await self._wait()
+                if self._scope.cancel_called:
+                    return
+                _call(self._callback)
+                if not self._again:
+                    return
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+
+class _Watch(_Task):
+    def __init__(self, fd: int, callback: Callable[[], object]) -> None:
+        self._fd: int | None = fd
+
+        async def readable() -> None:
+            try:
+                await trio.lowlevel.wait_readable(fd)
+            except trio.ClosedResourceError:
+                self._scope.cancel()
+
+        super().__init__(readable, callback, again=True)
+
+    def cancel(self) -> None:
+        super().cancel()
+        if self._fd is not None:
+            # The owner closes the descriptor next, before the task has run again.
+            trio.lowlevel.notify_closing(self._fd)
+            self._fd = None
+
+
+class TrioLoop:
+    """See `Loop`."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+
+    def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
+        return _Watch(fd, callback)
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        self._token.run_sync_soon(_call, callback)
+
+    def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
+        self._token.run_sync_soon(_call, callback)
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
+        return _Task(lambda: trio.sleep_until(deadline_ns / 1e9), callback, again=False)
+
+    def now_ns(self) -> int:
+        return int(trio.current_time() * 1e9)
+
+    async def sleep_until(self, deadline_ns: int) -> None:
+        await trio.sleep_until(deadline_ns / 1e9)
+
+    # A scope that nobody can cancel swallows nothing: the function always returns.
+    async def uncancelled(self, work: Callable[[], Awaitable[T]]) -> T:  # type: ignore[return]
+        with trio.CancelScope(shield=True):
+            return await work()

@@ -1,0 +1,175 @@
+"""The loop adapter keeps one contract on asyncio, uvloop and trio."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from aiokvm.aio import current_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+async def test_watch_calls_back_until_the_descriptor_is_drained(eventfd: int) -> None:
+    calls: list[int] = []
+    seen = anyio.Event()
+
+    def readable() -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            os.eventfd_read(eventfd)
+            seen.set()
+
+    watch = current_loop().watch(eventfd, readable)
+    os.eventfd_write(eventfd, 1)
+    with anyio.fail_after(5):
+        await seen.wait()
+    await anyio.wait_all_tasks_blocked()
+    watch.cancel()
+    assert calls == [0, 1, 2]
+
+
+async def test_watch_is_silent_after_cancel_even_if_the_descriptor_is_closed(eventfd: int) -> None:
+    calls: list[None] = []
+    fd = os.dup(eventfd)
+    watch = current_loop().watch(fd, lambda: calls.append(None))
+    await anyio.wait_all_tasks_blocked()
+    os.eventfd_write(eventfd, 1)
+    watch.cancel()
+    watch.cancel()
+    os.close(fd)
+    await anyio.wait_all_tasks_blocked()
+    assert calls == []
+
+
+async def test_a_watch_may_cancel_itself(eventfd: int) -> None:
+    calls: list[None] = []
+    done = anyio.Event()
+
+    def readable() -> None:
+        calls.append(None)
+        watch.cancel()
+        done.set()
+
+    watch = current_loop().watch(eventfd, readable)
+    os.eventfd_write(eventfd, 1)
+    with anyio.fail_after(5):
+        await done.wait()
+    await anyio.wait_all_tasks_blocked()
+    assert calls == [None]
+
+
+async def test_call_soon_keeps_order_and_waits_for_the_caller() -> None:
+    loop = current_loop()
+    order: list[str] = []
+    done = anyio.Event()
+    loop.call_soon(lambda: order.append("first"))
+    loop.call_soon(lambda: order.append("second"))
+    loop.call_soon(done.set)
+    order.append("caller")
+    with anyio.fail_after(5):
+        await done.wait()
+    assert order == ["caller", "first", "second"]
+
+
+async def test_call_soon_threadsafe_runs_on_the_loops_thread() -> None:
+    loop = current_loop()
+    done = anyio.Event()
+    threads: list[int] = []
+
+    def called() -> None:
+        threads.append(threading.get_ident())
+        done.set()
+
+    thread = threading.Thread(target=loop.call_soon_threadsafe, args=(called,))
+    thread.start()
+    with anyio.fail_after(5):
+        await done.wait()
+    thread.join()
+    assert threads == [threading.get_ident()]
+
+
+async def test_call_at_is_not_early_and_can_be_cancelled() -> None:
+    loop = current_loop()
+    done = anyio.Event()
+    times: list[int] = []
+    deadline = loop.now_ns() + 5_000_000
+    cancelled = loop.call_at(deadline - 1_000_000, lambda: times.append(-1))
+    cancelled.cancel()
+
+    def due() -> None:
+        times.append(loop.now_ns())
+        done.set()
+
+    loop.call_at(deadline, due)
+    with anyio.fail_after(5):
+        await done.wait()
+    # Clocks of loops are floats of seconds, and loops take what is due within the clock's resolution.
+    assert len(times) == 1
+    assert times[0] >= deadline - 2_000_000
+
+
+async def test_sleep_until_reaches_its_deadline() -> None:
+    loop = current_loop()
+    deadline = loop.now_ns() + 2_000_000
+    await loop.sleep_until(deadline)
+    assert loop.now_ns() >= deadline - 2_000_000
+
+
+async def test_uncancelled_work_ends_before_the_cancellation_gets_through() -> None:
+    loop = current_loop()
+    steps: list[str] = []
+    go = anyio.Event()
+
+    async def work() -> str:
+        steps.append("begun")
+        await go.wait()
+        steps.append("ended")
+        return "result"
+
+    async def caller() -> None:
+        try:
+            await loop.uncancelled(work)
+            await anyio.lowlevel.checkpoint()
+            steps.append("not cancelled")
+        finally:
+            steps.append("left")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(caller)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await anyio.lowlevel.checkpoint()
+            assert steps == ["begun"]
+            go.set()
+    assert steps == ["begun", "ended", "left"]
+
+
+async def test_uncancelled_hands_on_results_and_exceptions() -> None:
+    async def good() -> int:
+        await anyio.lowlevel.checkpoint()
+        return 7
+
+    async def bad() -> int:
+        raise ValueError("bad work")
+
+    loop = current_loop()
+    assert await loop.uncancelled(good) == 7
+    with pytest.raises(ValueError, match="bad work"):
+        await loop.uncancelled(bad)

@@ -1,0 +1,41 @@
+"""What only asyncio has: a task can be cancelled from outside of any scope."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aiokvm.aio import current_loop
+
+
+def test_no_loop_is_a_runtime_error() -> None:
+    with pytest.raises(RuntimeError):
+        current_loop()
+
+
+def test_uncancelled_work_survives_task_cancel_and_the_cancellation_follows() -> None:
+    async def main() -> list[str]:
+        steps: list[str] = []
+        go = asyncio.Event()
+
+        async def work() -> None:
+            await go.wait()
+            steps.append("ended")
+
+        async def caller() -> None:
+            await current_loop().uncancelled(work)
+            steps.append("not cancelled")
+
+        task = asyncio.create_task(caller())
+        await asyncio.sleep(0)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+        assert not task.done()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return steps
+
+    assert asyncio.run(main()) == ["ended"]
