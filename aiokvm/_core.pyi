@@ -1,7 +1,8 @@
 """Types of the C core, as cdef.h declares it."""
 
-from collections.abc import Buffer
 from typing import Any, Protocol
+
+from typing_extensions import Buffer
 
 class Pointer(Protocol):
     """A C pointer or array; what it points to is untyped here and typed by those who wrap it."""

@@ -51,3 +51,11 @@ class KvmError(AiokvmError, OSError):
 
     def __reduce__(self) -> tuple[type[KvmError], tuple[str, int, str]]:
         return type(self), (self.ioctl, self.errno or 0, self.hint)
+
+
+class StateError(AiokvmError):
+    """The operation does not fit the machine's present state; the state is unchanged."""
+
+
+class SerialClosedError(AiokvmError, EOFError):
+    """The machine behind a serial port has ended: nothing more will come, and nothing is read there."""

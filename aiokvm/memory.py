@@ -1,0 +1,156 @@
+"""Guest RAM: where it lies in the guest's physical address space, and access to it from the host.
+
+RAM begins at 0. What does not fit below the PCI hole goes on at 4 GiB, as on a PC. It is one memfd, mapped
+once; a child of fork does not inherit the mapping, and core dumps leave it out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ._core import ffi, lib
+from .errors import ConfigError, GuestMemoryError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ._core import Pointer
+
+PAGE_SIZE = 4096
+PCI_HOLE_START = 0xC000_0000
+PCI_HOLE_END = 0x1_0000_0000
+MFD_HUGE_SHIFT = 26
+# KVM maps RAM with pages of up to this size where host and guest addresses are congruent to it.
+_ALIGN = 2 << 20
+
+
+def ram_ranges(size_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Where RAM of this size lies: (gpa, size in bytes) of each range, ascending."""
+    if size_bytes <= PCI_HOLE_START:
+        return ((0, size_bytes),)
+    return ((0, PCI_HOLE_START), (PCI_HOLE_END, size_bytes - PCI_HOLE_START))
+
+
+@dataclass(frozen=True, slots=True)
+class RamRegion:
+    """A contiguous range of guest RAM; one KVM memslot each.
+
+    ``gpa`` and ``size`` are bytes of the guest's physical address space, ``host_address`` is where this
+    process sees them.
+    """
+
+    gpa: int
+    size: int
+    host_address: int
+    bytes: memoryview
+
+
+class GuestMemory:
+    """The RAM of one machine.
+
+    ``size_bytes`` is a multiple of 4096. ``hugepage_bytes`` (2 MiB or 1 GiB) takes the memory from the host's
+    reserved huge pages of that size.
+
+    Raises ConfigError if the host cannot give that much memory.
+    """
+
+    def __init__(self, size_bytes: int, hugepage_bytes: int | None = None) -> None:
+        page_bytes = hugepage_bytes or PAGE_SIZE
+        if size_bytes <= 0 or size_bytes % page_bytes:
+            raise ConfigError(
+                f"{size_bytes} bytes of memory is not a positive multiple of {page_bytes} bytes"
+            )
+        self.size_bytes = size_bytes
+        self._pid = os.getpid()
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if hugepage_bytes:
+            flags |= os.MFD_HUGETLB | (hugepage_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
+        try:
+            self.fd = os.memfd_create("aiokvm-ram", flags)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot create {size_bytes} bytes of guest memory: {error.strerror}"
+            ) from error
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            code = ffi.new("int *")
+            mapping = lib.aiokvm_map(self.fd, size_bytes, max(_ALIGN, hugepage_bytes or 0), code)
+            if not mapping:
+                raise OSError(code[0], os.strerror(code[0]))
+        except OSError as error:
+            os.close(self.fd)
+            hint = (
+                f": {size_bytes // hugepage_bytes} free huge pages of {hugepage_bytes >> 20} MiB are needed; "
+                "reserve them in /sys/kernel/mm/hugepages"
+                if hugepage_bytes and error.errno == errno.ENOMEM
+                else ""
+            )
+            raise ConfigError(
+                f"cannot map {size_bytes} bytes of guest memory: {error.strerror}{hint}"
+            ) from error
+        base = int(ffi.cast("uintptr_t", mapping))
+        # Views keep this object, and so the mapping, alive: closing never pulls memory from under one.
+        whole = memoryview(ffi.buffer(ffi.gc(mapping, _Unmap(size_bytes)), size_bytes)).cast("B")
+        regions = []
+        offset = 0
+        for gpa, size in ram_ranges(size_bytes):
+            regions.append(RamRegion(gpa, size, base + offset, whole[offset : offset + size]))
+            offset += size
+        self.regions: tuple[RamRegion, ...] = tuple(regions)
+
+    def close(self) -> None:
+        """Gives the memory back, once the last view that the program still holds is gone. Idempotent."""
+        if self.regions:
+            self.regions = ()
+            os.close(self.fd)
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """The guest's own bytes, writable, with no copy: ``size`` bytes from ``gpa`` on.
+
+        The guest may change them at any time. A view keeps the memory from being freed; release it.
+        Raises GuestMemoryError if the range is not wholly inside one range of RAM.
+        """
+        if os.getpid() != self._pid:
+            raise GuestMemoryError(
+                "guest memory belongs to the process that created it: a fork does not inherit it"
+            )
+        if not self.regions:
+            raise GuestMemoryError("guest memory is closed")
+        for region in self.regions:
+            offset = gpa - region.gpa
+            if 0 <= offset <= region.size and 0 <= size <= region.size - offset:
+                return region.bytes[offset : offset + size]
+        raise GuestMemoryError(f"{size:#x} bytes at {gpa:#x} are not wholly inside the guest's RAM")
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """A copy of ``size`` bytes from ``gpa`` on. Raises GuestMemoryError as `view` does."""
+        with self.view(gpa, size) as view:
+            return bytes(view)
+
+    def write(self, gpa: int, data: Buffer) -> None:
+        """Copies data to ``gpa``. Raises GuestMemoryError as `view` does, before anything is written."""
+        with memoryview(data).cast("B") as source, self.view(gpa, len(source)) as view:
+            view[:] = source
+
+    def fill(self, gpa: int, size: int) -> None:
+        """Writes ``size`` zero bytes from ``gpa`` on. Raises GuestMemoryError as `view` does."""
+        zeros = bytes(min(size, 1 << 20))
+        with self.view(gpa, size) as view:
+            for start in range(0, size, len(zeros) or 1):
+                part = view[start : start + len(zeros)]
+                part[:] = zeros[: len(part)]
+
+
+class _Unmap:
+    """Ends a mapping in the process that made it: a child of fork has something else at that address."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._pid = os.getpid()
+
+    def __call__(self, address: Pointer) -> None:
+        if os.getpid() == self._pid:
+            lib.aiokvm_unmap(address, self._size)
