@@ -1,1 +1,8 @@
-"""."""
+"""ACPI tables: pure functions from a description of the platform to the bytes that a guest reads."""
+
+from __future__ import annotations
+
+from aiokvm.boot.acpi.build import Tables, build
+from aiokvm.boot.acpi.config import MAX_PROCESSORS, Platform, SerialPort
+
+__all__ = ["MAX_PROCESSORS", "Platform", "SerialPort", "Tables", "build"]

@@ -1,0 +1,67 @@
+"""What a machine is made of, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiokvm.errors import ConfigError
+from aiokvm.memory import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from aiokvm.boot import BootProtocol
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# Four ports is what a PC has addresses and Linux names for without being told.
+MAX_SERIAL_PORTS = 4
+# The low memory that boot structures and ACPI tables take, and a little more.
+MIN_MEMORY_BYTES = 2 << 20
+NAME_MAX = 64
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as ``"512M"``: a number with K, M, G or T for powers of 1024, or an int.
+
+    Raises ConfigError for anything else.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*", size, re.IGNORECASE | re.ASCII)
+    if not match:
+        raise ConfigError(f"{size!r} is not a size: write bytes, or a number with K, M, G or T, such as 512M")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A machine's description. Raises ConfigError for what no host could build."""
+
+    boot: BootProtocol
+    cpus: int = 1
+    memory_bytes: int = 512 << 20
+    name: str = ""
+    serial_ports: int = 2
+    hugepage_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", f"vm-{secrets.token_hex(3)}")
+        if len(self.name) > NAME_MAX or not self.name.isprintable():
+            raise ConfigError(f"name {self.name!r} is not 1 to {NAME_MAX} printable characters")
+        if self.cpus < 1:
+            raise ConfigError(f"cpus is {self.cpus}: a machine has at least one")
+        if self.memory_bytes < MIN_MEMORY_BYTES or self.memory_bytes % PAGE_SIZE:
+            raise ConfigError(
+                f"memory is {self.memory_bytes} bytes: it has to be a multiple of {PAGE_SIZE}, "
+                f"at least {MIN_MEMORY_BYTES >> 20}M"
+            )
+        if not 1 <= self.serial_ports <= MAX_SERIAL_PORTS:
+            raise ConfigError(f"serial_ports is {self.serial_ports}: a machine has 1 to {MAX_SERIAL_PORTS}")
+        if self.hugepage_bytes not in (None, 2 << 20, 1 << 30):
+            raise ConfigError(f"hugepages of {self.hugepage_bytes} bytes do not exist on x86: use 2M or 1G")
+        if self.hugepage_bytes and self.memory_bytes % self.hugepage_bytes:
+            raise ConfigError(
+                f"memory is {self.memory_bytes} bytes, not a multiple of huge pages of {self.hugepage_bytes}"
+            )

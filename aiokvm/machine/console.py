@@ -1,0 +1,159 @@
+"""The host's end of a serial port, as a program uses it: send, expect, lines."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import anyio
+
+from aiokvm.errors import SerialClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+# What the guest has written and nobody has read: room for a whole boot log, a bound for a hostile guest.
+OUTPUT_LIMIT = 1 << 20
+# What was sent and the guest has not read: `send` waits beyond that.
+INPUT_LIMIT = 64 << 10
+# How much of the output an error message shows.
+TAIL = 400
+
+
+class SerialConsole:
+    """The other end of a guest's serial port.
+
+    Output that nobody reads is kept up to `OUTPUT_LIMIT` bytes; then the oldest is dropped and counted in
+    ``dropped``. Input waits until the guest has taken it; nothing of it is lost. One task reads at a time
+    (anyio.BusyResourceError otherwise).
+
+    ``receive`` hands bytes to the UART and says how many it took.
+    """
+
+    def __init__(self, receive: Callable[[bytes], int]) -> None:
+        self._receive = receive
+        self._output = bytearray()
+        self._input = bytearray()
+        self._closed = False
+        self._reading = anyio.ResourceGuard("reading from")
+        self._sending = anyio.Lock()
+        self._news = anyio.Event()
+        self._room = anyio.Event()
+        self.dropped = 0
+        """Bytes of output that were dropped because nobody read them."""
+
+    # The UART's side.
+
+    def on_transmit(self, data: bytes) -> None:
+        """The guest wrote bytes."""
+        self._output += data
+        excess = len(self._output) - OUTPUT_LIMIT
+        if excess > 0:
+            del self._output[:excess]
+            self.dropped += excess
+        self._news.set()
+
+    def on_room(self) -> None:
+        """The UART can take more."""
+        if self._input:
+            del self._input[: self._receive(bytes(self._input[:64]))]
+            if len(self._input) < INPUT_LIMIT:
+                self._room.set()
+
+    def close(self) -> None:
+        """The machine has ended: readers get what is left and then the end. Idempotent."""
+        self._closed = True
+        self._news.set()
+        self._room.set()
+
+    def reset(self) -> None:
+        """Forget what was sent and not read: the UART that was to take it has been reset."""
+        self._input.clear()
+        self._room.set()
+
+    # The program's side.
+
+    async def send(self, data: bytes) -> None:
+        """Type ``data``. Returns when all of it is on its way, which may take until the guest reads.
+
+        Senders take turns. A cancelled send has sent a part of the data. Raises SerialClosedError if the
+        machine has ended.
+        """
+        async with self._sending:
+            for start in range(0, len(data), INPUT_LIMIT):
+                part = data[start : start + INPUT_LIMIT]
+                while len(self._input) + len(part) > INPUT_LIMIT and not self._closed:
+                    self._room = anyio.Event()
+                    await self._room.wait()
+                if self._closed:
+                    raise SerialClosedError("the machine has ended: nobody reads this serial port")
+                self._input += part
+                self.on_room()
+
+    async def read(self, limit: int = 65536) -> bytes:
+        """At least one and at most ``limit`` bytes of output; b"" when the machine has ended."""
+        with self._reading:
+            await self._wait_for_output(0)
+            return self._take(min(limit, len(self._output)))
+
+    async def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
+        """Output up to and including the first match of ``pattern``: bytes, or a compiled regular expression.
+
+        What is behind the match stays for the next reader. On TimeoutError (after ``timeout`` seconds),
+        SerialClosedError (the machine ended without a match) and cancellation all output stays; the first
+        two show its end. A match is looked for in the newest `OUTPUT_LIMIT` bytes.
+        """
+        shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+        with self._reading:
+            try:
+                with anyio.fail_after(timeout):
+                    searched = 0
+                    while (end := self._match_end(pattern, searched)) < 0:
+                        if self._closed:
+                            raise SerialClosedError(f"the machine ended before {shown!r}{self._tail()}")
+                        searched = len(self._output)
+                        await self._wait_for_output(searched + self.dropped)
+                    return self._take(end)
+            except TimeoutError:
+                raise TimeoutError(f"no {shown!r} within {timeout} s{self._tail()}") from None
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """The lines of the output, without their CR and LF, until the machine has ended."""
+        while True:
+            with self._reading:
+                searched = 0
+                while (end := self._output.find(b"\n", searched)) < 0:
+                    if self._closed:
+                        break
+                    searched = len(self._output) if len(self._output) < OUTPUT_LIMIT else 0
+                    await self._wait_for_output(len(self._output) + self.dropped)
+                line = self._take(end + 1 if end >= 0 else len(self._output))
+            if not line:
+                return
+            yield line.rstrip(b"\r\n")
+
+    def _match_end(self, pattern: bytes | re.Pattern[bytes], searched: int) -> int:
+        """Where the first match ends, or -1; a plain pattern is not in the first ``searched`` bytes."""
+        if isinstance(pattern, re.Pattern):
+            match = pattern.search(self._output)
+            return match.end() if match else -1
+        # A full buffer has moved: what was searched is no longer where it was.
+        start = 0 if searched >= OUTPUT_LIMIT else max(0, searched - len(pattern) + 1)
+        found = self._output.find(pattern, start)
+        return found + len(pattern) if found >= 0 else -1
+
+    async def _wait_for_output(self, seen: int) -> None:
+        """Wait until more than ``seen`` bytes have come in all, or the end."""
+        while len(self._output) + self.dropped <= seen and not self._closed:
+            self._news = anyio.Event()
+            await self._news.wait()
+
+    def _take(self, count: int) -> bytes:
+        data = bytes(self._output[:count])
+        del self._output[:count]
+        return data
+
+    def _tail(self) -> str:
+        if not self._output:
+            return "; there was no further output"
+        return f"; the output ends with {bytes(self._output[-TAIL:])!r}"

@@ -1,0 +1,124 @@
+"""What happens to a machine, as values that a program can await."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+# A subscriber that never looks must not make the process grow.
+BACKLOG = 1024
+
+
+class ExitReason(enum.Enum):
+    """Why a machine ended."""
+
+    SHUTDOWN = "shutdown"
+    """The guest turned the machine off."""
+    RESET = "reset"
+    """The guest asked for a reset."""
+    DEBUG_EXIT = "debug-exit"
+    """The guest wrote a code to the debug-exit port."""
+    CRASH = "crash"
+    """The guest cannot go on: a triple fault."""
+    KILLED = "killed"
+    """The program ended it."""
+    ERROR = "error"
+    """KVM could not run the guest any further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a machine ended.
+
+    ``code`` is what the guest wrote to the debug-exit port, None for all other reasons. ``detail`` is for
+    people: for ERROR and CRASH it has the registers and the instruction bytes.
+    """
+
+    reason: ExitReason
+    code: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to the machine ``machine``."""
+
+    machine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Event):
+    """The vCPUs began to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paused(Event):
+    """All vCPUs stand still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """The vCPUs run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class WasReset(Event):
+    """The machine began anew, with `VM.reset`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exited(Event):
+    """The machine ended; no event follows."""
+
+    exit: Exit
+
+
+class EventHub:
+    """Hands every event to every subscriber; a subscriber that falls behind loses its oldest."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[_Subscriber] = []
+        self._closed = False
+
+    def emit(self, event: Event) -> None:
+        """Hand the event on."""
+        for subscriber in self._subscribers:
+            subscriber.events.append(event)
+            subscriber.news.set()
+
+    def close(self) -> None:
+        """End all iterators once they have given what came before. Idempotent."""
+        self._closed = True
+        for subscriber in self._subscribers:
+            subscriber.news.set()
+
+    def subscribe(self) -> AsyncIterator[Event]:
+        """All events from now on, until the hub is closed."""
+        subscriber = _Subscriber()
+        self._subscribers.append(subscriber)
+        return self._iterate(subscriber)
+
+    async def _iterate(self, subscriber: _Subscriber) -> AsyncIterator[Event]:
+        try:
+            while True:
+                while subscriber.events:
+                    yield subscriber.events.popleft()
+                if self._closed:
+                    return
+                subscriber.news = anyio.Event()
+                await subscriber.news.wait()
+        finally:
+            self._subscribers.remove(subscriber)
+
+
+class _Subscriber:
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque(maxlen=BACKLOG)
+        self.news = anyio.Event()
