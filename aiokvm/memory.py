@@ -11,13 +11,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._core import ffi, lib
-from .errors import ConfigError, GuestMemoryError
+from aiokvm._core import ffi, lib
+from aiokvm.errors import ConfigError, GuestMemoryError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._core import Pointer
+    from aiokvm._core import Pointer
 
 PAGE_SIZE = 4096
 PCI_HOLE_START = 0xC000_0000

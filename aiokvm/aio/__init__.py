@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from .loop import Handle, Loop
+from aiokvm.aio.loop import Handle, Loop
 
 __all__ = ["Handle", "Loop", "current_loop"]
 
@@ -23,9 +23,9 @@ def current_loop() -> Loop:
         import trio
 
         if trio.lowlevel.in_trio_task():
-            from .trio_loop import TrioLoop
+            from aiokvm.aio.trio_loop import TrioLoop
 
             return TrioLoop()
-    from .asyncio_loop import AsyncioLoop
+    from aiokvm.aio.asyncio_loop import AsyncioLoop
 
     return AsyncioLoop()

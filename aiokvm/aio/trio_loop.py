@@ -10,7 +10,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .loop import Handle
+    from aiokvm.aio.loop import Handle
 
 T = TypeVar("T")
 

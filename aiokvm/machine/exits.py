@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus
+from aiokvm.kvm import KvmExit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from aiokvm.aio import Loop
     from aiokvm.hw.bus import BusDevice, Region
 
-# <linux/kvm.h>: of struct kvm_run
-KVM_EXIT_IO = 2
-KVM_EXIT_MMIO = 6
+# As plain integers: an enum's members cost a look-up each, on every exit.
+_KVM_EXIT_IO = int(KvmExit.KVM_EXIT_IO)
+_KVM_EXIT_MMIO = int(KvmExit.KVM_EXIT_MMIO)
 
 # How many exits are answered before the loop gets to look at its other descriptors.
 BATCH = 32
@@ -125,11 +126,11 @@ class Exits:
     def _on_exit(self, item: Pointer) -> None:
         vcpu = self._vcpus[item.vcpu]
         seq, reason, error = item.seq, item.reason, item.error
-        if error or reason not in (KVM_EXIT_IO, KVM_EXIT_MMIO):
+        if error or reason not in (_KVM_EXIT_IO, _KVM_EXIT_MMIO):
             self._listener.on_exit(item.vcpu, reason, error)
             lib.aiokvm_vcpu_skip(vcpu, seq)
             return
-        bus = lib.AIOKVM_BUS_PIO if reason == KVM_EXIT_IO else lib.AIOKVM_BUS_MMIO
+        bus = lib.AIOKVM_BUS_PIO if reason == _KVM_EXIT_IO else lib.AIOKVM_BUS_MMIO
         device = self._devices.get((bus, item.region))
         offset, size = item.offset, item.size
         ones = (1 << 8 * size) - 1

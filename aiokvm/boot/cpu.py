@@ -1,0 +1,63 @@
+"""The boot processor's initial registers, with the field names of ``struct kvm_regs`` and ``kvm_sregs``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CR0_PE = 1 << 0
+CR0_ET = 1 << 4
+CR0_PG = 1 << 31
+CR4_PAE = 1 << 5
+EFER_LME = 1 << 8
+EFER_LMA = 1 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentRegister:
+    """A segment register with its hidden part (``struct kvm_segment``); ``limit`` is in bytes."""
+
+    selector: int = 0
+    base: int = 0
+    limit: int = 0
+    type: int = 0
+    s: int = 0
+    dpl: int = 0
+    present: int = 0
+    l: int = 0  # noqa: E741
+    db: int = 0
+    g: int = 0
+    avl: int = 0
+    unusable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorTable:
+    """GDTR or IDTR (``struct kvm_dtable``); ``limit`` is the offset of the last byte."""
+
+    base: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuState:
+    """The registers that a boot protocol sets; every general register that is not here is zero."""
+
+    rip: int
+    rsp: int
+    rbx: int = 0
+    rsi: int = 0
+    rflags: int = 2
+    cr0: int
+    cr3: int = 0
+    cr4: int = 0
+    efer: int = 0
+    cs: SegmentRegister
+    ds: SegmentRegister
+    es: SegmentRegister
+    fs: SegmentRegister
+    gs: SegmentRegister
+    ss: SegmentRegister
+    tr: SegmentRegister
+    ldt: SegmentRegister
+    gdt: DescriptorTable
+    idt: DescriptorTable

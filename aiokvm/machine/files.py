@@ -1,0 +1,42 @@
+"""Reading what is to be booted, without blocking the loop and without trusting the files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from anyio import to_thread
+
+from aiokvm.errors import BootError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+
+async def read_files(paths: Iterable[Path], limit_bytes: int) -> dict[Path, bytes]:
+    """The content of each file.
+
+    Raises BootError for one that is missing, unreadable, not a regular file, or larger than ``limit_bytes``,
+    which is what the guest's RAM could hold.
+    """
+    return {path: await to_thread.run_sync(_read_file, path, limit_bytes) for path in paths}
+
+
+def _read_file(path: Path, limit_bytes: int) -> bytes:
+    try:
+        # Opening a FIFO would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BootError(f"cannot boot {path}: it is not a regular file")
+            if status.st_size > limit_bytes:
+                raise BootError(
+                    f"{path} ({status.st_size} bytes) is too large for the guest's RAM "
+                    f"({limit_bytes} bytes): give the machine more memory"
+                )
+            # Not beyond what was checked: the file may be growing.
+            return file.read(status.st_size)
+    except OSError as error:
+        raise BootError(f"cannot read {path}: {error.strerror}") from error

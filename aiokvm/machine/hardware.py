@@ -1,0 +1,184 @@
+"""The part of a machine that the kernel provides: its VM, RAM, interrupt controllers, timer and vCPUs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from aiokvm import kvm
+from aiokvm.errors import ConfigError, KvmError
+from aiokvm.kvm import Cap
+from aiokvm.kvm.constants import (
+    KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY,
+)
+from aiokvm.machine.cpuid import cpuid
+from aiokvm.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aiokvm.boot.cpu import CpuState
+    from aiokvm.machine.config import Config
+
+# Three pages for VT-x to run real mode in, and one for its identity map: below the firmware's area at the end
+# of 4 GiB, where a PC has no RAM (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
+TSS_ADDRESS = 0xFFFB_D000
+IDENTITY_MAP_ADDRESS = 0xFFFB_C000
+
+# Intel SDM volume 3, section 11.5.1: local vector table; delivery modes ExtINT and NMI.
+APIC_LVT0 = 0x350
+APIC_LVT1 = 0x360
+APIC_MODE_NMI = 4 << 8
+APIC_MODE_EXTINT = 7 << 8
+
+# Intel SDM volume 3, section 12.11: MTRRs enabled, the default memory type write-back.
+MSR_MTRR_DEF_TYPE = 0x2FF
+MTRR_ENABLED_WRITE_BACK = 1 << 11 | 6
+
+# The slave PIC hangs on the master's input 2: no GSI leads there.
+_CASCADE = 2
+
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+
+
+class Hardware:
+    """Built whole, or not at all.
+
+    ``vcpus`` are by index, which is also the APIC id. Raises ConfigError for what this host cannot give, and
+    KvmError for what KVM refuses.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        with ExitStack() as stack:
+            system = stack.enter_context(kvm.System())
+            _check_limits(system, config)
+            self.memory = GuestMemory(config.memory_bytes, config.hugepage_bytes)
+            stack.callback(self.memory.close)
+            self.vm = stack.enter_context(_create_vm(system))
+            for slot, region in enumerate(self.memory.regions):
+                self.vm.set_user_memory_region(slot, region.gpa, region.size, region.host_address)
+            self.vcpus = tuple(stack.enter_context(vcpu) for vcpu in _create_vcpus(system, self.vm, config))
+            system.close()
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Give everything back to the kernel. No vCPU thread may be left. Idempotent."""
+        self._stack.close()
+
+    def set_cpu_state(self, state: CpuState) -> None:
+        """The boot processor's registers that a boot protocol asks for; other general registers are zero."""
+        _set_cpu_state(self.vcpus[0], state)
+
+    def reset(self) -> None:
+        """Chips and vCPUs are as they were when they were created."""
+        # KVM has no reset of a vCPU, so take the state of one that was just made.
+        with kvm.System() as system, _create_vm(system) as vm:
+            for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
+                self.vm.set_irqchip(chip, vm.get_irqchip(chip))
+            self.vm.set_pit2(vm.get_pit2())
+            saved = system.get_msr_index_list()
+            fresh = _create_vcpus(system, vm, self._config)
+            for vcpu, pristine in zip(self.vcpus, fresh, strict=True):
+                with pristine:
+                    _copy_vcpu(pristine, vcpu, saved)
+
+
+def _check_limits(system: kvm.System, config: Config) -> None:
+    most = system.check_extension(Cap.KVM_CAP_MAX_VCPUS)
+    if config.cpus > most:
+        raise ConfigError(f"cpus is {config.cpus}: KVM on this host allows at most {most}")
+
+
+def _create_vm(system: kvm.System) -> kvm.Vm:
+    """A VM with the chips that live in the kernel."""
+    vm = system.create_vm()
+    try:
+        vm.set_tss_addr(TSS_ADDRESS)
+        vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
+        vm.create_irqchip()
+        # The dummy speaker answers port 0x61, whose refresh bit old kernels calibrate delays with.
+        vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+        vm.set_gsi_routing(gsi_routing())
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+def gsi_routing() -> list[kvm.IrqRoutingEntry]:
+    """Where a GSI leads: PIC and I/O APIC as on a PC, which has the timer on the I/O APIC's pin 2."""
+    pins = [(gsi, KVM_IRQCHIP_PIC_MASTER if gsi < 8 else KVM_IRQCHIP_PIC_SLAVE, gsi % 8) for gsi in range(16)]
+    pins += [(gsi, KVM_IRQCHIP_IOAPIC, gsi or 2) for gsi in range(24)]
+    return [
+        kvm.IrqRoutingEntry(gsi, kvm.IrqRoutingIrqchip(chip, pin))
+        for gsi, chip, pin in pins
+        if gsi != _CASCADE
+    ]
+
+
+def _create_vcpus(system: kvm.System, vm: kvm.Vm, config: Config) -> Iterable[kvm.Vcpu]:
+    supported = system.get_supported_cpuid()
+    timer = bool(system.check_extension(Cap.KVM_CAP_TSC_DEADLINE_TIMER))
+    for index in range(config.cpus):
+        vcpu = vm.create_vcpu(index)
+        try:
+            tsc_khz = vcpu.get_tsc_khz() if system.check_extension(Cap.KVM_CAP_GET_TSC_KHZ) else 0
+            vcpu.set_cpuid2(
+                cpuid(supported, index=index, cpus=config.cpus, tsc_khz=tsc_khz, tsc_deadline_timer=timer)
+            )
+            _set_up_apic(vcpu)
+            _set_msr(vcpu, MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)
+        except BaseException:
+            vcpu.close()
+            raise
+        yield vcpu
+
+
+def _set_up_apic(vcpu: kvm.Vcpu) -> None:
+    """Virtual wire mode, as firmware leaves it: PIC on LINT0, NMI on LINT1 (MP specification, 3.6.2.2)."""
+    lapic = bytearray(vcpu.get_lapic())
+    for register, mode in ((APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)):
+        lapic[register : register + 4] = mode.to_bytes(4, "little")
+    vcpu.set_lapic(bytes(lapic))
+
+
+def _set_msr(vcpu: kvm.Vcpu, index: int, value: int) -> None:
+    try:
+        vcpu.set_msrs([kvm.MsrEntry(index, value)])
+    except KvmError:
+        # Hosts differ in which MSRs a guest has; none that aiokvm sets is needed to run.
+        return
+
+
+def _set_cpu_state(vcpu: kvm.Vcpu, state: CpuState) -> None:
+    """The registers that a boot protocol asks for; all other general registers become zero."""
+    sregs = vcpu.get_sregs()
+    changes: dict[str, Any] = {name: getattr(state, name) for name in ("cr0", "cr3", "cr4", "efer")}
+    changes |= {name: kvm.Segment(**asdict(getattr(state, name))) for name in _SEGMENTS}
+    changes |= {name: kvm.DTable(**asdict(getattr(state, name))) for name in ("gdt", "idt")}
+    vcpu.set_sregs(replace(sregs, **changes))
+    general = ("rip", "rsp", "rbx", "rsi", "rflags")
+    vcpu.set_regs(kvm.Regs(**{name: getattr(state, name) for name in general}))
+
+
+def _copy_vcpu(source: kvm.Vcpu, target: kvm.Vcpu, msrs: Iterable[int]) -> None:
+    target.set_mp_state(source.get_mp_state())
+    target.set_sregs(source.get_sregs())
+    target.set_regs(source.get_regs())
+    target.set_fpu(source.get_fpu())
+    target.set_debugregs(source.get_debugregs())
+    target.set_vcpu_events(source.get_vcpu_events())
+    for index in msrs:
+        # Among them KVM's own, by which the kernel writes into guest RAM: clock, steal time, async faults.
+        try:
+            values = source.get_msrs([index])
+        except KvmError:
+            continue
+        for entry in values:
+            _set_msr(target, entry.index, entry.data)
+    target.set_lapic(source.get_lapic())

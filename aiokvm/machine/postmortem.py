@@ -1,0 +1,44 @@
+"""What a vCPU that cannot go on tells about itself, for people."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from aiokvm.errors import AiokvmError
+
+if TYPE_CHECKING:
+    from aiokvm import kvm
+    from aiokvm.memory import GuestMemory
+
+INSTRUCTION_BYTES = 15
+
+
+def describe(what: str, vcpu: kvm.Vcpu, memory: GuestMemory, error: int = 0) -> str:
+    """``what`` happened, with errno, registers and the bytes at rip as far as they can be had."""
+    parts = [what]
+    if error:
+        parts.append(f"KVM_RUN failed: {os.strerror(error)} (errno {error})")
+    try:
+        regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    except AiokvmError as failure:
+        return "; ".join([*parts, f"no registers: {failure}"])
+    general = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
+    parts.append(" ".join(f"{name}={getattr(regs, name):#x}" for name in general))
+    control = ("cr0", "cr2", "cr3", "cr4", "efer")
+    parts.append(" ".join(f"{name}={getattr(sregs, name):#x}" for name in control))
+    parts.append(f"cs={sregs.cs.selector:#x} base={sregs.cs.base:#x}")
+    parts.append(f"code: {_code(vcpu, memory, sregs.cs.base + regs.rip)}")
+    return "; ".join(parts)
+
+
+def _code(vcpu: kvm.Vcpu, memory: GuestMemory, linear: int) -> str:
+    try:
+        translated = vcpu.translate(linear & (1 << 64) - 1)
+        if not translated.valid:
+            return "not mapped"
+        # Not across the page: the next one may lie elsewhere.
+        size = min(INSTRUCTION_BYTES, 0x1000 - translated.physical_address % 0x1000)
+        return memory.read(translated.physical_address, size).hex(" ")
+    except AiokvmError as failure:
+        return str(failure)

@@ -1,0 +1,153 @@
+"""One vCPU of a machine: its thread, and its registers while it stands still."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from aiokvm._core import ffi, lib
+from aiokvm.errors import AiokvmError, StateError
+from aiokvm.machine.exits import check
+
+if TYPE_CHECKING:
+    from aiokvm import kvm
+    from aiokvm._core import Pointer
+
+# comm of a thread: 16 bytes with its NUL.
+_NAME_MAX = 15
+
+_GENERAL_REGISTERS = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+)
+_CONTROL_REGISTERS = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+
+
+class VcpuState(enum.Enum):
+    """What a vCPU does."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+def thread_name(machine: str, index: int) -> str:
+    """The name of a vCPU's thread: the machine's, cut so that the index stays readable in top and ps."""
+    suffix = f":{index}"
+    name = machine.encode(errors="replace")[: _NAME_MAX - len(suffix)]
+    return name.decode(errors="ignore") + suffix
+
+
+class VirtualCpu:
+    """A vCPU.
+
+    It belongs to its machine, which starts, pauses and stops all of them together. While it does not run,
+    `read_register`, `write_register` and everything that `kvm_vcpu` offers work on it.
+    """
+
+    def __init__(self, core: Pointer, vcpu: kvm.Vcpu, index: int, machine: str) -> None:
+        self.index = index
+        self.state = VcpuState.CREATED
+        self._vcpu = vcpu
+        self.to_pause = False
+        code = ffi.new("int *")
+        name = thread_name(machine, index).encode()
+        self.core: Pointer = lib.aiokvm_vcpu_new(
+            core, index, vcpu.fd, vcpu.run_pointer, vcpu.run_size, name, code
+        )
+        if not self.core:
+            raise AiokvmError(f"cannot create vCPU {index}: out of memory")
+
+    def __repr__(self) -> str:
+        return f"<VirtualCpu {self.index} {self.state.value} tid={self.tid}>"
+
+    @property
+    def tid(self) -> int:
+        """The thread's id, for os.sched_setaffinity, os.setpriority, top -H and kill; 0: no thread."""
+        return lib.aiokvm_vcpu_tid(self.core) if self.core else 0
+
+    @property
+    def kvm_vcpu(self) -> kvm.Vcpu:
+        """All of KVM's vCPU ioctls. Raises StateError while the vCPU runs: they would wait for it to stop."""
+        if self.state is VcpuState.RUNNING:
+            raise StateError(f"vCPU {self.index} is running: pause the machine first")
+        if not self.core:
+            raise StateError(f"vCPU {self.index} is closed")
+        return self._vcpu
+
+    def read_register(self, name: str) -> int:
+        """A general register, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer or apic_base.
+
+        Raises StateError while the vCPU runs, ValueError for another name.
+        """
+        if name in _GENERAL_REGISTERS:
+            return int(getattr(self.kvm_vcpu.get_regs(), name))
+        if name in _CONTROL_REGISTERS:
+            return int(getattr(self.kvm_vcpu.get_sregs(), name))
+        raise ValueError(_unknown(name))
+
+    def write_register(self, name: str, value: int) -> None:
+        """Set what `read_register` reads; ``value`` has at most 64 bits.
+
+        Raises StateError while the vCPU runs, ValueError for another name, KvmError for a control register
+        that KVM refuses.
+        """
+        change: dict[str, Any] = {name: value}
+        if name in _GENERAL_REGISTERS:
+            self.kvm_vcpu.set_regs(replace(self.kvm_vcpu.get_regs(), **change))
+        elif name in _CONTROL_REGISTERS:
+            self.kvm_vcpu.set_sregs(replace(self.kvm_vcpu.get_sregs(), **change))
+        else:
+            raise ValueError(_unknown(name))
+
+    # What the machine does with it.
+
+    def start(self) -> None:
+        """Create the thread. Raises AiokvmError if the host has none to give."""
+        check(
+            lib.aiokvm_vcpu_start(self.core),
+            f"cannot create the thread of vCPU {self.index}; see RLIMIT_NPROC and the pids cgroup",
+        )
+
+    def resume(self) -> None:
+        """Let it run."""
+        check(lib.aiokvm_vcpu_resume(self.core), "resuming a vCPU")
+        self.state = VcpuState.RUNNING
+        self.to_pause = False
+
+    def pause(self) -> None:
+        """Tell it to stand still; it says when it does."""
+        check(lib.aiokvm_vcpu_pause(self.core), "pausing a vCPU")
+        self.to_pause = True
+
+    def stop(self) -> None:
+        """Tell its thread to end; it says when it has."""
+        check(lib.aiokvm_vcpu_stop(self.core), "stopping a vCPU")
+
+    def kick(self) -> None:
+        """Tell it again."""
+        check(lib.aiokvm_vcpu_kick(self.core), "kicking a vCPU")
+
+    def on_parked(self) -> None:
+        """It says that it stands still."""
+        # What it says to a pause that has been withdrawn is no longer true.
+        if self.to_pause:
+            self.state = VcpuState.PAUSED
+
+    def on_stopped(self) -> None:
+        """Its thread has ended."""
+        check(lib.aiokvm_vcpu_join(self.core), "joining a vCPU's thread")
+        self.state = VcpuState.STOPPED
+
+    def close(self) -> None:
+        """The thread must have ended. Idempotent."""
+        if self.core:
+            lib.aiokvm_vcpu_free(self.core)
+            self.core = ffi.NULL
+            self._vcpu.close()
+
+
+def _unknown(name: str) -> str:
+    return f"no register {name!r}: there are {', '.join((*_GENERAL_REGISTERS, *_CONTROL_REGISTERS))}"

@@ -1,0 +1,446 @@
+"""A virtual machine, from its creation to its end."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+from anyio import to_thread
+
+from aiokvm.aio import current_loop
+from aiokvm.boot import acpi
+from aiokvm.boot.plan import GuestInfo, Segment
+from aiokvm.errors import AiokvmError, StateError
+from aiokvm.kvm import KvmExit
+from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
+from aiokvm.machine import events
+from aiokvm.machine.config import Config, parse_size
+from aiokvm.machine.events import Exit, ExitReason
+from aiokvm.machine.exits import Exits
+from aiokvm.machine.files import read_files
+from aiokvm.machine.hardware import Hardware
+from aiokvm.machine.platform import Platform, acpi_platform
+from aiokvm.machine.postmortem import describe
+from aiokvm.machine.vcpu import VcpuState, VirtualCpu
+from aiokvm.memory import ram_ranges
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from types import TracebackType
+    from typing import Self
+
+    from aiokvm import kvm
+    from aiokvm.aio import Handle, Loop
+    from aiokvm.boot import BootPlan, BootProtocol
+    from aiokvm.machine.console import SerialConsole
+    from aiokvm.memory import GuestMemory
+
+# A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
+KICK_AGAIN_NS = 20_000_000
+# A thread that a kick does not get out of KVM_RUN for so long is stuck in the kernel.
+STUCK_SECONDS = 10.0
+
+
+class VmState(enum.Enum):
+    """Where a machine is in its life."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    CLOSED = "closed"
+
+
+class VM:
+    """A virtual machine inside the program; made by `VM.create`, used as an async context manager.
+
+    All methods belong to the loop that created it, and are safe to cancel. Leaving the context ends the
+    machine whatever state it is in, and gives back its threads, descriptors and memory.
+    """
+
+    def __init__(self, config: Config, loop: Loop) -> None:
+        self.name = config.name
+        self.exit: Exit | None = None
+        """How the machine ended, or is ending; None before."""
+        self._config = config
+        self._loop = loop
+        self._state = VmState.CREATED
+        self._logger = logging.LoggerAdapter(logging.getLogger(__name__), {"machine": config.name})
+        self._hub = events.EventHub()
+        self._changing = anyio.Lock()
+        self._parked = anyio.Event()
+        self._ended = anyio.Event()
+        self._closed = anyio.Event()
+        self._closing = False
+        self._threads: set[int] = set()
+        self._kicker: Handle | None = None
+        self._hardware = Hardware(config)
+        undo: list[Callable[[], None]] = [self._hardware.close]
+        try:
+            self._exits = Exits(loop, self, config.name)
+            undo.append(self._exits.close)
+            self._platform = Platform(loop, self, config, self._hardware.memory, self._exits.pio)
+            undo.append(self._platform.close)
+            self._exits.publish()
+            vcpus = []
+            for index, vcpu in enumerate(self._hardware.vcpus):
+                vcpus.append(VirtualCpu(self._exits.core, vcpu, index, config.name))
+                undo.append(vcpus[-1].close)
+            self.vcpus: tuple[VirtualCpu, ...] = tuple(vcpus)
+            self._exits.serve([vcpu.core for vcpu in vcpus])
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        boot: BootProtocol,
+        cpus: int = 1,
+        memory: int | str = "512M",
+        name: str = "",
+        serial_ports: int = 2,
+        hugepages: int | str | None = None,
+    ) -> VM:
+        """A machine that has everything in RAM and registers that it needs to start.
+
+        ``boot`` says what runs in it: `boot.Linux` or `boot.Flat`. ``memory`` is in bytes, or with K, M, G or
+        T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
+        ("2M" or "1G") takes the RAM from the host's reserved huge pages.
+
+        Raises ConfigError, BootError and KvmError, and leaves nothing behind.
+        """
+        config = Config(
+            boot=boot,
+            cpus=cpus,
+            memory_bytes=parse_size(memory),
+            name=name,
+            serial_ports=serial_ports,
+            hugepage_bytes=None if hugepages is None else parse_size(hugepages),
+        )
+        plan = await _plan(config)
+        vm = cls(config, current_loop())
+        try:
+            await vm._load(plan)
+        except BaseException:
+            await vm.aclose()
+            raise
+        return vm
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<VM {self.name} {self._state.value}, {len(self.vcpus)} vCPUs>"
+
+    @property
+    def state(self) -> VmState:
+        """Where the machine is in its life."""
+        return self._state
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The guest's RAM."""
+        return self._hardware.memory
+
+    @property
+    def serial(self) -> SerialConsole:
+        """The first serial port: COM1, Linux's ttyS0."""
+        return self._platform.consoles[0]
+
+    @property
+    def serial_ports(self) -> tuple[SerialConsole, ...]:
+        """All serial ports."""
+        return self._platform.consoles
+
+    def events(self) -> AsyncIterator[events.Event]:
+        """What happens to the machine from now on; ends after `Exited`."""
+        return self._hub.subscribe()
+
+    async def start(self) -> None:
+        """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
+        await anyio.lowlevel.checkpoint()
+        self._require(VmState.CREATED)
+        self._state = VmState.RUNNING
+        try:
+            for vcpu in self.vcpus:
+                vcpu.start()
+                self._threads.add(vcpu.index)
+        except BaseException as error:
+            self._end(Exit(ExitReason.ERROR, detail=str(error)))
+            raise
+        for vcpu in self.vcpus:
+            vcpu.resume()
+        self._hub.emit(events.Started(self.name))
+
+    async def pause(self) -> None:
+        """Have all vCPUs stand still, with what they had begun completed; no more than that if they do.
+
+        A vCPU whose access a device has not answered stands still when it is answered. A pause that is
+        cancelled has not happened. Raises StateError if the machine does not run, or ends meanwhile.
+        """
+        async with self._changing:
+            if self._state is not VmState.PAUSED:
+                await self._park()
+                self._state = VmState.PAUSED
+                self._hub.emit(events.Paused(self.name))
+
+    async def resume(self) -> None:
+        """Let the vCPUs run again; no more than that if they do. Raises StateError if there is no guest."""
+        async with self._changing:
+            if self._state is not VmState.RUNNING:
+                self._require(VmState.PAUSED)
+                self._unpark()
+                self._hub.emit(events.Resumed(self.name))
+
+    async def reset(self) -> None:
+        """Press the reset button: devices, CPUs and what is booted are as new; a paused machine stays so.
+
+        What is booted is read again. RAM that it does not cover keeps its content, as on a PC. Raises
+        BootError, ConfigError, and StateError if the machine has not started or ends meanwhile. A reset that
+        is cancelled has happened wholly or not at all.
+        """
+        plan = await _plan(self._config)
+        async with self._changing:
+            self._require(VmState.RUNNING, VmState.PAUSED)
+            was_running = self._state is VmState.RUNNING
+            if was_running:
+                await self._park()
+                self._state = VmState.PAUSED
+            await self._loop.uncancelled(lambda: self._reset(plan))
+            if was_running:
+                self._unpark()
+
+    async def stop(self, timeout: float = 30.0) -> Exit:
+        """Press the power button and give the guest ``timeout`` seconds to turn itself off; then kill it.
+
+        A machine that does not run is killed at once. Raises what `kill` raises.
+        """
+        if self._state is VmState.RUNNING and self.exit is None:
+            self.power_button()
+            with anyio.move_on_after(timeout):
+                return await self.wait()
+        return await self.kill()
+
+    async def kill(self) -> Exit:
+        """End the machine, whatever its guest does. The exit is KILLED unless it had ended by itself.
+
+        If cancelled, the machine ends all the same. Raises AiokvmError if a thread is stuck in the kernel for
+        `STUCK_SECONDS`.
+        """
+        self._end(Exit(ExitReason.KILLED))
+        with anyio.move_on_after(STUCK_SECONDS):
+            return await self.wait()
+        stuck = ", ".join(f"{i} (thread {self.vcpus[i].tid})" for i in sorted(self._threads))
+        raise AiokvmError(
+            f"machine {self.name}: vCPU {stuck} has not left KVM_RUN in {STUCK_SECONDS:g} s: it is stuck "
+            "in the kernel, see /proc/TID/stack; the machine's memory is not freed"
+        )
+
+    async def wait(self) -> Exit:
+        """How the machine ended, as soon as it has."""
+        await self._ended.wait()
+        assert self.exit is not None
+        return self.exit
+
+    def power_button(self) -> None:
+        """Press the ACPI power button, for an operating system that listens to it. Raises StateError."""
+        self._require(VmState.RUNNING, VmState.PAUSED)
+        self._platform.pm.power_button()
+
+    async def aclose(self) -> None:
+        """End the machine and give everything back; what leaving the context does. Idempotent.
+
+        It runs to its end before a cancellation gets through. Raises what `kill` raises.
+        """
+        await self._loop.uncancelled(self._close)
+
+    # Told by the exits and by the devices, on the loop.
+
+    def on_parked(self, index: int) -> None:
+        """A vCPU stands still."""
+        self.vcpus[index].on_parked()
+        if all(vcpu.state is VcpuState.PAUSED for vcpu in self.vcpus):
+            self._parked.set()
+
+    def on_stopped(self, index: int) -> None:
+        """A vCPU's thread has ended."""
+        self.vcpus[index].on_stopped()
+        self._threads.discard(index)
+        if not self._threads:
+            self._on_ended()
+
+    def on_exit(self, index: int, reason: int, error: int) -> None:
+        """A vCPU's KVM_RUN came back with what no device can answer."""
+        if self.exit is not None:
+            return
+        vcpu = self._hardware.vcpus[index]
+        if reason == KvmExit.KVM_EXIT_SYSTEM_EVENT and not error:
+            kind = vcpu.run_state.system_event.type
+            if kind in (KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_RESET):
+                shutdown = kind == KVM_SYSTEM_EVENT_SHUTDOWN
+                self._end(Exit(ExitReason.SHUTDOWN if shutdown else ExitReason.RESET))
+                return
+        crash = reason == KvmExit.KVM_EXIT_SHUTDOWN and not error
+        what = f"vCPU {index}: " + ("triple fault" if crash else _explain(vcpu.run_state, reason, error))
+        detail = describe(what, vcpu, self.memory, error)
+        self._logger.error("%s: %s", self.name, detail)
+        self._end(Exit(ExitReason.CRASH if crash else ExitReason.ERROR, detail=detail))
+
+    def set_irq_line(self, gsi: int, level: bool) -> None:
+        """A device drives its interrupt."""
+        self._hardware.vm.irq_line(gsi, level)
+
+    def on_shutdown(self) -> None:
+        """The guest turned itself off."""
+        self._end(Exit(ExitReason.SHUTDOWN))
+
+    def on_reset_request(self) -> None:
+        """The guest asked for a reset."""
+        self._end(Exit(ExitReason.RESET))
+
+    def on_debug_exit(self, code: int) -> None:
+        """The guest wrote to the debug-exit port."""
+        self._end(Exit(ExitReason.DEBUG_EXIT, code=code))
+
+    # The machine's own.
+
+    def _require(self, *states: VmState) -> None:
+        if self.exit is not None and self._state is not VmState.CLOSED:
+            raise StateError(f"machine {self.name} has ended: {self.exit.reason.value}")
+        if self._state not in states:
+            wanted = " or ".join(state.value for state in states)
+            raise StateError(f"machine {self.name} is {self._state.value}; this needs one that is {wanted}")
+
+    async def _load(self, plan: BootPlan) -> None:
+        """As `Hardware.load`, a piece at a time: the loop has other machines."""
+        piece = 1 << 20
+        for segment in plan.segments:
+            data = memoryview(segment.data)
+            for start in range(0, len(data), piece):
+                self.memory.write(segment.gpa + start, data[start : start + piece])
+                await anyio.lowlevel.checkpoint()
+        self._hardware.set_cpu_state(plan.cpu)
+
+    async def _reset(self, plan: BootPlan) -> None:
+        try:
+            self._hardware.reset()
+            self._platform.reset()
+            for gpa, size in plan.zero:
+                self.memory.fill(gpa, size)
+            await self._load(plan)
+        except BaseException as error:
+            self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
+            raise
+        self._hub.emit(events.WasReset(self.name))
+
+    async def _park(self) -> None:
+        self._require(VmState.RUNNING)
+        self._parked = anyio.Event()
+        try:
+            for vcpu in self.vcpus:
+                vcpu.pause()
+            self._kick_again_later()
+            await self._parked.wait()
+            self._require(VmState.RUNNING)
+        except BaseException:
+            if self.exit is None:
+                self._unpark()
+            raise
+
+    def _unpark(self) -> None:
+        self._state = VmState.RUNNING
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    def _kick_again_later(self) -> None:
+        if not self._kicker:
+            self._kicker = self._loop.call_at(self._loop.now_ns() + KICK_AGAIN_NS, self._kick_again)
+
+    def _kick_again(self) -> None:
+        self._kicker = None
+        ending = self.exit is not None
+        late = [
+            vcpu
+            for vcpu in self.vcpus
+            if vcpu.index in self._threads and (ending or (vcpu.to_pause and vcpu.state is VcpuState.RUNNING))
+        ]
+        for vcpu in late:
+            vcpu.kick()
+        if late:
+            self._kick_again_later()
+
+    def _end(self, exit: Exit) -> None:  # noqa: A002
+        """The machine ends; the first reason stands."""
+        if self.exit is not None:
+            return
+        self.exit = exit
+        self._parked.set()
+        if not self._threads:
+            self._on_ended()
+            return
+        for index in self._threads:
+            self.vcpus[index].stop()
+        self._kick_again_later()
+
+    def _on_ended(self) -> None:
+        self._state = VmState.STOPPED
+        if self._kicker:
+            self._kicker.cancel()
+            self._kicker = None
+        self._platform.close()
+        assert self.exit is not None
+        self._hub.emit(events.Exited(self.name, self.exit))
+        self._hub.close()
+        self._ended.set()
+
+    async def _close(self) -> None:
+        if self._closing:
+            await self._closed.wait()
+            return
+        self._closing = True
+        try:
+            await self.kill()
+            for vcpu in self.vcpus:
+                vcpu.close()
+            self._exits.close()
+            # Freeing gigabytes takes the kernel a while.
+            await to_thread.run_sync(self._hardware.close)
+        finally:
+            self._state = VmState.CLOSED
+            self._closed.set()
+
+
+async def _plan(config: Config) -> BootPlan:
+    """What has to be in RAM and registers; nothing has been allocated for it."""
+    tables = acpi.build(acpi_platform(config))
+    files = await read_files(config.boot.files(), config.memory_bytes)
+    guest = GuestInfo(ram=ram_ranges(config.memory_bytes), rsdp=tables.rsdp)
+    plan = config.boot.plan(files, guest)
+    return replace(plan, segments=(*plan.segments, Segment(tables.gpa, tables.data)))
+
+
+def _explain(run: kvm.RunState, reason: int, error: int) -> str:
+    if error:
+        return "KVM_RUN failed"
+    if reason == KvmExit.KVM_EXIT_INTERNAL_ERROR:
+        internal = run.internal_error
+        data = " ".join(f"{word:#x}" for word in internal.data)
+        return f"KVM internal error, suberror {internal.suberror}, data {data}"
+    if reason == KvmExit.KVM_EXIT_FAIL_ENTRY:
+        return f"the CPU refused to enter the guest, reason {run.fail_entry.hardware_entry_failure_reason:#x}"
+    return f"exit_reason {reason}, which this machine has no use for"
