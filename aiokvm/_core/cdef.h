@@ -9,12 +9,17 @@ struct aiokvm_region {
     uint64_t base;
     uint64_t size;
     uint32_t id;
+    uint32_t posted;
+    uint32_t *latch;
     ...;
 };
+
+#define AIOKVM_FAST_OFFSETS ...
 
 #define AIOKVM_VCPU_EXIT ...
 #define AIOKVM_VCPU_PARKED ...
 #define AIOKVM_VCPU_STOPPED ...
+#define AIOKVM_POSTED ...
 
 struct aiokvm_news {
     uint32_t vcpu;
@@ -28,6 +33,7 @@ struct aiokvm_news {
     uint32_t size;
     uint32_t count;
     uint32_t is_write;
+    uint32_t bus;
     ...;
 };
 
@@ -38,6 +44,8 @@ int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
 int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max);
+const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);
+void aiokvm_latch_set(uint32_t *latch, unsigned offset, int value);
 
 /* ---- vcpu.h: the thread of a vCPU ---- */
 
@@ -74,3 +82,691 @@ long aiokvm_ioctl(int fd, unsigned long request, void *arg);
 
 /* ---- the KVM UAPI (linux/kvm.h, asm/kvm.h) ---- */
 
+typedef unsigned char __u8;
+typedef unsigned short __u16;
+typedef unsigned int __u32;
+typedef unsigned long long __u64;
+typedef short __s16;
+typedef int __s32;
+typedef long long __s64;
+
+struct kvm_regs {
+    __u64 rax, rbx, rcx, rdx;
+    __u64 rsi, rdi, rsp, rbp;
+    __u64 r8, r9, r10, r11;
+    __u64 r12, r13, r14, r15;
+    __u64 rip, rflags;
+};
+
+struct kvm_segment {
+    __u64 base;
+    __u32 limit;
+    __u16 selector;
+    __u8 type;
+    __u8 present, dpl, db, s, l, g, avl;
+    __u8 unusable;
+    __u8 padding;
+};
+
+struct kvm_dtable {
+    __u64 base;
+    __u16 limit;
+    __u16 padding[3];
+};
+
+struct kvm_sregs {
+    struct kvm_segment cs, ds, es, fs, gs, ss;
+    struct kvm_segment tr, ldt;
+    struct kvm_dtable gdt, idt;
+    __u64 cr0, cr2, cr3, cr4, cr8;
+    __u64 efer;
+    __u64 apic_base;
+    __u64 interrupt_bitmap[4];
+};
+
+struct kvm_sregs2 {
+    struct kvm_segment cs, ds, es, fs, gs, ss;
+    struct kvm_segment tr, ldt;
+    struct kvm_dtable gdt, idt;
+    __u64 cr0, cr2, cr3, cr4, cr8;
+    __u64 efer;
+    __u64 apic_base;
+    __u64 flags;
+    __u64 pdptrs[4];
+};
+
+struct kvm_fpu {
+    __u8 fpr[8][16];
+    __u16 fcw;
+    __u16 fsw;
+    __u8 ftwx;
+    __u16 last_opcode;
+    __u64 last_ip;
+    __u64 last_dp;
+    __u8 xmm[16][16];
+    __u32 mxcsr;
+    ...;
+};
+
+struct kvm_msr_entry {
+    __u32 index;
+    __u64 data;
+    ...;
+};
+
+struct kvm_msrs {
+    __u32 nmsrs;
+    struct kvm_msr_entry entries[];
+    ...;
+};
+
+struct kvm_msr_list {
+    __u32 nmsrs;
+    __u32 indices[];
+};
+
+struct kvm_msr_filter_range {
+    __u32 flags;
+    __u32 nmsrs;
+    __u32 base;
+    __u8 *bitmap;
+};
+
+struct kvm_msr_filter {
+    __u32 flags;
+    struct kvm_msr_filter_range ranges[16];
+};
+
+struct kvm_cpuid_entry2 {
+    __u32 function;
+    __u32 index;
+    __u32 flags;
+    __u32 eax, ebx, ecx, edx;
+    ...;
+};
+
+struct kvm_cpuid2 {
+    __u32 nent;
+    struct kvm_cpuid_entry2 entries[];
+    ...;
+};
+
+struct kvm_vcpu_events {
+    struct {
+        __u8 injected;
+        __u8 nr;
+        __u8 has_error_code;
+        __u8 pending;
+        __u32 error_code;
+    } exception;
+    struct {
+        __u8 injected;
+        __u8 nr;
+        __u8 soft;
+        __u8 shadow;
+    } interrupt;
+    struct {
+        __u8 injected;
+        __u8 pending;
+        __u8 masked;
+        __u8 pad;
+    } nmi;
+    __u32 sipi_vector;
+    __u32 flags;
+    struct {
+        __u8 smm;
+        __u8 pending;
+        __u8 smm_inside_nmi;
+        __u8 latched_init;
+    } smi;
+    struct {
+        __u8 pending;
+    } triple_fault;
+    __u8 reserved[26];
+    __u8 exception_has_payload;
+    __u64 exception_payload;
+};
+
+struct kvm_debugregs {
+    __u64 db[4];
+    __u64 dr6;
+    __u64 dr7;
+    __u64 flags;
+    ...;
+};
+
+struct kvm_xcr {
+    __u32 xcr;
+    __u64 value;
+    ...;
+};
+
+struct kvm_xcrs {
+    __u32 nr_xcrs;
+    __u32 flags;
+    struct kvm_xcr xcrs[16];
+    ...;
+};
+
+struct kvm_sync_regs {
+    struct kvm_regs regs;
+    struct kvm_sregs sregs;
+    struct kvm_vcpu_events events;
+};
+
+struct kvm_debug_exit_arch {
+    __u32 exception;
+    __u32 pad;
+    __u64 pc;
+    __u64 dr6;
+    __u64 dr7;
+};
+
+struct kvm_guest_debug_arch {
+    __u64 debugreg[8];
+};
+
+struct kvm_guest_debug {
+    __u32 control;
+    struct kvm_guest_debug_arch arch;
+    ...;
+};
+
+struct kvm_translation {
+    __u64 linear_address;
+    __u64 physical_address;
+    __u8 valid;
+    __u8 writeable;
+    __u8 usermode;
+    ...;
+};
+
+struct kvm_tpr_access_ctl {
+    __u32 enabled;
+    ...;
+};
+
+struct kvm_vapic_addr {
+    __u64 vapic_addr;
+};
+
+struct kvm_x86_mce {
+    __u64 status;
+    __u64 addr;
+    __u64 misc;
+    __u64 mcg_status;
+    __u8 bank;
+    ...;
+};
+
+struct kvm_signal_mask {
+    __u32 len;
+    __u8 sigset[];
+};
+
+struct kvm_pre_fault_memory {
+    __u64 gpa;
+    __u64 size;
+    __u64 flags;
+    ...;
+};
+
+struct aiokvm_memory_fault {
+    __u64 flags;
+    __u64 gpa;
+    __u64 size;
+};
+
+struct kvm_run {
+    __u8 request_interrupt_window;
+    __u8 immediate_exit;
+    __u32 exit_reason;
+    __u8 ready_for_interrupt_injection;
+    __u8 if_flag;
+    __u16 flags;
+    __u64 cr8;
+    __u64 apic_base;
+    union {
+        struct {
+            __u64 hardware_exit_reason;
+        } hw;
+        struct {
+            __u64 hardware_entry_failure_reason;
+            __u32 cpu;
+        } fail_entry;
+        struct {
+            __u32 exception;
+            __u32 error_code;
+        } ex;
+        struct {
+            __u8 direction;
+            __u8 size;
+            __u16 port;
+            __u32 count;
+            __u64 data_offset;
+        } io;
+        struct {
+            struct kvm_debug_exit_arch arch;
+        } debug;
+        struct {
+            __u64 phys_addr;
+            __u8 data[8];
+            __u32 len;
+            __u8 is_write;
+        } mmio;
+        struct {
+            __u64 nr;
+            __u64 args[6];
+            __u64 ret;
+            __u32 longmode;
+            __u32 pad;
+        } hypercall;
+        struct {
+            __u64 rip;
+            __u32 is_write;
+        } tpr_access;
+        struct {
+            __u32 suberror;
+            __u32 ndata;
+            __u64 data[16];
+        } internal;
+        struct {
+            __u32 type;
+            __u32 ndata;
+            __u64 data[16];
+        } system_event;
+        struct {
+            __u8 vector;
+        } eoi;
+        struct {
+            __u8 error;
+            __u8 pad[7];
+            __u32 reason;
+            __u32 index;
+            __u64 data;
+        } msr;
+        struct {
+            __u32 flags;
+        } notify;
+        char padding[256];
+    };
+    __u64 kvm_valid_regs;
+    __u64 kvm_dirty_regs;
+    union {
+        struct kvm_sync_regs regs;
+        char padding[2048];
+    } s;
+    ...;
+};
+
+struct kvm_coalesced_mmio_zone {
+    __u64 addr;
+    __u32 size;
+    __u32 pio;
+};
+
+struct kvm_coalesced_mmio {
+    __u64 phys_addr;
+    __u32 len;
+    __u32 pio;
+    __u8 data[8];
+};
+
+struct kvm_coalesced_mmio_ring {
+    __u32 first;
+    __u32 last;
+    struct kvm_coalesced_mmio coalesced_mmio[];
+};
+
+struct kvm_dirty_gfn {
+    __u32 flags;
+    __u32 slot;
+    __u64 offset;
+};
+
+struct kvm_userspace_memory_region {
+    __u32 slot;
+    __u32 flags;
+    __u64 guest_phys_addr;
+    __u64 memory_size;
+    __u64 userspace_addr;
+};
+
+struct kvm_userspace_memory_region2 {
+    __u32 slot;
+    __u32 flags;
+    __u64 guest_phys_addr;
+    __u64 memory_size;
+    __u64 userspace_addr;
+    __u64 guest_memfd_offset;
+    __u32 guest_memfd;
+    ...;
+};
+
+struct kvm_memory_attributes {
+    __u64 address;
+    __u64 size;
+    __u64 attributes;
+    __u64 flags;
+};
+
+struct kvm_create_guest_memfd {
+    __u64 size;
+    __u64 flags;
+    ...;
+};
+
+struct kvm_dirty_log {
+    __u32 slot;
+    void *dirty_bitmap;
+    ...;
+};
+
+struct kvm_clear_dirty_log {
+    __u32 slot;
+    __u32 num_pages;
+    __u64 first_page;
+    void *dirty_bitmap;
+    ...;
+};
+
+struct kvm_irq_level {
+    union {
+        __u32 irq;
+        __s32 status;
+    };
+    __u32 level;
+};
+
+struct kvm_pic_state {
+    __u8 last_irr;
+    __u8 irr;
+    __u8 imr;
+    __u8 isr;
+    __u8 priority_add;
+    __u8 irq_base;
+    __u8 read_reg_select;
+    __u8 poll;
+    __u8 special_mask;
+    __u8 init_state;
+    __u8 auto_eoi;
+    __u8 rotate_on_auto_eoi;
+    __u8 special_fully_nested_mode;
+    __u8 init4;
+    __u8 elcr;
+    __u8 elcr_mask;
+};
+
+struct aiokvm_ioapic_state {
+    __u64 base_address;
+    __u32 ioregsel;
+    __u32 id;
+    __u32 irr;
+    __u64 redirtbl[24];
+    ...;
+};
+
+struct kvm_irqchip {
+    __u32 chip_id;
+    union {
+        char dummy[512];
+        struct kvm_pic_state pic;
+    } chip;
+    ...;
+};
+
+struct kvm_pit_config {
+    __u32 flags;
+    ...;
+};
+
+struct kvm_pit_channel_state {
+    __u32 count;
+    __u16 latched_count;
+    __u8 count_latched;
+    __u8 status_latched;
+    __u8 status;
+    __u8 read_state;
+    __u8 write_state;
+    __u8 write_latch;
+    __u8 rw_mode;
+    __u8 mode;
+    __u8 bcd;
+    __u8 gate;
+    __s64 count_load_time;
+};
+
+struct kvm_pit_state2 {
+    struct kvm_pit_channel_state channels[3];
+    __u32 flags;
+    ...;
+};
+
+struct kvm_reinject_control {
+    __u8 pit_reinject;
+    ...;
+};
+
+struct kvm_irq_routing_irqchip {
+    __u32 irqchip;
+    __u32 pin;
+};
+
+struct kvm_irq_routing_msi {
+    __u32 address_lo;
+    __u32 address_hi;
+    __u32 data;
+    __u32 devid;
+};
+
+/* Never used on x86; it gives the union of routes its alignment. */
+struct kvm_irq_routing_s390_adapter {
+    __u64 ind_addr;
+    __u64 summary_addr;
+    __u64 ind_offset;
+    __u32 summary_offset;
+    __u32 adapter_id;
+};
+
+struct kvm_irq_routing_hv_sint {
+    __u32 vcpu;
+    __u32 sint;
+};
+
+struct kvm_irq_routing_xen_evtchn {
+    __u32 port;
+    __u32 vcpu;
+    __u32 priority;
+};
+
+struct kvm_irq_routing_entry {
+    __u32 gsi;
+    __u32 type;
+    __u32 flags;
+    __u32 pad;
+    union {
+        struct kvm_irq_routing_irqchip irqchip;
+        struct kvm_irq_routing_msi msi;
+        struct kvm_irq_routing_s390_adapter adapter;
+        struct kvm_irq_routing_hv_sint hv_sint;
+        struct kvm_irq_routing_xen_evtchn xen_evtchn;
+        __u32 pad[8];
+    } u;
+};
+
+struct kvm_irq_routing {
+    __u32 nr;
+    __u32 flags;
+    struct kvm_irq_routing_entry entries[];
+};
+
+struct kvm_irqfd {
+    __u32 fd;
+    __u32 gsi;
+    __u32 flags;
+    __u32 resamplefd;
+    ...;
+};
+
+struct kvm_ioeventfd {
+    __u64 datamatch;
+    __u64 addr;
+    __u32 len;
+    __s32 fd;
+    __u32 flags;
+    ...;
+};
+
+struct kvm_msi {
+    __u32 address_lo;
+    __u32 address_hi;
+    __u32 data;
+    __u32 flags;
+    __u32 devid;
+    ...;
+};
+
+struct kvm_clock_data {
+    __u64 clock;
+    __u32 flags;
+    __u64 realtime;
+    __u64 host_tsc;
+    ...;
+};
+
+struct kvm_enable_cap {
+    __u32 cap;
+    __u32 flags;
+    __u64 args[4];
+    ...;
+};
+
+struct kvm_create_device {
+    __u32 type;
+    __u32 fd;
+    __u32 flags;
+};
+
+struct kvm_device_attr {
+    __u32 flags;
+    __u32 group;
+    __u64 attr;
+    __u64 addr;
+};
+
+struct kvm_pmu_event_filter {
+    __u32 action;
+    __u32 nevents;
+    __u32 fixed_counter_bitmap;
+    __u32 flags;
+    __u64 events[];
+    ...;
+};
+
+struct kvm_stats_header {
+    __u32 flags;
+    __u32 name_size;
+    __u32 num_desc;
+    __u32 id_offset;
+    __u32 desc_offset;
+    __u32 data_offset;
+};
+
+struct kvm_stats_desc {
+    __u32 flags;
+    __s16 exponent;
+    __u16 size;
+    __u32 offset;
+    __u32 bucket_size;
+    char name[];
+};
+
+#define KVM_GET_API_VERSION ...
+#define KVM_CREATE_VM ...
+#define KVM_GET_MSR_INDEX_LIST ...
+#define KVM_CHECK_EXTENSION ...
+#define KVM_GET_VCPU_MMAP_SIZE ...
+#define KVM_GET_SUPPORTED_CPUID ...
+#define KVM_GET_EMULATED_CPUID ...
+#define KVM_GET_MSR_FEATURE_INDEX_LIST ...
+#define KVM_GET_SUPPORTED_HV_CPUID ...
+#define KVM_CREATE_VCPU ...
+#define KVM_GET_DIRTY_LOG ...
+#define KVM_CLEAR_DIRTY_LOG ...
+#define KVM_RESET_DIRTY_RINGS ...
+#define KVM_SET_NR_MMU_PAGES ...
+#define KVM_SET_USER_MEMORY_REGION ...
+#define KVM_SET_USER_MEMORY_REGION2 ...
+#define KVM_SET_MEMORY_ATTRIBUTES ...
+#define KVM_CREATE_GUEST_MEMFD ...
+#define KVM_SET_TSS_ADDR ...
+#define KVM_SET_IDENTITY_MAP_ADDR ...
+#define KVM_CREATE_IRQCHIP ...
+#define KVM_IRQ_LINE ...
+#define KVM_IRQ_LINE_STATUS ...
+#define KVM_GET_IRQCHIP ...
+#define KVM_SET_IRQCHIP ...
+#define KVM_CREATE_PIT2 ...
+#define KVM_GET_PIT2 ...
+#define KVM_SET_PIT2 ...
+#define KVM_REINJECT_CONTROL ...
+#define KVM_SET_GSI_ROUTING ...
+#define KVM_IRQFD ...
+#define KVM_IOEVENTFD ...
+#define KVM_SIGNAL_MSI ...
+#define KVM_REGISTER_COALESCED_MMIO ...
+#define KVM_UNREGISTER_COALESCED_MMIO ...
+#define KVM_SET_BOOT_CPU_ID ...
+#define KVM_GET_CLOCK ...
+#define KVM_SET_CLOCK ...
+#define KVM_ENABLE_CAP ...
+#define KVM_CREATE_DEVICE ...
+#define KVM_SET_DEVICE_ATTR ...
+#define KVM_GET_DEVICE_ATTR ...
+#define KVM_HAS_DEVICE_ATTR ...
+#define KVM_X86_SET_MSR_FILTER ...
+#define KVM_SET_PMU_EVENT_FILTER ...
+#define KVM_GET_STATS_FD ...
+#define KVM_RUN ...
+#define KVM_GET_REGS ...
+#define KVM_SET_REGS ...
+#define KVM_GET_SREGS ...
+#define KVM_SET_SREGS ...
+#define KVM_GET_SREGS2 ...
+#define KVM_SET_SREGS2 ...
+#define KVM_GET_FPU ...
+#define KVM_SET_FPU ...
+#define KVM_GET_XSAVE ...
+#define KVM_GET_XSAVE2 ...
+#define KVM_SET_XSAVE ...
+#define KVM_GET_XCRS ...
+#define KVM_SET_XCRS ...
+#define KVM_GET_MSRS ...
+#define KVM_SET_MSRS ...
+#define KVM_GET_CPUID2 ...
+#define KVM_SET_CPUID2 ...
+#define KVM_GET_LAPIC ...
+#define KVM_SET_LAPIC ...
+#define KVM_GET_VCPU_EVENTS ...
+#define KVM_SET_VCPU_EVENTS ...
+#define KVM_GET_DEBUGREGS ...
+#define KVM_SET_DEBUGREGS ...
+#define KVM_GET_MP_STATE ...
+#define KVM_SET_MP_STATE ...
+#define KVM_GET_NESTED_STATE ...
+#define KVM_SET_NESTED_STATE ...
+#define KVM_TRANSLATE ...
+#define KVM_INTERRUPT ...
+#define KVM_NMI ...
+#define KVM_SMI ...
+#define KVM_SET_GUEST_DEBUG ...
+#define KVM_SET_SIGNAL_MASK ...
+#define KVM_SET_TSC_KHZ ...
+#define KVM_GET_TSC_KHZ ...
+#define KVM_KVMCLOCK_CTRL ...
+#define KVM_TPR_ACCESS_REPORTING ...
+#define KVM_SET_VAPIC_ADDR ...
+#define KVM_X86_SETUP_MCE ...
+#define KVM_X86_GET_MCE_CAP_SUPPORTED ...
+#define KVM_X86_SET_MCE ...
+#define KVM_PRE_FAULT_MEMORY ...

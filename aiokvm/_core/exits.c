@@ -26,6 +26,7 @@ struct aiokvm_machine *aiokvm_machine_new(int *error)
         return NULL;
     }
     pthread_rwlock_init(&machine->lock, NULL);
+    pthread_mutex_init(&machine->post_lock, NULL);
     machine->alive = 1;
     *error = 0;
     return machine;
@@ -38,6 +39,7 @@ int aiokvm_machine_free(struct aiokvm_machine *machine)
         for (unsigned bus = 0; bus < AIOKVM_BUSES; bus++)
             free(machine->tables[bus].regions);
         pthread_rwlock_destroy(&machine->lock);
+        pthread_mutex_destroy(&machine->post_lock);
     }
     return munmap(machine, sizeof(*machine)) < 0 ? -errno : 0;
 }
@@ -77,12 +79,8 @@ int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
     return 0;
 }
 
-bool aiokvm_machine_find(struct aiokvm_machine *machine, unsigned bus, uint64_t address,
-                         struct aiokvm_region *found)
+static const struct aiokvm_region *find(const struct aiokvm_table *table, uint64_t address)
 {
-    bool claimed = false;
-    pthread_rwlock_rdlock(&machine->lock);
-    const struct aiokvm_table *table = &machine->tables[bus];
     size_t low = 0, high = table->count;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
@@ -91,12 +89,71 @@ bool aiokvm_machine_find(struct aiokvm_machine *machine, unsigned bus, uint64_t 
         else
             high = middle;
     }
-    if (low && address - table->regions[low - 1].base < table->regions[low - 1].size) {
-        *found = table->regions[low - 1];
-        claimed = true;
+    if (low && address - table->regions[low - 1].base < table->regions[low - 1].size)
+        return &table->regions[low - 1];
+    return NULL;
+}
+
+static void ring_doorbell(struct aiokvm_machine *machine)
+{
+    uint64_t one = 1;
+    ssize_t written = write(machine->doorbell, &one, sizeof(one));
+    (void)written; /* an eventfd refuses only when it is about to overflow, and then it has been rung */
+}
+
+/* Queues all of it or, if there is no room, nothing. */
+static bool post(struct aiokvm_machine *machine, unsigned bus, const struct aiokvm_region *region,
+                 unsigned offset, const uint8_t *data, size_t count)
+{
+    pthread_mutex_lock(&machine->post_lock);
+    uint32_t head = atomic_load(&machine->post_head);
+    uint32_t used = head - atomic_load(&machine->post_tail);
+    bool fits = count <= AIOKVM_POSTS - used;
+    if (fits) {
+        for (size_t i = 0; i < count; i++)
+            machine->posts[(head + i) % AIOKVM_POSTS] = (struct aiokvm_post){
+                .region = region->id, .bus = (uint8_t)bus, .offset = (uint8_t)offset, .value = data[i]
+            };
+        atomic_store(&machine->post_head, head + (uint32_t)count);
+        /* Whoever posts into an empty ring rings the doorbell, which the loop empties before it looks. */
+        if (atomic_load(&machine->post_tail) == head)
+            ring_doorbell(machine);
+    }
+    pthread_mutex_unlock(&machine->post_lock);
+    return fits;
+}
+
+enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigned bus, uint64_t address,
+                                         bool is_write, size_t size, size_t count, uint8_t *data,
+                                         struct aiokvm_region *found)
+{
+    enum aiokvm_access result = AIOKVM_UNCLAIMED;
+    pthread_rwlock_rdlock(&machine->lock);
+    const struct aiokvm_region *region = find(&machine->tables[bus], address);
+    if (region) {
+        uint64_t offset = address - region->base;
+        bool fast = size == 1 && offset < AIOKVM_FAST_OFFSETS;
+        result = AIOKVM_ASK;
+        *found = *region;
+        if (fast && is_write && region->posted >> offset & 1) {
+            if (post(machine, bus, region, (unsigned)offset, data, count))
+                result = AIOKVM_DONE;
+        } else if (fast && !is_write && count == 1 && region->latch) {
+            uint32_t word = __atomic_load_n(&region->latch[offset], __ATOMIC_ACQUIRE);
+            if (word & AIOKVM_LATCHED) {
+                *data = (uint8_t)word;
+                result = AIOKVM_DONE;
+            }
+        }
     }
     pthread_rwlock_unlock(&machine->lock);
-    return claimed;
+    return result;
+}
+
+void aiokvm_latch_set(uint32_t *latch, unsigned offset, int value)
+{
+    if (offset < AIOKVM_FAST_OFFSETS)
+        __atomic_store_n(&latch[offset], value < 0 ? 0 : AIOKVM_LATCHED | (uint8_t)value, __ATOMIC_RELEASE);
 }
 
 void aiokvm_machine_tell(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcpu)
@@ -109,18 +166,12 @@ void aiokvm_machine_tell(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcp
         vcpu->next = head;
     while (!atomic_compare_exchange_weak(&machine->pending, &head, vcpu));
     /* Whoever pushed onto an empty stack rang; the loop takes all that has come since. */
-    if (!head) {
-        uint64_t one = 1;
-        ssize_t written = write(machine->doorbell, &one, sizeof(one));
-        (void)written; /* an eventfd refuses only when it is about to overflow, and then it has been rung */
-    }
+    if (!head)
+        ring_doorbell(machine);
 }
 
 static void take_pending(struct aiokvm_machine *machine)
 {
-    uint64_t rung;
-    ssize_t got = read(machine->doorbell, &rung, sizeof(rung));
-    (void)got; /* EAGAIN: not rung */
     struct aiokvm_vcpu *newest = atomic_exchange(&machine->pending, NULL);
     struct aiokvm_vcpu *oldest = NULL;
     while (newest) {
@@ -130,17 +181,50 @@ static void take_pending(struct aiokvm_machine *machine)
         newest = next;
     }
     machine->taken = oldest;
+    /* A vCPU posts before it asks: what these ask is answered after what had been posted by then. */
+    machine->taken_after = atomic_load(&machine->post_head);
+}
+
+/* Posted writes, runs of bytes to one offset as one; returns how many news that made. */
+static size_t take_posts(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max)
+{
+    uint32_t tail = atomic_load(&machine->post_tail), head = atomic_load(&machine->post_head);
+    size_t count = 0, bytes = 0;
+    for (; tail != head; tail++) {
+        struct aiokvm_post post = machine->posts[tail % AIOKVM_POSTS];
+        struct aiokvm_news *last = count ? &news[count - 1] : NULL;
+        if (!last || last->region != post.region || last->offset != post.offset || last->bus != post.bus) {
+            if (count == max)
+                break;
+            last = &news[count++];
+            *last = (struct aiokvm_news){ .state = AIOKVM_POSTED, .region = post.region, .offset = post.offset,
+                                          .value = bytes, .size = 1, .is_write = 1, .bus = post.bus };
+        }
+        machine->posted_bytes[bytes++] = post.value;
+        last->count++;
+    }
+    atomic_store(&machine->post_tail, tail);
+    return count;
+}
+
+const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine)
+{
+    return machine->posted_bytes;
 }
 
 int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max)
 {
     if (!machine->alive)
         return -EOWNERDEAD;
-    size_t count = 0;
+    uint64_t rung;
+    ssize_t got = read(machine->doorbell, &rung, sizeof(rung));
+    (void)got; /* EAGAIN: not rung */
     /* What an earlier call left over goes first: no vCPU overtakes another for ever. */
     if (!machine->taken)
         take_pending(machine);
-    while (count < max && machine->taken) {
+    size_t count = take_posts(machine, news, max);
+    bool posts_first = (int32_t)(atomic_load(&machine->post_tail) - machine->taken_after) < 0;
+    while (count < max && machine->taken && !posts_first) {
         struct aiokvm_vcpu *vcpu = machine->taken;
         machine->taken = vcpu->next;
         /* Cleared before the state is read: news from here on pushes the vCPU again. */
@@ -148,5 +232,9 @@ int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news
         if (aiokvm_vcpu_news(vcpu, &news[count]))
             count++;
     }
+    /* The rest comes when the loop has looked at its other descriptors. A post whose vCPU saw the ring not
+     * yet empty, and did not ring, is seen here: the tail was written before the head is read again. */
+    if (machine->taken || atomic_load(&machine->post_head) != atomic_load(&machine->post_tail))
+        ring_doorbell(machine);
     return (int)count;
 }

@@ -13,11 +13,22 @@
 
 enum { AIOKVM_BUS_PIO, AIOKVM_BUS_MMIO, AIOKVM_BUSES };
 
-/* A claimed range of addresses. Ranges of a bus do not overlap; ids are the loop side's. */
+/* The offsets, in bytes, that may be posted or latched: the registers of a small device. */
+enum { AIOKVM_FAST_OFFSETS = 8 };
+/* Of a latch's word: the low byte is what a read gives. */
+#define AIOKVM_LATCHED 0x100u
+
+/* A claimed range of addresses. Ranges of a bus do not overlap; ids are the loop side's.
+ *
+ * posted has a bit for each of the first offsets: a byte that the guest writes there is queued for the loop,
+ * and the vCPU runs on. latch, if there is one, has a word for each of them: a byte that the guest reads
+ * there comes from it, without the loop, while AIOKVM_LATCHED is set. */
 struct aiokvm_region {
     uint64_t base;
     uint64_t size;
     uint32_t id;
+    uint32_t posted;
+    uint32_t *latch;
 };
 
 /* What a vCPU is doing. */
@@ -30,9 +41,14 @@ enum {
     AIOKVM_VCPU_STOPPED, /* the thread has ended */
 };
 
+/* In news, in the place of a state: bytes that were written to a posted offset, in the guest's order. */
+enum { AIOKVM_POSTED = 0x100 };
+
 /* What one vCPU has to tell: its new state and, for an exit, what the guest did.
  * reason is KVM's exit_reason and error the errno of a KVM_RUN that failed (0: it did not). region, offset,
- * size (bytes), count, is_write and value (of a write with count 1) belong to KVM_EXIT_IO and KVM_EXIT_MMIO. */
+ * size (bytes), count, is_write and value (of a write with count 1) belong to KVM_EXIT_IO and KVM_EXIT_MMIO.
+ * AIOKVM_POSTED has no vCPU: bus, region and offset were written, count bytes from the machine's
+ * posted_bytes + value on, which stay until the next call. */
 struct aiokvm_news {
     uint32_t vcpu;
     uint32_t state;
@@ -45,6 +61,7 @@ struct aiokvm_news {
     uint32_t size;
     uint32_t count;
     uint32_t is_write;
+    uint32_t bus;
 };
 
 struct aiokvm_vcpu;
@@ -53,6 +70,17 @@ struct aiokvm_table {
     struct aiokvm_region *regions; /* sorted by base */
     size_t count;
 };
+
+/* A posted write. */
+struct aiokvm_post {
+    uint32_t region;
+    uint8_t bus;
+    uint8_t offset;
+    uint8_t value;
+};
+
+/* A power of two. What a guest can write while the loop is busy elsewhere; then it waits for the loop. */
+enum { AIOKVM_POSTS = 4096 };
 
 struct aiokvm_machine {
     /* 1 as long as this is the process that made the machine: a fork wipes the page (MADV_WIPEONFORK),
@@ -63,6 +91,14 @@ struct aiokvm_machine {
     struct aiokvm_table tables[AIOKVM_BUSES];
     _Atomic(struct aiokvm_vcpu *) pending; /* stack of vCPUs with news: pushed by vCPUs, taken whole by the loop */
     struct aiokvm_vcpu *taken;             /* the loop's: taken from pending, oldest first, not yet handed on */
+    uint32_t taken_after;                  /* the loop's: posts before this one go first */
+
+    /* The ring of posted writes. One for all vCPUs: what the guest has ordered among them stays ordered. */
+    pthread_mutex_t post_lock;    /* vCPUs among themselves */
+    _Atomic uint32_t post_head;   /* the next to be written; vCPUs' */
+    _Atomic uint32_t post_tail;   /* the next to be read; the loop's */
+    struct aiokvm_post posts[AIOKVM_POSTS];
+    uint8_t posted_bytes[AIOKVM_POSTS]; /* the loop's */
 };
 
 /* Returns NULL and sets *error (an errno). */
@@ -75,13 +111,24 @@ int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 /* Replaces the claimed ranges of a bus; they must be sorted by base. */
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
-/* The loop: empties the doorbell and writes the news of at most max vCPUs, oldest first; returns how many.
- * A full array may mean that there are more: call again. */
+/* The loop: empties the doorbell and writes at most max news, oldest first; returns how many. If there are
+ * more, the doorbell is rung again. */
 int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max);
 
-/* A vCPU: the claimed range at an address; false if there is none. */
-bool aiokvm_machine_find(struct aiokvm_machine *machine, unsigned bus, uint64_t address,
-                         struct aiokvm_region *found);
+/* The loop: what AIOKVM_POSTED news point into. */
+const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);
+/* The loop: what the guest reads at an offset of a latch from now on; below 0: it asks the loop. */
+void aiokvm_latch_set(uint32_t *latch, unsigned offset, int value);
+
+/* A vCPU: an access of size bytes, count times, to data. */
+enum aiokvm_access {
+    AIOKVM_UNCLAIMED, /* nothing is there */
+    AIOKVM_DONE,      /* it was posted, or answered by the latch */
+    AIOKVM_ASK,       /* *found is for the loop */
+};
+enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigned bus, uint64_t address,
+                                         bool is_write, size_t size, size_t count, uint8_t *data,
+                                         struct aiokvm_region *found);
 /* A vCPU: it has news. */
 void aiokvm_machine_tell(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcpu);
 

@@ -111,39 +111,44 @@ static bool ask_loop(struct aiokvm_vcpu *vcpu)
     }
 }
 
-static void count(_Atomic uint64_t *counter)
+static void add_one(_Atomic uint64_t *counter)
 {
     /* One writer each: readers may see it late, but never torn. */
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
 }
 
 /* A port or memory access; false if the thread is to stop. */
-static bool access_bus(struct aiokvm_vcpu *vcpu, unsigned bus, uint64_t address, bool is_write, size_t bytes)
+static bool access_bus(struct aiokvm_vcpu *vcpu, unsigned bus, uint64_t address, bool is_write, size_t size,
+                       size_t count)
 {
     struct aiokvm_region region;
-    if (!aiokvm_machine_find(vcpu->machine, bus, address, &region)) {
+    switch (aiokvm_machine_access(vcpu->machine, bus, address, is_write, size, count, io_data(vcpu), &region)) {
+    case AIOKVM_DONE:
+        return true;
+    case AIOKVM_UNCLAIMED:
         /* Nothing drives the data lines: a PC's pull-ups read as ones. */
         if (!is_write)
-            memset(io_data(vcpu), 0xff, bytes);
-        count(&vcpu->unclaimed);
+            memset(io_data(vcpu), 0xff, size * count);
+        add_one(&vcpu->unclaimed);
         return true;
+    default:
+        vcpu->region = region.id;
+        vcpu->offset = address - region.base;
+        return ask_loop(vcpu);
     }
-    vcpu->region = region.id;
-    vcpu->offset = address - region.base;
-    return ask_loop(vcpu);
 }
 
 static bool handle_exit(struct aiokvm_vcpu *vcpu, int error)
 {
     struct kvm_run *run = vcpu->run;
-    count(&vcpu->exits);
+    add_one(&vcpu->exits);
     vcpu->error = error;
     vcpu->incomplete = !error;
     if (!error && run->exit_reason == KVM_EXIT_IO)
         return access_bus(vcpu, AIOKVM_BUS_PIO, run->io.port, run->io.direction == KVM_EXIT_IO_OUT,
-                          (size_t)run->io.size * run->io.count);
+                          run->io.size, run->io.count);
     if (!error && run->exit_reason == KVM_EXIT_MMIO)
-        return access_bus(vcpu, AIOKVM_BUS_MMIO, run->mmio.phys_addr, run->mmio.is_write, run->mmio.len);
+        return access_bus(vcpu, AIOKVM_BUS_MMIO, run->mmio.phys_addr, run->mmio.is_write, run->mmio.len, 1);
     return ask_loop(vcpu);
 }
 
@@ -154,7 +159,7 @@ static bool run_once(struct aiokvm_vcpu *vcpu)
     if (result == -EINTR || result == -EAGAIN) {
         /* EAGAIN: kicked while it waited for its INIT or SIPI. Either way KVM finished the last exit first. */
         vcpu->incomplete = false;
-        count(&vcpu->kicks);
+        add_one(&vcpu->kicks);
         return true;
     }
     return handle_exit(vcpu, result < 0 ? (int)-result : 0);
@@ -384,10 +389,12 @@ bool aiokvm_vcpu_news(struct aiokvm_vcpu *vcpu, struct aiokvm_news *news)
     if (vcpu->error)
         return true;
     if (run->exit_reason == KVM_EXIT_IO) {
+        news->bus = AIOKVM_BUS_PIO;
         news->size = run->io.size;
         news->count = run->io.count;
         news->is_write = run->io.direction == KVM_EXIT_IO_OUT;
     } else if (run->exit_reason == KVM_EXIT_MMIO) {
+        news->bus = AIOKVM_BUS_MMIO;
         news->size = run->mmio.len;
         news->count = 1;
         news->is_write = run->mmio.is_write;

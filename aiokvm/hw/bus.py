@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from aiokvm.errors import DeviceError
 
@@ -33,6 +33,24 @@ class BusDevice(Protocol):
 
     def reset(self) -> None:
         """Return to the state after a system reset."""
+
+
+@runtime_checkable
+class PostedWrites(BusDevice, Protocol):
+    """A :class:`BusDevice` with byte registers that the vCPU does not have to wait for.
+
+    ``posted_offsets``, below 8: a byte written there is queued and the vCPU runs on; the device gets it
+    before any later access to it that does reach it. What the guest reads at a latched offset comes from the
+    latch.
+    """
+
+    posted_offsets: ClassVar[tuple[int, ...]]
+
+    def write_posted(self, offset: int, data: bytes) -> None:
+        """Take bytes that the guest wrote one after the other at one of ``posted_offsets``."""
+
+    def connect_latch(self, latch: Callable[[int, int | None], None]) -> None:
+        """Take what sets the byte that reads at an offset below 8 give; None makes them reach the device."""
 
 
 class ByteRegisters(ABC):

@@ -109,6 +109,8 @@ class Serial(ByteRegisters):
     """
 
     registers = SERIAL_SIZE
+    # A guest that prints writes THR and reads LSR for every character: neither has to wait for the loop.
+    posted_offsets = (UART_TX,)
 
     def __init__(
         self,
@@ -121,8 +123,23 @@ class Serial(ByteRegisters):
         self._on_room = on_room
         self._refused = False
         self._fifo: deque[int] = deque()
+        self._latch: Callable[[int, int | None], None] = lambda _offset, _value: None
+        self._latched: int | None = None
         self._modem = UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD
         self.reset()
+
+    def write_posted(self, offset: int, data: bytes) -> None:
+        """Take bytes written to THR (or DLL) one after the other, as :class:`PostedWrites` has it."""
+        if self._lcr & UART_LCR_DLAB or self._mcr & UART_MCR_LOOP:
+            for byte in data:
+                self.write_byte(offset, byte)
+        else:
+            self._send(data)
+
+    def connect_latch(self, latch: Callable[[int, int | None], None]) -> None:
+        """Take the latch that answers reads of the LSR, as :class:`PostedWrites` has it."""
+        self._latch = latch
+        latch(UART_LSR, self._latched)
 
     def reset(self) -> None:
         """Return to what firmware leaves behind; the modem inputs stay, they are the other side's."""
@@ -287,13 +304,20 @@ class Serial(ByteRegisters):
         return byte
 
     def _write_thr(self, value: int) -> None:
+        if self._mcr & UART_MCR_LOOP:
+            self._thre_pending = False
+            self._update_irq()
+            self._push(value & self._word_mask)
+            self._thre_pending = True
+            self._update_irq()
+        else:
+            self._send(bytes((value,)))
+
+    def _send(self, data: bytes) -> None:
         self._thre_pending = False
         self._update_irq()
-        byte = value & self._word_mask
-        if self._mcr & UART_MCR_LOOP:
-            self._push(byte)
-        else:
-            self._transmit(bytes((byte,)))
+        mask = self._word_mask
+        self._transmit(data if mask == 0xFF else bytes(byte & mask for byte in data))
         self._thre_pending = True
         self._update_irq()
 
@@ -324,6 +348,13 @@ class Serial(ByteRegisters):
         return interrupt | UART_IIR_FIFO_ENABLED if self._fcr & UART_FCR_ENABLE_FIFO else interrupt
 
     def _read_lsr(self) -> int:
+        value = self._lsr()
+        if self._lsr_errors:
+            self._lsr_errors = 0
+            self._update_irq()
+        return value
+
+    def _lsr(self) -> int:
         value = UART_LSR_THRE | UART_LSR_TEMT | self._lsr_errors
         if self._fifo:
             value |= UART_LSR_DR
@@ -331,9 +362,6 @@ class Serial(ByteRegisters):
             self._lsr_errors & _CHARACTER_ERRORS or any(entry > 0xFF for entry in self._fifo)
         ):
             value |= UART_LSR_FIFOE
-        if self._lsr_errors:
-            self._lsr_errors = 0
-            self._update_irq()
         return value
 
     def _read_msr(self) -> int:
@@ -375,3 +403,8 @@ class Serial(ByteRegisters):
         # A PC drives the line through the OUT2 pin, which loopback forces off like all modem outputs.
         gate = self._mcr & (UART_MCR_OUT2 | UART_MCR_LOOP) == UART_MCR_OUT2
         self._irq.set(gate and self._interrupt() != UART_IIR_NO_INT)
+        # Reading errors clears them, and in loopback a write changes what is read: the device must see both.
+        latched = None if self._lsr_errors or self._mcr & UART_MCR_LOOP else self._lsr()
+        if latched != self._latched:
+            self._latched = latched
+            self._latch(UART_LSR, latched)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, StateError
-from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus
+from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
 from aiokvm.kvm import KvmExit
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # As plain integers: an enum's members cost a look-up each, on every exit.
 _KVM_EXIT_IO = int(KvmExit.KVM_EXIT_IO)
 _KVM_EXIT_MMIO = int(KvmExit.KVM_EXIT_MMIO)
+
+_LATCH = f"uint32_t[{lib.AIOKVM_FAST_OFFSETS}]"
 
 # How many exits are answered before the loop gets to look at its other descriptors.
 BATCH = 32
@@ -60,6 +62,16 @@ def check(result: int, what: str) -> int:
 _EOWNERDEAD = 130
 
 
+class _Latch:
+    """What reads of a device's first offsets give without the loop."""
+
+    def __init__(self, words: Pointer) -> None:
+        self._words = words
+
+    def __call__(self, offset: int, value: int | None) -> None:
+        lib.aiokvm_latch_set(self._words, offset, -1 if value is None else value)
+
+
 class Exits:
     """The exits of one machine.
 
@@ -75,6 +87,8 @@ class Exits:
         self.pio = Bus(PIO_LIMIT)
         self.mmio = Bus(MMIO_LIMIT)
         self._devices: dict[tuple[int, int], BusDevice] = {}
+        # What the vCPU threads read belongs to cffi objects: they must live as long as the machine.
+        self._latches: dict[PostedWrites, Pointer] = {}
         self._vcpus: Sequence[Pointer] = ()
         self._listener = listener
         self._loop = loop
@@ -90,8 +104,13 @@ class Exits:
             regions: list[Region] = list(bus)
             table = ffi.new("struct aiokvm_region[]", len(regions))
             for entry, region in zip(table, regions, strict=True):
+                device = region.device
                 entry.base, entry.size, entry.id = region.base, region.size, region.id
-                self._devices[number, region.id] = region.device
+                if isinstance(device, PostedWrites):
+                    entry.posted = sum(1 << offset for offset in device.posted_offsets)
+                    entry.latch = self._latches.setdefault(device, ffi.new(_LATCH))
+                    device.connect_latch(_Latch(entry.latch))
+                self._devices[number, region.id] = device
             check(lib.aiokvm_machine_publish(self.core, number, table, len(regions)), "publishing the bus")
 
     def serve(self, vcpus: Sequence[Pointer]) -> None:
@@ -115,13 +134,12 @@ class Exits:
             state = item.state
             if state == lib.AIOKVM_VCPU_EXIT:
                 self._on_exit(item)
+            elif state == lib.AIOKVM_POSTED:
+                self._on_posted(item)
             elif state == lib.AIOKVM_VCPU_PARKED:
                 self._listener.on_parked(item.vcpu)
             elif state == lib.AIOKVM_VCPU_STOPPED:
                 self._listener.on_stopped(item.vcpu)
-        if count == BATCH:
-            # There may be more, and the doorbell is silent by now; other work of the loop goes first.
-            self._loop.call_soon(self._take)
 
     def _on_exit(self, item: Pointer) -> None:
         vcpu = self._vcpus[item.vcpu]
@@ -130,8 +148,7 @@ class Exits:
             self._listener.on_exit(item.vcpu, reason, error)
             lib.aiokvm_vcpu_skip(vcpu, seq)
             return
-        bus = lib.AIOKVM_BUS_PIO if reason == _KVM_EXIT_IO else lib.AIOKVM_BUS_MMIO
-        device = self._devices.get((bus, item.region))
+        device = self._devices.get((item.bus, item.region))
         offset, size = item.offset, item.size
         ones = (1 << 8 * size) - 1
         if device is None:
@@ -152,6 +169,17 @@ class Exits:
             except Exception:
                 self._failed(device, "read", offset, size)
             lib.aiokvm_vcpu_reply(vcpu, seq, value)
+
+    def _on_posted(self, item: Pointer) -> None:
+        device = self._devices.get((item.bus, item.region))
+        if not isinstance(device, PostedWrites):
+            return  # detached meanwhile
+        first, count, offset = item.value, item.count, item.offset
+        data = ffi.buffer(lib.aiokvm_machine_posted(self.core) + first, count)
+        try:
+            device.write_posted(offset, bytes(data))
+        except Exception:
+            self._failed(device, "posted write", offset, count)
 
     def _string(self, device: BusDevice, vcpu: Pointer, item: Pointer) -> None:
         """Rep ins or outs: count accesses to one address."""

@@ -1,0 +1,202 @@
+"""Debian packages by name, through apt with a state of its own.
+
+apt reads the machine's sources and trusts the machine's keys; its indexes and downloads lie in a directory of
+ours, one for each architecture, so nothing of the machine changes and no privilege is needed. An index that
+is not signed by a trusted key is refused by apt itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+from aiokvm.errors import ImageError
+from aiokvm.images.cache import sha256_file
+from aiokvm.images.process import child, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INDEX_MAX_AGE_S = 24 * 3600
+_CONFIG = Path(__file__).with_name("apt.conf")
+_PROGRESS = re.compile(rb"dlstatus:\d+:([0-9.]+):")
+# No package of interest has a file near it: a damaged archive shall not fill the memory.
+_MEMBER_MAX_BYTES = 256 << 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package version as the signed index describes it; ``size`` in bytes, ``sha256`` in hexadecimal."""
+
+    name: str
+    version: str
+    size: int
+    sha256: str
+    depends: str
+
+
+class Apt:
+    """apt for one architecture (``amd64``, ``i386``) with its state under ``root``."""
+
+    def __init__(self, root: Path, architecture: str) -> None:
+        self.architecture = architecture
+        self._root = root / "apt" / architecture
+
+    async def update(self, *, force: bool) -> bool:
+        """Fetch the indexes if they are older than a day, or anyway with ``force``; tell whether it was done.
+
+        As in apt itself, an index that cannot be fetched is left out, with a warning.
+        """
+        stamp = self._root / "updated"
+        if not force and _age_s(stamp) < INDEX_MAX_AGE_S:
+            return False
+        self._make_state()
+        try:
+            await run(self._command("apt-get", "-qq", "update"))
+        except ImageError as error:
+            _log.warning("some package indexes could not be fetched: %s", str(error).splitlines()[0])
+        else:
+            stamp.touch()
+        return True
+
+    async def show(self, name: str, version: str | None = None) -> Package:
+        """Look a package up: the version that apt would install, or the one given.
+
+        Raises ``ImageError`` if the machine's sources do not have it.
+        """
+        wanted = f"{name}={version}" if version else name
+        try:
+            text = await run(self._command("apt-cache", "show", "--no-all-versions", wanted))
+            return parse_package(text.decode())
+        except ImageError as error:
+            raise ImageError(
+                f"the package sources of this machine have no {wanted} for {self.architecture} ({error}); "
+                "check the network and the files in /etc/apt"
+            ) from error
+
+    async def download(self, package: Package, folder: Path, progress: Callable[[int], None]) -> Path:
+        """Fetch the .deb into the empty ``folder`` and verify it; ``progress`` is told the bytes so far.
+
+        Raises ``ImageError`` if it cannot be fetched or is not what the index says.
+        """
+
+        def line(text: bytes) -> None:
+            if match := _PROGRESS.match(text):
+                progress(round(float(match[1]) / 100 * package.size))
+
+        wanted = f"{package.name}={package.version}"
+        await run(
+            self._command("apt-get", "-qq", "-o", "APT::Status-Fd=1", "download", wanted),
+            cwd=folder,
+            line=line,
+        )
+        deb = await anyio.to_thread.run_sync(verify, folder, package)
+        progress(package.size)
+        return deb
+
+    def _make_state(self) -> None:
+        for folder in ("lists/partial", "archives/partial"):
+            (self._root / folder).mkdir(parents=True, exist_ok=True)
+        (self._root / "status").touch()
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        options = {
+            "APT::Architecture": self.architecture,
+            "APT::Architectures::": self.architecture,
+            "Dir::State": self._root,
+            "Dir::State::lists": self._root / "lists",
+            "Dir::State::status": self._root / "status",
+            "Dir::State::extended_states": self._root / "extended_states",
+            "Dir::Cache": self._root,
+            "Dir::Cache::archives": self._root / "archives",
+            # Binary caches save no time for a handful of look-ups, and are larger than the indexes.
+            "Dir::Cache::pkgcache": "",
+            "Dir::Cache::srcpkgcache": "",
+        }
+        flags = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        return [program, "-c", str(_CONFIG), *flags, *arguments]
+
+
+def parse_package(text: str) -> Package:
+    """Parse the first stanza that ``apt-cache show`` printed; ``ImageError`` if it lacks what is needed."""
+    stanza = text.strip().split("\n\n")[0]
+    fields = dict(re.findall(r"^([A-Za-z0-9-]+): *(.*)$", stanza, re.MULTILINE))
+    try:
+        return Package(
+            fields["Package"],
+            fields["Version"],
+            int(fields["Size"]),
+            fields["SHA256"].lower(),
+            fields.get("Depends", ""),
+        )
+    except (KeyError, ValueError) as error:
+        raise ImageError(f"the package index entry has no usable {error}") from None
+
+
+def kernel_dependency(package: Package) -> tuple[str, str]:
+    """Return name and version of the kernel that a meta package such as linux-image-amd64 stands for."""
+    match = re.search(r"(?:^|[ ,])(linux-image-[a-z0-9.+-]+) \(= ([^)\s]+)\)", package.depends)
+    if match is None:
+        raise ImageError(f"{package.name} {package.version} depends on no kernel: {package.depends!r}")
+    return match[1], match[2]
+
+
+def verify(folder: Path, package: Package) -> Path:
+    """Return the .deb in a folder; ``ImageError`` unless it is the one that the index describes."""
+    files = list(folder.glob("*.deb"))
+    if len(files) != 1:
+        raise ImageError(
+            f"downloading {package.name} {package.version} left {len(files)} packages instead of one"
+        )
+    digest = sha256_file(files[0])
+    if digest != package.sha256:
+        raise ImageError(
+            f"{package.name} {package.version}: the package's SHA-256 is {digest}, the signed index says "
+            f"{package.sha256}; it was damaged or changed on its way: try again"
+        )
+    return files[0]
+
+
+async def unpack(deb: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Return the regular files of a .deb whose path (without a leading ``./``) is wanted."""
+    with (deb.parent / "files.tar").open("w+b") as tar:
+        async with child(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=tar) as process:
+            if status := await process.wait():
+                raise ImageError(f"dpkg-deb cannot unpack {deb.name}: it failed with status {status}")
+        tar.seek(0)
+        return await anyio.to_thread.run_sync(pick, tar, wanted)
+
+
+def pick(tar: IO[bytes], wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Read the wanted regular files out of a tar archive; ``ImageError`` if it is damaged."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=tar, mode="r:") as archive:
+            for member in archive:
+                name = member.name.removeprefix("./")
+                if not member.isfile() or not wanted(name):
+                    continue
+                if member.size > _MEMBER_MAX_BYTES:
+                    raise ImageError(f"{name} in the package claims {member.size} bytes")
+                stream = archive.extractfile(member)
+                found[name] = stream.read() if stream else b""
+    except tarfile.TarError as error:
+        raise ImageError(f"the package's archive is damaged: {error}") from error
+    return found
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return abs(time.time() - path.stat().st_mtime)
+    except OSError:
+        return float("inf")

@@ -1,0 +1,89 @@
+"""Child processes that end with the call that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from contextlib import asynccontextmanager
+from typing import IO, TYPE_CHECKING
+
+import anyio
+
+from aiokvm.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from pathlib import Path
+
+    from anyio.abc import Process
+
+PACKAGES = {"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg"}
+"""Debian's package of a program where the two differ in name."""
+
+_STDERR_BYTES = 1000  # what of a failed program's complaints an error message shows: the end of them
+
+
+@asynccontextmanager
+async def child(
+    argv: Sequence[str],
+    *,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    stderr: int | IO[bytes] = subprocess.DEVNULL,
+    cwd: Path | None = None,
+) -> AsyncIterator[Process]:
+    """Run a program; if it still runs when the block is left, kill it and all that it started.
+
+    Its language is C, so that messages can be read. Raises ``ImageError`` if the program is missing.
+    """
+    try:
+        process = await anyio.open_process(
+            argv,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=cwd,
+            env=os.environ | {"LC_ALL": "C"},
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        package = PACKAGES.get(argv[0], argv[0])
+        raise ImageError(f"the program {argv[0]} is missing: install the Debian package {package}") from None
+    try:
+        yield process
+    finally:
+        with anyio.CancelScope(shield=True):
+            # Only before it is reaped is the process group certain to be the child's.
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.aclose()
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    cwd: Path | None = None,
+    line: Callable[[bytes], None] | None = None,
+) -> bytes:
+    """Run a program to its end and return its standard output; ``line`` sees each line as it comes.
+
+    Raises ``ImageError`` with the end of its standard error if it fails or is missing.
+    """
+    with tempfile.TemporaryFile() as stderr:
+        async with child(argv, stdin=stdin, stderr=stderr, cwd=cwd) as process:
+            assert process.stdout is not None
+            output, seen = bytearray(), 0
+            async for chunk in process.stdout:
+                output += chunk
+                while line and (end := output.find(b"\n", seen)) >= 0:
+                    line(bytes(output[seen:end]))
+                    seen = end + 1
+            status = await process.wait()
+        if status:
+            stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))
+            complaint = stderr.read().decode(errors="replace").strip()
+            raise ImageError(f"{argv[0]} failed with status {status}: {complaint or 'it gave no reason'}")
+    return bytes(output)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiokvm.errors import ImageError
+from aiokvm.images.debian import Package, kernel_dependency, parse_package, pick, verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STANZA = """\
+Package: linux-image-cloud-amd64
+Version: 6.1.9-1
+Depends: linux-image-6.1.0-5-cloud-amd64 (= 6.1.9-1), other (>= 1)
+Description: Linux
+ Size: 7 is not a field here
+Size: 1504
+SHA256: 00BE
+
+Package: next
+Version: 1
+"""
+
+
+def package(depends: str = "", sha256: str = "") -> Package:
+    return Package("p", "1", 1, sha256, depends)
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def test_first_stanza_is_parsed() -> None:
+    depends = "linux-image-6.1.0-5-cloud-amd64 (= 6.1.9-1), other (>= 1)"
+    assert parse_package(STANZA) == Package("linux-image-cloud-amd64", "6.1.9-1", 1504, "00be", depends)
+
+
+@pytest.mark.parametrize("without", ["Package", "Version", "Size", "SHA256"])
+def test_stanza_without_a_field_is_refused(without: str) -> None:
+    with pytest.raises(ImageError, match=without):
+        parse_package(STANZA.split("\n\n")[0].replace(f"{without}:", "X:"))
+
+
+@given(st.text())
+def test_any_text_is_a_package_or_a_typed_error(text: str) -> None:
+    with pytest.raises(ImageError):
+        parse_package(text)
+
+
+@pytest.mark.parametrize(
+    ("depends", "kernel"),
+    [
+        ("linux-image-6.1.0-5-686-pae (= 6.1.9-1)", ("linux-image-6.1.0-5-686-pae", "6.1.9-1")),
+        (
+            "linux-base (>= 4), linux-image-6.12+deb13-amd64 (= 6.12~1)",
+            ("linux-image-6.12+deb13-amd64", "6.12~1"),
+        ),
+    ],
+)
+def test_kernel_of_a_meta_package(depends: str, kernel: tuple[str, str]) -> None:
+    assert kernel_dependency(package(depends)) == kernel
+
+
+@pytest.mark.parametrize(
+    "depends", ["", "libc6 (>= 2)", "linux-image-6.1", "old-linux-image-6 (= 1)", "linux-image-6 (= )"]
+)
+def test_meta_package_without_kernel_is_refused(depends: str) -> None:
+    with pytest.raises(ImageError, match="p 1 depends on no kernel"):
+        kernel_dependency(package(depends))
+
+
+def test_package_is_verified(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="left 0 packages instead of one"):
+        verify(tmp_path, package())
+    (tmp_path / "p.deb").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert verify(tmp_path, package(sha256=digest)) == tmp_path / "p.deb"
+    with pytest.raises(ImageError, match=f"SHA-256 is {digest}, the signed index says 1234"):
+        verify(tmp_path, package(sha256="1234"))
+
+
+def test_pick_takes_regular_files_that_are_wanted() -> None:
+    data = tar({"./boot/vmlinuz-6": b"kernel", "./boot/config": b"c", "lib/x": b"x"})
+    assert pick(io.BytesIO(data), lambda name: name in ("boot/vmlinuz-6", "lib/x")) == {
+        "boot/vmlinuz-6": b"kernel",
+        "lib/x": b"x",
+    }
+
+
+def test_file_that_claims_to_be_huge_is_refused() -> None:
+    member = tarfile.TarInfo("boot/vmlinuz-6")
+    member.size = 1 << 40
+    with pytest.raises(ImageError, match="boot/vmlinuz-6 in the package claims 1099511627776 bytes"):
+        pick(io.BytesIO(member.tobuf() + bytes(1024)), lambda _: True)
+
+
+@given(st.data())
+def test_damaged_tar_is_a_typed_error_or_less_than_there_was(data: st.DataObject) -> None:
+    content = bytearray(tar({"a": b"1" * 600, "b": b"2" * 600}))
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, 3 * 512))] = data.draw(st.integers(0, 255))
+    try:
+        found = pick(io.BytesIO(content), lambda _: True)
+    except ImageError:
+        return
+    assert sum(map(len, found.values())) <= len(content)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import anyio
+import pytest
+
+from aiokvm import images, lab
+from aiokvm.errors import ConfigError, LabError
+
+pytestmark = pytest.mark.anyio
+
+no_lab = pytest.mark.skipif(
+    "LAB" in os.environ or bool(lab.needed()), reason="in the lab, or lacks its packages"
+)
+
+
+def ignore(_: bytes) -> None:
+    pass
+
+
+def emulators() -> list[str]:
+    """Return the names of this process's children that are a QEMU."""
+    pids = [
+        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    ]
+    names = [Path(f"/proc/{pid}/comm").read_text() for pid in pids]
+    return [name for name in names if "qemu" in name]
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the kernel, so that only a QEMU of the test's own is started."""
+
+    async def pull(name: str, *, progress: object = None) -> Path:
+        path = tmp_path / name
+        path.write_bytes(b"")
+        return path
+
+    monkeypatch.setattr(images, "pull", pull)
+
+
+def fake_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Make a QEMU of shell: ``$console`` and ``$status`` are its files."""
+    program = tmp_path / "qemu"
+    cases = "*id=console,*) console=${word#*path=};; *id=status,*) status=${word#*path=};;"
+    program.write_text(f"#!/bin/sh\nfor word; do case $word in {cases} esac; done\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("AIOKVM_QEMU", str(program))
+
+
+@pytest.mark.lab
+@no_lab
+async def test_command_runs_in_a_machine_with_kvm(tmp_path: Path) -> None:
+    kept, lost = tmp_path / "kept, here", tmp_path / "lost"
+    kept.mkdir()
+    lost.mkdir()
+    script = 'printf "\\r\\n\\377"; echo hi >&2; test -c /dev/kvm && test "$LAB$x" = "1it\'s" || exit 9; '
+    script += f'pwd; echo a > "{kept}/file"; echo b > "{lost}/file"; exit 200'
+    got = bytearray()
+    config = lab.LabConfig(
+        memory_bytes=1 << 30, timeout=180, writable=(kept,), workdir=tmp_path, env={"x": "it's"}
+    )
+    status = await lab.run(["sh", "-c", script], config, output=got.extend)
+    assert got == b"\r\n\xffhi\n" + os.fsencode(tmp_path) + b"\n"
+    assert status == 200
+    assert (kept / "file").read_text() == "a\n"
+    assert list(lost.iterdir()) == []
+
+
+@pytest.mark.lab
+@no_lab
+async def test_cancelling_ends_the_machine() -> None:
+    with anyio.fail_after(180), anyio.CancelScope() as scope:
+
+        def output(_: bytes) -> None:
+            scope.cancel()
+
+        await lab.run(
+            ["sh", "-c", "echo ready; sleep 1000"], lab.LabConfig(memory_bytes=1 << 30), output=output
+        )
+    assert scope.cancelled_caught
+    assert emulators() == []
+
+
+async def test_output_may_be_awaited(cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_qemu(tmp_path, monkeypatch, "printf out; echo 7 >$status")
+    got = bytearray()
+
+    async def output(data: bytes) -> None:
+        await anyio.lowlevel.checkpoint()
+        got.extend(data)
+
+    assert await lab.run(["true"], output=output) == 7
+    assert got == b"out"
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("seq 30 >$console; echo abort >&2; exit 3", r"died: QEMU ended with status 3 .*:\n16\n(.*\n)*30$"),
+        ("echo abort >&2; kill -9 $$", r"died: QEMU ended with status -9 .*:\nabort$"),
+        ("echo Kernel panic >$console", r"was switched off before the command had ended.*:\nKernel panic$"),
+        ("echo >$status", "was switched off before"),
+        ("echo 0 >$status; exit 1", "died: QEMU ended with status 1"),
+    ],
+)
+async def test_machine_that_dies(
+    script: str, message: str, cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu(tmp_path, monkeypatch, script)
+    with pytest.raises(LabError, match=message):
+        await lab.run(["true"], output=ignore)
+
+
+async def test_timeout_ends_the_machine(
+    cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu(tmp_path, monkeypatch, "sleep 1000 & wait")
+    with pytest.raises(TimeoutError):
+        await lab.run(["true"], lab.LabConfig(timeout=0.3), output=ignore)
+    assert emulators() == []
+
+
+async def test_missing_qemu_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOKVM_QEMU", "/nonexistent/qemu")
+    assert lab.needed() == ["qemu-system-x86"]
+    with pytest.raises(LabError, match="apt-get install qemu-system-x86"):
+        await lab.run(["true"], output=ignore)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lab.LabConfig(cpus=0), "1 CPU at least, not 0"),
+        (lab.LabConfig(memory_bytes=1 << 20), "needs 268435456 bytes of memory at least, not 1048576"),
+        (lab.LabConfig(workdir=Path("/nonexistent")), "/nonexistent is not a directory"),
+        (lab.LabConfig(writable=(Path("/nonexistent"),)), "/nonexistent cannot be writable"),
+        (lab.LabConfig(writable=(Path("/"),)), "the root directory cannot be writable"),
+        (lab.LabConfig(env={"A-B": "c"}), "'A-B' is not a name"),
+    ],
+)
+async def test_configuration_is_checked_first(config: lab.LabConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        await lab.run(["true"], config, output=ignore)
+
+
+async def test_empty_command_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the command has no words"):
+        await lab.run([], output=ignore)
+
+
+def test_init_script_parses() -> None:
+    assert subprocess.run(["sh", "-n", lab.INIT], check=False).returncode == 0
