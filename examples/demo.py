@@ -1,0 +1,115 @@
+"""Check this machine, boot Debian's kernel with two vCPUs, run a few commands in it and turn it off.
+
+Where ring 0 has no hardware the machine runs in the lab, which is slower and otherwise the same.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from rich.console import Console
+from rich.table import Table
+
+from aiokvm import VM, AiokvmError, ExitReason, boot, images, kvm, lab
+from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMANDS = ("uname -a", "nproc", "grep MemTotal /proc/meminfo", "cat /proc/cmdline", "uptime")
+PROMPT = b"/root # "
+TIMEOUT_SECONDS = 120
+HERE = "--here"
+
+console = Console(highlight=False)
+steps: list[tuple[str, float]] = []
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Take the time that a step takes."""
+    begin = time.perf_counter()
+    yield
+    steps.append((what, time.perf_counter() - begin))
+
+
+async def show_until_prompt(vm: VM) -> None:
+    """Copy the guest's console to ours until its shell waits for a command."""
+    with anyio.fail_after(TIMEOUT_SECONDS):
+        seen = b""
+        while not seen.endswith(PROMPT):
+            text = await vm.serial.read()
+            if not text:
+                raise SystemExit(f"the machine ended before its shell: {vm.exit}")
+            console.file.write(text.replace(b"\r", b"").decode(errors="replace"))
+            seen = (seen + text)[-len(PROMPT) :]
+
+
+async def boot_and_show() -> None:
+    """Boot, show the console, run the commands, power off."""
+    linux = boot.Linux(await images.pull("cloud"), await images.pull("initramfs"), "console=ttyS0 panic=-1")
+    with step("create the machine"):
+        vm = await VM.create(boot=linux, cpus=2, memory="512M", name="demo")
+    async with vm:
+        with step("boot to a shell"):
+            await vm.start()
+            await show_until_prompt(vm)
+        for command in COMMANDS:
+            with step(command):
+                await vm.serial.send(command.encode() + b"\n")
+                await show_until_prompt(vm)
+        with step("power button to power off"):
+            end = await vm.stop(timeout=TIMEOUT_SECONDS)
+    console.print(f"\n[bold]the machine ended: {end.reason.value}[/bold]")
+    if end.reason is not ExitReason.SHUTDOWN:
+        raise SystemExit("the guest did not turn itself off")
+
+
+async def in_the_lab() -> int:
+    """Do the same in the lab."""
+
+    def show(data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    return await lab.run([sys.executable, __file__, HERE], output=show)
+
+
+def ring0_has_hardware() -> bool:
+    """Measure it."""
+    try:
+        with kvm.System() as system:
+            return ring0_speed(system) >= HARDWARE_RING0
+    except AiokvmError:
+        return False
+
+
+def main() -> None:
+    """Run the demo, here or in the lab, and print how long each step took."""
+    if HERE not in sys.argv:
+        subprocess.run([Path(sys.executable).with_name("aiokvm"), "doctor"], check=False)
+        console.print("\nfetching Debian's cloud kernel and an initramfs (cached from the first time on)")
+        subprocess.run(
+            [Path(sys.executable).with_name("aiokvm"), "images", "pull", "cloud", "initramfs"], check=True
+        )
+        if not ring0_has_hardware():
+            console.print("ring 0 has no hardware here: the machine runs in the lab\n")
+            raise SystemExit(anyio.run(in_the_lab))
+    try:
+        anyio.run(boot_and_show)
+    except (AiokvmError, TimeoutError) as error:
+        raise SystemExit(f"demo: {error}") from error
+    table = Table("step", "seconds")
+    for what, seconds in steps:
+        table.add_row(what, f"{seconds:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What the README shows works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def programs(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.linux
+def test_the_first_program_runs() -> None:
+    (program,) = programs(ROOT / "README.md")
+    assert len(program.splitlines()) <= 15
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Linux (none) 6." in result.stdout
+    assert "\n2\n" in result.stdout
+    assert "ExitReason.SHUTDOWN" in result.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_programs_compile(document: Path) -> None:
+    for program in programs(document):
+        compile(program, str(document), "exec", flags=0x2000)  # PyCF_ALLOW_TOP_LEVEL_AWAIT
