@@ -1,1 +1,131 @@
-"""."""
+"""The bare KVM API: every request of a monitor, a snapshotter or a debugger, typed, with no policy.
+
+``System().create_vm().create_vcpu(0)`` is the way in. Methods are named after the requests, structures are
+spelled as in linux/kvm.h; flags and numbers stand in ``aiokvm.kvm.constants``. Failures raise KvmError.
+"""
+
+from __future__ import annotations
+
+from aiokvm.kvm.caps import Cap
+from aiokvm.kvm.constants import KvmExit
+from aiokvm.kvm.probe import ring0_speed
+from aiokvm.kvm.rings import DirtyRing
+from aiokvm.kvm.run_state import (
+    DebugExit,
+    ExceptionExit,
+    FailEntry,
+    HypercallExit,
+    InternalError,
+    IoExit,
+    MemoryFault,
+    MmioExit,
+    MsrExit,
+    RunState,
+    SystemEvent,
+    TprAccess,
+)
+from aiokvm.kvm.stats import StatDescriptor, Stats, StatType, StatUnit
+from aiokvm.kvm.structs import (
+    CpuidEntry,
+    DebugRegs,
+    DTable,
+    EventException,
+    EventInterrupt,
+    EventNmi,
+    EventSmi,
+    EventTripleFault,
+    Fpu,
+    MpState,
+    MsrEntry,
+    Regs,
+    Segment,
+    Sregs,
+    Sregs2,
+    TranslateResult,
+    VcpuEvents,
+    X86Mce,
+    Xcr,
+)
+from aiokvm.kvm.system import System
+from aiokvm.kvm.tables import MsrError
+from aiokvm.kvm.vcpu import Vcpu
+from aiokvm.kvm.vm import Device, Vm
+from aiokvm.kvm.vm_structs import (
+    ClockData,
+    CoalescedMmio,
+    DirtyGfn,
+    DirtyLog,
+    IoapicState,
+    IrqRoutingEntry,
+    IrqRoutingHvSint,
+    IrqRoutingIrqchip,
+    IrqRoutingMsi,
+    IrqRoutingXenEvtchn,
+    Msi,
+    MsrFilterRange,
+    PicState,
+    PitChannelState,
+    PitState2,
+)
+
+__all__ = [
+    "Cap",
+    "ClockData",
+    "CoalescedMmio",
+    "CpuidEntry",
+    "DTable",
+    "DebugExit",
+    "DebugRegs",
+    "Device",
+    "DirtyGfn",
+    "DirtyLog",
+    "DirtyRing",
+    "EventException",
+    "EventInterrupt",
+    "EventNmi",
+    "EventSmi",
+    "EventTripleFault",
+    "ExceptionExit",
+    "FailEntry",
+    "Fpu",
+    "HypercallExit",
+    "InternalError",
+    "IoExit",
+    "IoapicState",
+    "IrqRoutingEntry",
+    "IrqRoutingHvSint",
+    "IrqRoutingIrqchip",
+    "IrqRoutingMsi",
+    "IrqRoutingXenEvtchn",
+    "KvmExit",
+    "MemoryFault",
+    "MmioExit",
+    "MpState",
+    "Msi",
+    "MsrEntry",
+    "MsrError",
+    "MsrExit",
+    "MsrFilterRange",
+    "PicState",
+    "PitChannelState",
+    "PitState2",
+    "Regs",
+    "RunState",
+    "Segment",
+    "Sregs",
+    "Sregs2",
+    "StatDescriptor",
+    "StatType",
+    "StatUnit",
+    "Stats",
+    "System",
+    "SystemEvent",
+    "TprAccess",
+    "TranslateResult",
+    "Vcpu",
+    "VcpuEvents",
+    "Vm",
+    "X86Mce",
+    "Xcr",
+    "ring0_speed",
+]
