@@ -232,9 +232,10 @@ int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news
         if (aiokvm_vcpu_news(vcpu, &news[count]))
             count++;
     }
-    /* The rest comes when the loop has looked at its other descriptors. A post whose vCPU saw the ring not
-     * yet empty, and did not ring, is seen here: the tail was written before the head is read again. */
-    if (machine->taken || atomic_load(&machine->post_head) != atomic_load(&machine->post_tail))
+    /* The rest comes when the loop has looked at its other descriptors. So does what was pushed or posted
+     * meanwhile onto something that was not empty, for which nobody rang. */
+    if (machine->taken || atomic_load(&machine->pending) ||
+        atomic_load(&machine->post_head) != atomic_load(&machine->post_tail))
         ring_doorbell(machine);
     return (int)count;
 }

@@ -6,6 +6,7 @@ import enum
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import anyio
 
@@ -81,10 +82,10 @@ class Exited(Event):
 
 
 class EventHub:
-    """Hands every event to every subscriber; a subscriber that falls behind loses its oldest."""
+    """Hands every event to every subscriber; one that falls behind loses its oldest, one that is gone all."""
 
     def __init__(self) -> None:
-        self._subscribers: list[_Subscriber] = []
+        self._subscribers: WeakSet[_Subscriber] = WeakSet()
         self._closed = False
 
     def emit(self, event: Event) -> None:
@@ -97,28 +98,31 @@ class EventHub:
         """End all iterators once they have given what came before. Idempotent."""
         self._closed = True
         for subscriber in self._subscribers:
+            subscriber.closed = True
             subscriber.news.set()
 
     def subscribe(self) -> AsyncIterator[Event]:
         """All events from now on, until the hub is closed."""
-        subscriber = _Subscriber()
-        self._subscribers.append(subscriber)
-        return self._iterate(subscriber)
-
-    async def _iterate(self, subscriber: _Subscriber) -> AsyncIterator[Event]:
-        try:
-            while True:
-                while subscriber.events:
-                    yield subscriber.events.popleft()
-                if self._closed:
-                    return
-                subscriber.news = anyio.Event()
-                await subscriber.news.wait()
-        finally:
-            self._subscribers.remove(subscriber)
+        subscriber = _Subscriber(self._closed)
+        self._subscribers.add(subscriber)
+        return subscriber
 
 
 class _Subscriber:
-    def __init__(self) -> None:
+    """No generator: one that is left in the middle would need its loop to be finished."""
+
+    def __init__(self, closed: bool) -> None:
+        self.closed = closed
         self.events: deque[Event] = deque(maxlen=BACKLOG)
         self.news = anyio.Event()
+
+    def __aiter__(self) -> _Subscriber:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self.events:
+            if self.closed:
+                raise StopAsyncIteration
+            self.news = anyio.Event()
+            await self.news.wait()
+        return self.events.popleft()

@@ -184,6 +184,7 @@ class Exits:
     def _string(self, device: BusDevice, vcpu: Pointer, item: Pointer) -> None:
         """Rep ins or outs: count accesses to one address."""
         seq, offset, size = item.seq, item.offset, item.size
+        ones = (1 << 8 * size) - 1
         data = memoryview(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * item.count)).cast("B")
         try:
             if not item.is_write:
@@ -192,7 +193,7 @@ class Exits:
                 if item.is_write:
                     device.write(offset, size, int.from_bytes(data[start : start + size], "little"))
                 else:
-                    data[start : start + size] = device.read(offset, size).to_bytes(size, "little")
+                    data[start : start + size] = (device.read(offset, size) & ones).to_bytes(size, "little")
         except Exception:
             self._failed(device, "string access", offset, size)
         lib.aiokvm_vcpu_skip(vcpu, seq)

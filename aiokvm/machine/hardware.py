@@ -14,6 +14,8 @@ from aiokvm.kvm.constants import (
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS,
 )
 from aiokvm.machine.cpuid import cpuid
 from aiokvm.memory import GuestMemory
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 # of 4 GiB, where a PC has no RAM (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
 TSS_ADDRESS = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS = 0xFFFB_C000
+
+# APIC ids of 8 bits, less the one that means all: more need those of x2APIC, which KVM has to be told of.
+XAPIC_IDS = 255
 
 # Intel SDM volume 3, section 11.5.1: local vector table; delivery modes ExtINT and NMI.
 APIC_LVT0 = 0x350
@@ -59,7 +64,7 @@ class Hardware:
             _check_limits(system, config)
             self.memory = GuestMemory(config.memory_bytes, config.hugepage_bytes)
             stack.callback(self.memory.close)
-            self.vm = stack.enter_context(_create_vm(system))
+            self.vm = stack.enter_context(_create_vm(system, config))
             for slot, region in enumerate(self.memory.regions):
                 self.vm.set_user_memory_region(slot, region.gpa, region.size, region.host_address)
             self.vcpus = tuple(stack.enter_context(vcpu) for vcpu in _create_vcpus(system, self.vm, config))
@@ -77,7 +82,7 @@ class Hardware:
     def reset(self) -> None:
         """Chips and vCPUs are as they were when they were created."""
         # KVM has no reset of a vCPU, so take the state of one that was just made.
-        with kvm.System() as system, _create_vm(system) as vm:
+        with kvm.System() as system, _create_vm(system, self._config) as vm:
             for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
                 self.vm.set_irqchip(chip, vm.get_irqchip(chip))
             self.vm.set_pit2(vm.get_pit2())
@@ -94,12 +99,15 @@ def _check_limits(system: kvm.System, config: Config) -> None:
         raise ConfigError(f"cpus is {config.cpus}: KVM on this host allows at most {most}")
 
 
-def _create_vm(system: kvm.System) -> kvm.Vm:
+def _create_vm(system: kvm.System, config: Config) -> kvm.Vm:
     """A VM with the chips that live in the kernel."""
     vm = system.create_vm()
     try:
         vm.set_tss_addr(TSS_ADDRESS)
         vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
+        if config.cpus > XAPIC_IDS:
+            ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+            vm.enable_cap(Cap.KVM_CAP_X2APIC_API, ids)
         vm.create_irqchip()
         # The dummy speaker answers port 0x61, whose refresh bit old kernels calibrate delays with.
         vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class VM:
     machine whatever state it is in, and gives back its threads, descriptors and memory.
     """
 
-    def __init__(self, config: Config, loop: Loop) -> None:
+    def __init__(self, config: Config, loop: Loop, hardware: Hardware) -> None:
         self.name = config.name
         self.exit: Exit | None = None
         """How the machine ended, or is ending; None before."""
@@ -78,8 +79,8 @@ class VM:
         self._closing = False
         self._threads: set[int] = set()
         self._kicker: Handle | None = None
-        self._hardware = Hardware(config)
-        undo: list[Callable[[], None]] = [self._hardware.close]
+        self._hardware = hardware
+        undo: list[Callable[[], None]] = []
         try:
             self._exits = Exits(loop, self, config.name)
             undo.append(self._exits.close)
@@ -125,12 +126,13 @@ class VM:
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
         )
         plan = await _plan(config)
-        vm = cls(config, current_loop())
-        try:
+        loop = current_loop()
+        async with AsyncExitStack() as undo:
+            hardware = await _build(loop, config, undo)
+            vm = cls(config, loop, hardware)
+            undo.push_async_callback(vm.aclose)
             await vm._load(plan)
-        except BaseException:
-            await vm.aclose()
-            raise
+            undo.pop_all()
         return vm
 
     async def __aenter__(self) -> Self:
@@ -221,9 +223,7 @@ class VM:
             if was_running:
                 await self._park()
                 self._state = VmState.PAUSED
-            await self._loop.uncancelled(lambda: self._reset(plan))
-            if was_running:
-                self._unpark()
+            await self._loop.uncancelled(lambda: self._reset(plan, was_running))
 
     async def stop(self, timeout: float = 30.0) -> Exit:
         """Press the power button and give the guest ``timeout`` seconds to turn itself off; then kill it.
@@ -245,10 +245,11 @@ class VM:
         self._end(Exit(ExitReason.KILLED))
         with anyio.move_on_after(STUCK_SECONDS):
             return await self.wait()
-        stuck = ", ".join(f"{i} (thread {self.vcpus[i].tid})" for i in sorted(self._threads))
+        stuck = min(self._threads)
         raise AiokvmError(
-            f"machine {self.name}: vCPU {stuck} has not left KVM_RUN in {STUCK_SECONDS:g} s: it is stuck "
-            "in the kernel, see /proc/TID/stack; the machine's memory is not freed"
+            f"machine {self.name}: {len(self._threads)} vCPU threads, vCPU {stuck}'s "
+            f"(thread {self.vcpus[stuck].tid}) among them, have not left KVM_RUN in {STUCK_SECONDS:g} s: "
+            "they are stuck in the kernel, see /proc/TID/stack; the machine's memory is not freed"
         )
 
     async def wait(self) -> Exit:
@@ -336,9 +337,9 @@ class VM:
                 await anyio.lowlevel.checkpoint()
         self._hardware.set_cpu_state(plan.cpu)
 
-    async def _reset(self, plan: BootPlan) -> None:
+    async def _reset(self, plan: BootPlan, then_run: bool) -> None:
         try:
-            self._hardware.reset()
+            await to_thread.run_sync(self._hardware.reset)
             self._platform.reset()
             for gpa, size in plan.zero:
                 self.memory.fill(gpa, size)
@@ -346,7 +347,11 @@ class VM:
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
             raise
+        # It may have been ended while the loop had others to serve.
+        self._require(VmState.PAUSED)
         self._hub.emit(events.WasReset(self.name))
+        if then_run:
+            self._unpark()
 
     async def _park(self) -> None:
         self._require(VmState.RUNNING)
@@ -415,11 +420,13 @@ class VM:
         self._closing = True
         try:
             await self.kill()
-            for vcpu in self.vcpus:
-                vcpu.close()
-            self._exits.close()
-            # Freeing gigabytes takes the kernel a while.
-            await to_thread.run_sync(self._hardware.close)
+            # A reset under way writes to what is freed here, until it sees that the machine has ended.
+            async with self._changing:
+                for vcpu in self.vcpus:
+                    vcpu.close()
+                self._exits.close()
+                # Freeing gigabytes takes the kernel a while.
+                await to_thread.run_sync(self._hardware.close)
         finally:
             self._state = VmState.CLOSED
             self._closed.set()
@@ -432,6 +439,17 @@ async def _plan(config: Config) -> BootPlan:
     guest = GuestInfo(ram=ram_ranges(config.memory_bytes), rsdp=tables.rsdp)
     plan = config.boot.plan(files, guest)
     return replace(plan, segments=(*plan.segments, Segment(tables.gpa, tables.data)))
+
+
+async def _build(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:
+    """The hardware, which takes the kernel a while; closed by ``undo``, also if this is cancelled."""
+
+    async def build() -> Hardware:
+        hardware = await to_thread.run_sync(Hardware, config)
+        undo.callback(hardware.close)
+        return hardware
+
+    return await loop.uncancelled(build)
 
 
 def _explain(run: kvm.RunState, reason: int, error: int) -> str:
