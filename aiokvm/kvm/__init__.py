@@ -6,25 +6,11 @@ spelled as in linux/kvm.h; flags and numbers stand in ``aiokvm.kvm.constants``. 
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.constants import KvmExit
-from aiokvm.kvm.probe import ring0_speed
-from aiokvm.kvm.rings import DirtyRing
-from aiokvm.kvm.run_state import (
-    DebugExit,
-    ExceptionExit,
-    FailEntry,
-    HypercallExit,
-    InternalError,
-    IoExit,
-    MemoryFault,
-    MmioExit,
-    MsrExit,
-    RunState,
-    SystemEvent,
-    TprAccess,
-)
-from aiokvm.kvm.stats import StatDescriptor, Stats, StatType, StatUnit
 from aiokvm.kvm.structs import (
     CpuidEntry,
     DebugRegs,
@@ -67,6 +53,46 @@ from aiokvm.kvm.vm_structs import (
     PitChannelState,
     PitState2,
 )
+
+if TYPE_CHECKING:
+    from aiokvm.kvm.probe import ring0_speed
+    from aiokvm.kvm.rings import DirtyRing
+    from aiokvm.kvm.run_state import (
+        DebugExit,
+        ExceptionExit,
+        FailEntry,
+        HypercallExit,
+        InternalError,
+        IoExit,
+        MemoryFault,
+        MmioExit,
+        MsrExit,
+        RunState,
+        SystemEvent,
+        TprAccess,
+    )
+    from aiokvm.kvm.stats import StatDescriptor, Stats, StatType, StatUnit
+
+# What a machine that runs well never needs: each of these modules would slow its start.
+_LATER = {
+    "probe": ("ring0_speed",),
+    "rings": ("DirtyRing",),
+    "run_state": (
+        "DebugExit",
+        "ExceptionExit",
+        "FailEntry",
+        "HypercallExit",
+        "InternalError",
+        "IoExit",
+        "MemoryFault",
+        "MmioExit",
+        "MsrExit",
+        "RunState",
+        "SystemEvent",
+        "TprAccess",
+    ),
+    "stats": ("StatDescriptor", "StatType", "StatUnit", "Stats"),
+}
 
 __all__ = [
     "Cap",
@@ -129,3 +155,10 @@ __all__ = [
     "Xcr",
     "ring0_speed",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,15 +13,15 @@ from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.constants import KVM_GUESTDBG_ENABLE, KvmExit
 from aiokvm.kvm.hints import hint
 from aiokvm.kvm.memory import enable_cap
-from aiokvm.kvm.rings import DirtyRing, drain_coalesced
-from aiokvm.kvm.run_state import RunState
-from aiokvm.kvm.stats import Stats
 from aiokvm.kvm.vcpu_state import StateIoctls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from aiokvm._core import Pointer
+    from aiokvm.kvm.rings import DirtyRing
+    from aiokvm.kvm.run_state import RunState
+    from aiokvm.kvm.stats import Stats
     from aiokvm.kvm.structs import X86Mce
     from aiokvm.kvm.vm import Vm
     from aiokvm.kvm.vm_structs import CoalescedMmio
@@ -62,6 +62,8 @@ class Vcpu(StateIoctls):
     @property
     def run_state(self) -> RunState:
         """The vCPU's struct kvm_run, typed."""
+        from aiokvm.kvm.run_state import RunState
+
         return RunState(self)
 
     def run(self) -> int:
@@ -74,7 +76,7 @@ class Vcpu(StateIoctls):
             pass
         if answer == -errno.EINTR:
             return KvmExit.KVM_EXIT_INTR
-        reason = self.run_state.exit_reason
+        reason = int(self.run_pointer.exit_reason)
         # A memory fault is an exit although the call fails.
         if answer < 0 and not (
             reason == KvmExit.KVM_EXIT_MEMORY_FAULT and -answer in (errno.EFAULT, _EHWPOISON)
@@ -147,10 +149,14 @@ class Vcpu(StateIoctls):
 
     def get_stats(self) -> Stats:
         """Return the vCPU's statistics, open until closed (KVM_CAP_BINARY_STATS_FD)."""
+        from aiokvm.kvm.stats import Stats
+
         return Stats(self.ioctl("KVM_GET_STATS_FD"))
 
     def drain_coalesced(self) -> list[CoalescedMmio]:
         """Take the VM's coalesced writes, oldest first (KVM_CAP_COALESCED_MMIO)."""
+        from aiokvm.kvm.rings import drain_coalesced
+
         page = self.vm.check_extension(Cap.KVM_CAP_COALESCED_MMIO)
         if page == 0:
             raise KvmError("KVM_REGISTER_COALESCED_MMIO", errno.EOPNOTSUPP, "this KVM coalesces no writes")
@@ -159,6 +165,8 @@ class Vcpu(StateIoctls):
     @property
     def dirty_ring(self) -> DirtyRing:
         """The pages that this vCPU wrote, with ``Vm.enable_dirty_ring`` before the vCPU was made."""
+        from aiokvm.kvm.rings import DirtyRing
+
         fd = self._open_fd("dirty_ring")
         if self._dirty_ring is None:
             entries = self.vm.dirty_ring_entries

@@ -16,13 +16,13 @@ from aiokvm.kvm.constants import (
 from aiokvm.kvm.ioctl import AttributeHandle
 from aiokvm.kvm.irq import InterruptIoctls
 from aiokvm.kvm.memory import MemoryIoctls
-from aiokvm.kvm.stats import Stats
 from aiokvm.kvm.vcpu import Vcpu
 from aiokvm.kvm.vm_structs import ClockData
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from aiokvm.kvm.stats import Stats
     from aiokvm.kvm.system import System
     from aiokvm.kvm.vm_structs import MsrFilterRange
 
@@ -151,4 +151,6 @@ class Vm(MemoryIoctls, InterruptIoctls, AttributeHandle):
 
     def get_stats(self) -> Stats:
         """Return the VM's statistics, open until closed (KVM_CAP_BINARY_STATS_FD)."""
+        from aiokvm.kvm.stats import Stats
+
         return Stats(self.ioctl("KVM_GET_STATS_FD"))
