@@ -25,12 +25,12 @@ build/packages: tools/packages
 .venv/ready: pyproject.toml build/packages
 	@$(PYTHON) -c 'import sys; sys.exit("aiokvm needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/python tools/requirements | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/pip install -q --disable-pip-version-check --upgrade pip
+	$(BIN)/python tools/requirements | $(BIN)/pip install -q --disable-pip-version-check -r /dev/stdin
 	@touch $@
 
 build/installed: .venv/ready $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall \
 		-Cbuild-dir=build/wheel -Csetup-args=-Dwerror=true .
 	@touch $@
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from aiokvm import kvm
+from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
+
 
 @pytest.fixture(
     params=[
@@ -21,10 +24,31 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
     return request.param
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure() -> None:
+    # Programs that tests start are to import what is installed, not the source tree that they stand in.
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def why_no_kvm() -> str:
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return
-    reason = "no access to /dev/kvm" if Path("/dev/kvm").exists() else "this machine has no /dev/kvm"
-    for item in items:
-        if item.get_closest_marker("kvm") or item.get_closest_marker("linux"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        return ""
+    return "no access to /dev/kvm" if Path("/dev/kvm").exists() else "this machine has no /dev/kvm"
+
+
+def why_no_linux() -> str:
+    if reason := why_no_kvm():
+        return reason
+    with kvm.System() as system:
+        speed = ring0_speed(system)
+    if speed >= HARDWARE_RING0:
+        return ""
+    return f"ring 0 has no hardware here ({speed / 1e6:.1f} M instructions/s): tools/linux-tests uses the lab"
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark, why_not in (("kvm", why_no_kvm), ("linux", why_no_linux)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (reason := why_not()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "machine": {"_core", "aio", "boot", "errors", "hw", "kvm", "memory"},
     "images": {"boot", "errors", "proto"},
     "lab": {"errors", "images", "proto"},
-    "cli": {"", "errors", "images", "kvm", "lab"},
+    "cli": {"", "boot", "errors", "images", "kvm", "lab"},
     "__main__": {"cli"},
     "": {"boot", "errors", "kvm", "machine", "memory"},
 }
