@@ -25,7 +25,13 @@ struct aiokvm_machine *aiokvm_machine_new(int *error)
         munmap(machine, sizeof(*machine));
         return NULL;
     }
-    pthread_rwlock_init(&machine->lock, NULL);
+    /* The default lets readers in as long as there is one: a guest with a few vCPUs would hold the loop up in
+     * aiokvm_machine_publish for as long as it likes. */
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&machine->lock, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
     pthread_mutex_init(&machine->post_lock, NULL);
     machine->alive = 1;
     *error = 0;
@@ -51,7 +57,7 @@ int aiokvm_machine_alive(const struct aiokvm_machine *machine)
 
 int aiokvm_machine_doorbell(const struct aiokvm_machine *machine)
 {
-    return machine->doorbell;
+    return machine->alive ? machine->doorbell : -EOWNERDEAD;
 }
 
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
@@ -170,6 +176,7 @@ void aiokvm_machine_tell(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcp
         ring_doorbell(machine);
 }
 
+/* Moves what has been pushed behind what an earlier call left over: no vCPU overtakes another for ever. */
 static void take_pending(struct aiokvm_machine *machine)
 {
     struct aiokvm_vcpu *newest = atomic_exchange(&machine->pending, NULL);
@@ -180,17 +187,32 @@ static void take_pending(struct aiokvm_machine *machine)
         oldest = newest;
         newest = next;
     }
-    machine->taken = oldest;
-    /* A vCPU posts before it asks: what these ask is answered after what had been posted by then. */
-    machine->taken_after = atomic_load(&machine->post_head);
+    struct aiokvm_vcpu **end = &machine->taken;
+    while (*end)
+        end = &(*end)->next;
+    *end = oldest;
 }
 
-/* Posted writes, runs of bytes to one offset as one; returns how many news that made. */
-static size_t take_posts(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max)
+void aiokvm_machine_forget(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcpu)
 {
-    uint32_t tail = atomic_load(&machine->post_tail), head = atomic_load(&machine->post_head);
-    size_t count = 0, bytes = 0;
-    for (; tail != head; tail++) {
+    if (!atomic_load(&vcpu->queued))
+        return;
+    take_pending(machine);
+    struct aiokvm_vcpu **link = &machine->taken;
+    while (*link && *link != vcpu)
+        link = &(*link)->next;
+    if (*link)
+        *link = vcpu->next;
+}
+
+/* Posted writes before until, runs of bytes to one offset as one; returns how many news that made. *bytes is
+ * how many of posted_bytes are used. */
+static size_t take_posts(struct aiokvm_machine *machine, uint32_t until, struct aiokvm_news *news, size_t max,
+                         size_t *bytes)
+{
+    uint32_t tail = atomic_load(&machine->post_tail);
+    size_t count = 0;
+    for (; (int32_t)(until - tail) > 0; tail++) {
         struct aiokvm_post post = machine->posts[tail % AIOKVM_POSTS];
         struct aiokvm_news *last = count ? &news[count - 1] : NULL;
         if (!last || last->region != post.region || last->offset != post.offset || last->bus != post.bus) {
@@ -198,9 +220,9 @@ static size_t take_posts(struct aiokvm_machine *machine, struct aiokvm_news *new
                 break;
             last = &news[count++];
             *last = (struct aiokvm_news){ .state = AIOKVM_POSTED, .region = post.region, .offset = post.offset,
-                                          .value = bytes, .size = 1, .is_write = 1, .bus = post.bus };
+                                          .value = *bytes, .size = 1, .is_write = 1, .bus = post.bus };
         }
-        machine->posted_bytes[bytes++] = post.value;
+        machine->posted_bytes[(*bytes)++] = post.value;
         last->count++;
     }
     atomic_store(&machine->post_tail, tail);
@@ -219,23 +241,28 @@ int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news
     uint64_t rung;
     ssize_t got = read(machine->doorbell, &rung, sizeof(rung));
     (void)got; /* EAGAIN: not rung */
-    /* What an earlier call left over goes first: no vCPU overtakes another for ever. */
-    if (!machine->taken)
-        take_pending(machine);
-    size_t count = take_posts(machine, news, max);
-    bool posts_first = (int32_t)(atomic_load(&machine->post_tail) - machine->taken_after) < 0;
-    while (count < max && machine->taken && !posts_first) {
+    take_pending(machine);
+    /* vCPUs go on posting meanwhile: what this call takes ends here, and fits into posted_bytes. */
+    uint32_t head = atomic_load(&machine->post_head);
+    size_t count = 0, bytes = 0;
+    while (machine->taken) {
         struct aiokvm_vcpu *vcpu = machine->taken;
+        /* What had been posted before its news goes first; what has been since does not hold it up. */
+        uint32_t until = atomic_load(&vcpu->posted_before);
+        until = (int32_t)(until - head) < 0 ? until : head;
+        count += take_posts(machine, until, &news[count], max - count, &bytes);
+        if (count == max)
+            break;
         machine->taken = vcpu->next;
         /* Cleared before the state is read: news from here on pushes the vCPU again. */
         atomic_store(&vcpu->queued, false);
         if (aiokvm_vcpu_news(vcpu, &news[count]))
             count++;
     }
-    /* The rest comes when the loop has looked at its other descriptors. So does what was pushed or posted
-     * meanwhile onto something that was not empty, for which nobody rang. */
-    if (machine->taken || atomic_load(&machine->pending) ||
-        atomic_load(&machine->post_head) != atomic_load(&machine->post_tail))
+    count += take_posts(machine, head, &news[count], max - count, &bytes);
+    /* The rest comes when the loop has looked at its other descriptors. A post whose vCPU saw the ring not
+     * yet empty, and did not ring, is seen here: the tail was written before the head is read again. */
+    if (machine->taken || atomic_load(&machine->post_head) != atomic_load(&machine->post_tail))
         ring_doorbell(machine);
     return (int)count;
 }

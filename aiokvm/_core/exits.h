@@ -91,7 +91,6 @@ struct aiokvm_machine {
     struct aiokvm_table tables[AIOKVM_BUSES];
     _Atomic(struct aiokvm_vcpu *) pending; /* stack of vCPUs with news: pushed by vCPUs, taken whole by the loop */
     struct aiokvm_vcpu *taken;             /* the loop's: taken from pending, oldest first, not yet handed on */
-    uint32_t taken_after;                  /* the loop's: posts before this one go first */
 
     /* The ring of posted writes. One for all vCPUs: what the guest has ordered among them stays ordered. */
     pthread_mutex_t post_lock;    /* vCPUs among themselves */
@@ -107,6 +106,7 @@ struct aiokvm_machine *aiokvm_machine_new(int *error);
 int aiokvm_machine_free(struct aiokvm_machine *machine);
 /* Whether this process made the machine: 0 in a child of fork. */
 int aiokvm_machine_alive(const struct aiokvm_machine *machine);
+/* -EOWNERDEAD in a child of fork, as from all that returns a negative errno. */
 int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 /* Replaces the claimed ranges of a bus; they must be sorted by base. */
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
@@ -131,5 +131,7 @@ enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigne
                                          struct aiokvm_region *found);
 /* A vCPU: it has news. */
 void aiokvm_machine_tell(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcpu);
+/* The loop: drops the news of a vCPU whose thread has ended. */
+void aiokvm_machine_forget(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcpu);
 
 #endif

@@ -3,12 +3,17 @@
 #include <errno.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 void *aiokvm_map(int fd, size_t size, size_t align, int *error)
 {
     /* KVM maps a guest with large pages only where host and guest addresses are congruent to them, and
      * mmap promises no alignment past a page: reserve more than is needed, and map inside. */
     size_t reserved = size + align;
+    if (size & ((size_t)sysconf(_SC_PAGESIZE) - 1)) {
+        *error = EINVAL;
+        return NULL;
+    }
     if (reserved < size) {
         *error = EOVERFLOW;
         return NULL;

@@ -83,6 +83,7 @@ static void set_state(struct aiokvm_vcpu *vcpu, uint32_t state)
 
 static void tell(struct aiokvm_vcpu *vcpu, uint32_t state)
 {
+    atomic_store(&vcpu->posted_before, atomic_load(&vcpu->machine->post_head));
     atomic_store(&vcpu->status, status(status_seq(atomic_load(&vcpu->status)) + 1, state));
     aiokvm_machine_tell(vcpu->machine, vcpu);
 }
@@ -157,7 +158,7 @@ static bool run_once(struct aiokvm_vcpu *vcpu)
 {
     long result = aiokvm_ioctl(vcpu->fd, KVM_RUN, NULL);
     if (result == -EINTR || result == -EAGAIN) {
-        /* EAGAIN: kicked while it waited for its INIT or SIPI. Either way KVM finished the last exit first. */
+        /* EAGAIN: the INIT or SIPI that it waited for came. Either way KVM finished the last exit first. */
         vcpu->incomplete = false;
         add_one(&vcpu->kicks);
         return true;
@@ -202,6 +203,7 @@ static void *vcpu_main(void *argument)
     sigaddset(&kick, kick_signal);
     pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
     pthread_setname_np(pthread_self(), vcpu->name);
+    set_state(vcpu, AIOKVM_VCPU_RUNNING);
     atomic_store(&vcpu->tid, (uint32_t)syscall(SYS_gettid));
     futex_wake(&vcpu->tid);
 
@@ -234,9 +236,9 @@ static void wake(struct aiokvm_vcpu *vcpu)
 struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t index, int fd, void *run,
                                     size_t run_size, const char *name, int *error)
 {
-    struct aiokvm_vcpu *vcpu = calloc(1, sizeof(*vcpu));
+    struct aiokvm_vcpu *vcpu = machine->alive ? calloc(1, sizeof(*vcpu)) : NULL;
     if (!vcpu) {
-        *error = ENOMEM;
+        *error = machine->alive ? ENOMEM : EOWNERDEAD;
         return NULL;
     }
     vcpu->machine = machine;
@@ -251,6 +253,7 @@ struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t ind
 
 void aiokvm_vcpu_free(struct aiokvm_vcpu *vcpu)
 {
+    aiokvm_machine_forget(vcpu->machine, vcpu);
     free(vcpu);
 }
 
@@ -258,7 +261,7 @@ int aiokvm_vcpu_start(struct aiokvm_vcpu *vcpu)
 {
     if (!vcpu->machine->alive)
         return -EOWNERDEAD;
-    if (vcpu->joinable)
+    if (status_state(atomic_load(&vcpu->status)) != AIOKVM_VCPU_NEW)
         return -EALREADY;
     pthread_once(&kick_signal_once, choose_kick_signal);
     if (kick_signal_error)
@@ -299,7 +302,8 @@ static int want(struct aiokvm_vcpu *vcpu, uint32_t what)
     if (!vcpu->machine->alive)
         return -EOWNERDEAD;
     uint32_t count = (atomic_load(&vcpu->want) & ~AIOKVM_WANT_MASK) + AIOKVM_WANT_MASK + 1;
-    atomic_store(&vcpu->want, count | what);
+    if (wanted(vcpu) != AIOKVM_WANT_STOPPED)
+        atomic_store(&vcpu->want, count | what);
     return aiokvm_vcpu_kick(vcpu);
 }
 
@@ -334,7 +338,7 @@ int aiokvm_vcpu_join(struct aiokvm_vcpu *vcpu)
 
 int aiokvm_vcpu_tid(const struct aiokvm_vcpu *vcpu)
 {
-    return (int)atomic_load(&vcpu->tid);
+    return vcpu->machine->alive ? (int)atomic_load(&vcpu->tid) : 0;
 }
 
 int aiokvm_vcpu_skip(struct aiokvm_vcpu *vcpu, uint32_t seq)
@@ -363,7 +367,7 @@ int aiokvm_vcpu_reply(struct aiokvm_vcpu *vcpu, uint32_t seq, uint64_t value)
 
 void *aiokvm_vcpu_data(struct aiokvm_vcpu *vcpu)
 {
-    return io_data(vcpu);
+    return vcpu->machine->alive ? io_data(vcpu) : NULL;
 }
 
 void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats *stats)
@@ -379,6 +383,11 @@ bool aiokvm_vcpu_news(struct aiokvm_vcpu *vcpu, struct aiokvm_news *news)
     uint32_t state = status_state(now), seq = status_seq(now);
     if (seq == vcpu->taken_seq)
         return false;
+    /* It ran on after it had been queued, and posted more than the call that asks here takes. */
+    if ((int32_t)(atomic_load(&vcpu->machine->post_tail) - atomic_load(&vcpu->posted_before)) < 0) {
+        aiokvm_machine_tell(vcpu->machine, vcpu);
+        return false;
+    }
     vcpu->taken_seq = seq;
     struct kvm_run *run = vcpu->run;
     *news = (struct aiokvm_news){ .vcpu = vcpu->index, .state = state, .seq = seq };

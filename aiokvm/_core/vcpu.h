@@ -42,6 +42,7 @@ struct aiokvm_vcpu {
     int32_t error; /* of KVM_RUN */
     uint32_t region;
     uint64_t offset;
+    _Atomic uint32_t posted_before; /* the machine's post_head then: what had been posted goes before the news */
 
     _Atomic bool queued;      /* on the machine's pending stack */
     struct aiokvm_vcpu *next; /* of that stack: the pusher's, then the loop's */
@@ -56,11 +57,12 @@ struct aiokvm_vcpu {
 /* name: of the thread, at most 15 bytes. run: the mapping of the vCPU's kvm_run. NULL and *error on failure. */
 struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t index, int fd, void *run,
                                     size_t run_size, const char *name, int *error);
-/* The thread must have been joined, or never started. */
+/* The thread must have been joined, or never started. News of it that was not taken is dropped. */
 void aiokvm_vcpu_free(struct aiokvm_vcpu *vcpu);
-/* Creates the thread; it runs the guest as soon as aiokvm_vcpu_resume says so. */
+/* Creates the thread, once; it runs the guest as soon as aiokvm_vcpu_resume says so. */
 int aiokvm_vcpu_start(struct aiokvm_vcpu *vcpu);
-/* These return at once; the thread's answer is news. They may be repeated, and are safe in any state. */
+/* These return at once; the thread's answer is news. They may be repeated, and are safe in any state. A stop
+ * is final: what is wanted later changes nothing. */
 int aiokvm_vcpu_pause(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_resume(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_stop(struct aiokvm_vcpu *vcpu);
@@ -74,7 +76,7 @@ int aiokvm_vcpu_tid(const struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_reply(struct aiokvm_vcpu *vcpu, uint32_t seq, uint64_t value);
 /* The same, leaving the data as it is: for writes, and for reads whose data was put into aiokvm_vcpu_data. */
 int aiokvm_vcpu_skip(struct aiokvm_vcpu *vcpu, uint32_t seq);
-/* The data of the port access or MMIO access that waits: size * count bytes. */
+/* The data of the port access or MMIO access that waits: size * count bytes. NULL in a child of fork. */
 void *aiokvm_vcpu_data(struct aiokvm_vcpu *vcpu);
 void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats *stats);
 

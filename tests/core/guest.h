@@ -1,0 +1,36 @@
+/* A machine with fake vCPUs, and the loop's side of it: wait for the doorbell, take, reply. */
+#ifndef AIOKVM_GUEST_H
+#define AIOKVM_GUEST_H
+
+#include "check.h"
+#include "exits.h"
+#include "fake_kvm.h"
+#include "vcpu.h"
+
+struct aiokvm_machine *machine_open(void);
+
+/* The next news; the test fails if the doorbell stays silent. */
+struct aiokvm_news next_news(struct aiokvm_machine *machine);
+/* Whether there is none, now. */
+bool no_news(struct aiokvm_machine *machine);
+bool doorbell_rings(struct aiokvm_machine *machine, int timeout_ms);
+
+struct guest {
+    struct aiokvm_machine *machine;
+    struct aiokvm_vcpu *vcpu;
+    struct fake *fake;
+};
+
+/* A machine with one vCPU, index 0, that has not been started. script must outlive it. */
+struct guest guest_new(const struct fake_step *script, size_t length);
+/* The same, started and running. */
+struct guest guest_open(const struct fake_step *script, size_t length);
+/* Stops it if it was started, whatever it does, and frees everything. */
+void guest_close(struct guest *guest);
+
+/* The next news, which must be this state of the guest's vCPU. */
+struct aiokvm_news guest_tells(struct guest *guest, uint32_t state);
+/* Stops and joins the vCPU; other news is skipped. */
+void vcpu_finish(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcpu);
+
+#endif
