@@ -1,0 +1,123 @@
+"""What the commands share: exit statuses, messages, signals, sizes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import click
+
+from aiokvm import AiokvmError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+
+    from anyio.abc import TaskStatus
+
+# As timeout(1) and the shell have them; 75 is EX_TEMPFAIL of sysexits.h: run it again.
+STATUS_RESET = 75
+STATUS_TIMEOUT = 124
+STATUS_FAILED = 125
+STATUS_CRASH = 128 + signal.SIGABRT
+STATUS_KVM_ERROR = 135
+STATUS_INTERRUPTED = 128 + signal.SIGINT
+STATUS_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(text: str) -> int:
+    """Return the bytes of a number with K, M, G or T: a parameter type. A usage error for anything else."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a size: write a number with K, M, G or T, such as 512M")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def say(text: str) -> None:
+    """Tell the user something, on standard error."""
+    click.echo(f"aiokvm: {text}", err=True)
+
+
+class Warnings(logging.Handler):
+    """Shows what the library logs; ``raw`` while the terminal does not turn LF into CR LF."""
+
+    raw = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"aiokvm: {self.format(record)}\n"
+        click.echo(text.replace("\n", "\r\n") if self.raw else text, nl=False, err=True)
+
+
+def execute(work: Callable[[Interrupts], Awaitable[int]]) -> int:
+    """Run ``work`` on asyncio and return the exit status, which is its result unless a signal ended it.
+
+    An error of aiokvm's own is one message on standard error and `STATUS_FAILED`.
+    """
+
+    async def interruptible() -> int:
+        interrupts = Interrupts()
+        status = STATUS_FAILED
+        with ungrouped():
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(interrupts.watch, tasks.cancel_scope)
+                status = await work(interrupts)
+                tasks.cancel_scope.cancel()
+        return interrupts.status or status
+
+    options = {"use_uvloop": True} if find_spec("uvloop") else {}
+    try:
+        return anyio.run(interruptible, backend="asyncio", backend_options=options)
+    except KeyboardInterrupt:
+        return STATUS_INTERRUPTED
+    except (AiokvmError, OSError) as error:
+        say(describe(error))
+        return STATUS_FAILED
+
+
+def describe(error: Exception) -> str:
+    """Return an error's message for people."""
+    if isinstance(error, OSError) and not isinstance(error, AiokvmError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return str(error)
+
+
+class Interrupts:
+    """Ends the work at SIGINT, SIGTERM and SIGHUP: with ``gently`` at the first, if set; else at once."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        """128 + the first signal; None if there was none."""
+        self.gently: Callable[[], Coroutine[Any, Any, object]] | None = None
+
+    async def watch(
+        self, scope: anyio.CancelScope, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Cancel ``scope`` at a signal; to be started as a task."""
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            task_status.started()
+            async with anyio.create_task_group() as tasks:
+                async for number in signals:
+                    gently = self.gently if self.status is None else None
+                    self.status = self.status or 128 + number
+                    if gently is None:
+                        scope.cancel()
+                        return
+                    tasks.start_soon(gently)
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Around a task group: its only error comes out as itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None

@@ -1,0 +1,94 @@
+"""``aiokvm run`` in the lab: the same command there, its console here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from aiokvm import lab
+from aiokvm.cli.progress import Fetching
+
+if TYPE_CHECKING:
+    from aiokvm.cli.console import Console
+    from aiokvm.cli.run import Options, Report
+
+# What the lab's own kernel and Python take beside the guest.
+_EXTRA_MEMORY_BYTES = 1 << 30
+_MIN_CPUS = 2
+# A command in the lab has no standard input. What is typed here goes into a file that is followed there; the
+# report comes back the same way.
+_SCRIPT = """
+mkfifo /run/input || exit
+tail ---disable-inotify -c +1 -s 0.05 -f "$0/input" >/run/input &
+exec "$@" </run/input >"$0/report"
+"""
+
+
+class InLab:
+    """The machine, in this command run in the lab."""
+
+    def __init__(self, options: Options, kernel: Path, initrd: Path | None, report: Report) -> None:
+        self._options = options
+        self._kernel = kernel
+        self._initrd = initrd
+        self._report = report
+        self._input: Path | None = None
+
+    async def run(self, console: Console) -> int:
+        with tempfile.TemporaryDirectory(prefix="aiokvm-run-") as name:
+            folder = Path(name)
+            self._input = folder / "input"
+            self._input.touch()
+            console.open()
+            config = lab.LabConfig(
+                memory_bytes=self._options.memory + _EXTRA_MEMORY_BYTES,
+                cpus=max(_MIN_CPUS, min(self._options.cpus, os.cpu_count() or 1)),
+                writable=(folder,),
+                env={key: value for key, value in os.environ.items() if key == "PYTHONPATH"},
+            )
+            try:
+                with self._report.step("lab"), Fetching() as progress:
+                    status = await lab.run(
+                        ["sh", "-c", _SCRIPT, name, *self._command()],
+                        config,
+                        output=console.show,
+                        progress=progress,
+                    )
+                await console.end()
+            finally:
+                self._input = None
+                with suppress(OSError, ValueError):
+                    self._take_over(json.loads((folder / "report").read_bytes()))
+        return status
+
+    async def send(self, data: bytes) -> None:
+        if self._input:
+            async with await anyio.open_file(self._input, "ab") as file:
+                await file.write(data)
+
+    def _command(self) -> list[str]:
+        options = self._options
+        # The command line has what --append adds to; the same is added to in there.
+        argv = [sys.executable, "-P", "-m", "aiokvm", "run", "--lab", "never", "--json"]
+        argv += ["--kernel", str(self._kernel), "--append", options.append]
+        argv += ["--cpus", str(options.cpus), "--memory", str(options.memory), "--name", options.name]
+        if self._initrd is not None:
+            argv += ["--initrd", str(self._initrd)]
+        if options.timeout is not None:
+            argv += ["--timeout", str(options.timeout)]
+        return argv
+
+    def _take_over(self, inner: dict[str, object]) -> None:
+        report = self._report
+        seconds = inner.pop("seconds")
+        for key in ("name", "reason", "code", "detail"):
+            setattr(report, key, inner[key])
+        if isinstance(seconds, dict):
+            report.seconds |= {key: seconds[key] for key in ("create", "run") if key in seconds}

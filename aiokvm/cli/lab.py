@@ -1,0 +1,85 @@
+"""``aiokvm lab``: a command in a throwaway machine that has a real KVM."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from aiokvm.cli import common
+
+if TYPE_CHECKING:
+    from aiokvm.cli.common import Interrupts
+
+
+_EPILOG = """\b
+aiokvm lab -- ls -l /dev/kvm
+aiokvm lab --timeout 300 --writable . -- pytest -m kvm
+aiokvm lab -- sh -c 'grep -c svm /proc/cpuinfo && uname -r'
+
+\b
+Exit status:
+  0-255    the command's, 128 + N if signal N ended it there
+  124      the timeout
+  125      aiokvm failed; standard error says why
+  128 + N  ended by signal N: 130 at Ctrl-C
+"""
+
+
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog=_EPILOG,
+    short_help="Run a command where there is a real KVM.",
+)
+@click.option("-m", "--memory", type=common.size, default="3G", show_default=True, help="RAM.")
+@click.option("-c", "--cpus", type=click.IntRange(min=1), default=2, show_default=True, help="CPUs.")
+@click.option(
+    "--timeout",
+    metavar="S",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End the lab that many seconds after its start.",
+)
+@click.option(
+    "--writable",
+    metavar="DIR",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Let writes to this directory through; may be repeated.",
+)
+@click.argument("command", metavar="-- CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_context
+def lab(
+    ctx: click.Context,
+    memory: int,
+    cpus: int,
+    timeout: float | None,
+    writable: tuple[Path, ...],
+    command: tuple[str, ...],
+) -> None:
+    """Run a command where there is a real KVM, on any machine and without privileges.
+
+    QEMU emulates a processor with virtualization, and Debian's kernel runs on it. The command runs as root
+    in the current directory and sees this machine's files; what it writes is gone at the end, but for
+    --writable. Its output, standard output and error as one, comes as it is written; its standard input is
+    empty.
+    """
+
+    async def work(_: Interrupts) -> int:
+        # Here, for --help needs neither.
+        from aiokvm import lab
+        from aiokvm.cli.console import Output
+        from aiokvm.cli.progress import Fetching
+
+        config = lab.LabConfig(memory_bytes=memory, cpus=cpus, timeout=timeout, writable=writable)
+        try:
+            with closing(Output(1)) as output, Fetching() as progress:
+                return await lab.run(command, config, output=output.write, progress=progress)
+        except TimeoutError:
+            common.say(f"the command did not end within {timeout:g} s")
+            return common.STATUS_TIMEOUT
+        except BrokenPipeError:
+            return common.STATUS_BROKEN_PIPE
+
+    ctx.exit(common.execute(work))

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import pytest
+from click.testing import CliRunner
+
+from aiokvm import KvmError, images, kvm, lab
+from aiokvm.cli import cli, host
+
+Kernel = Callable[[str], Path]
+Aiokvm = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+HERE = ("run", "--lab", "never", "-m", "64M")
+HLT = "f4 "
+HI = "66baf803 b068 ee b069 ee b00d ee b00a ee "  # "hi\r\n" to COM1
+EXIT_42 = "b02a e6f4 f4"
+RESET = "b0fe e664 f4"  # the keyboard controller's reset line
+TRIPLE_FAULT = "0f0b"
+# Wait for PWRBTN_STS in PM1_STS, then exit with 9.
+POWER_BUTTON = "66ba0006 66ed f6c401 74f9 b009 e6f4 f4"
+# 1: wait for a byte on COM1, echo it; until it is "q", then exit with 7.
+ECHO = "66bafd03 ec a801 74f7 66baf803 ec ee 3c71 75ed b007 e6f4 f4"
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        (HI + EXIT_42, 42, b""),
+        (HI + RESET, 75, b""),
+        (HI + TRIPLE_FAULT, 134, b"triple fault"),
+    ],
+)
+def test_status_is_how_the_guest_ended(
+    code: str, status: int, message: bytes, kernel: Kernel, aiokvm: Aiokvm
+) -> None:
+    result = aiokvm(*HERE, "--kernel", kernel(code))
+    assert result.returncode == status
+    assert result.stdout == b"hi\r\n"
+    assert message in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.kvm
+def test_report_and_log(kernel: Kernel, aiokvm: Aiokvm, tmp_path: Path) -> None:
+    path, log = kernel(HI + EXIT_42), tmp_path / "log"
+    result = aiokvm(*HERE, "--kernel", path, "--json", "--name", "web", "--log", log)
+    report = json.loads(result.stdout)
+    seconds = report.pop("seconds")
+    assert report == {
+        "name": "web",
+        "kernel": str(path),
+        "lab": False,
+        "reason": "debug-exit",
+        "code": 42,
+        "detail": "",
+        "status": 42,
+    }
+    assert seconds.keys() == {"fetch", "create", "run"}
+    assert result.stderr == b"hi\r\n"
+    assert log.read_bytes() == b"hi\r\n"
+
+
+@pytest.mark.kvm
+def test_timeout(kernel: Kernel, aiokvm: Aiokvm) -> None:
+    result = aiokvm(*HERE, "--kernel", kernel(HI + HLT), "--timeout", "0.2", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == report["status"] == 124
+    assert report["reason"] == "killed"
+    assert b"hi\r\n" in result.stderr
+
+
+@pytest.mark.kvm
+def test_piped_input_is_passed_on_and_its_end_is_not_the_end(kernel: Kernel, aiokvm: Aiokvm) -> None:
+    assert aiokvm(*HERE, "--kernel", kernel(ECHO), stdin=b"ab\x1dcq").stdout == b"ab\x1dcq"
+    late = aiokvm(*HERE, "--kernel", kernel(ECHO), "--timeout", "0.3", stdin=b"ab")
+    assert (late.returncode, late.stdout) == (124, b"ab")
+
+
+@pytest.mark.kvm
+def test_input_may_be_a_file(kernel: Kernel, tmp_path: Path) -> None:
+    (tmp_path / "input").write_bytes(b"xyq")
+    with (tmp_path / "input").open("rb") as stdin, (tmp_path / "output").open("wb") as stdout:
+        argv = [sys.executable, "-m", "aiokvm", *HERE, "--kernel", str(kernel(ECHO))]
+        assert subprocess.run(argv, stdin=stdin, stdout=stdout, timeout=60, check=False).returncode == 7
+    assert (tmp_path / "output").read_bytes() == b"xyq"
+
+
+@pytest.mark.kvm
+def test_reader_that_leaves_ends_the_machine(kernel: Kernel) -> None:
+    source, sink = os.pipe()
+    argv = [sys.executable, "-m", "aiokvm", *HERE, "--kernel", str(kernel(ECHO))]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=sink) as process:
+        os.close(sink)
+        os.close(source)
+        assert process.stdin is not None
+        process.stdin.write(b"a")
+        process.stdin.close()
+        assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+class Terminal:
+    """The other side of a pseudo-terminal on which the command runs."""
+
+    def __init__(self, fd: int, process: subprocess.Popen[bytes]) -> None:
+        self.fd = fd
+        self.process = process
+        self.before = termios.tcgetattr(fd)
+
+    def expect(self, wanted: bytes) -> None:
+        seen, deadline = b"", time.monotonic() + 60
+        while wanted not in seen:
+            assert select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0], seen
+            seen += os.read(self.fd, 4096)
+
+    def is_raw(self) -> bool:
+        return not termios.tcgetattr(self.fd)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+
+@contextmanager
+def terminal(kernel: Path, *options: str) -> Iterator[Terminal]:
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "aiokvm", *HERE, *options, "--kernel", str(kernel)]
+    with subprocess.Popen(
+        argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        try:
+            yield Terminal(ours, process)
+        finally:
+            process.kill()
+            os.close(theirs)
+            os.close(ours)
+
+
+@pytest.mark.kvm
+def test_keys_go_to_the_guest_as_they_are_and_ctrl_bracket_leaves(kernel: Kernel) -> None:
+    with terminal(kernel(HI + ECHO)) as there:
+        there.expect(b"hi\r\n")
+        assert there.is_raw()
+        os.write(there.fd, b"\x03\x04\r")
+        there.expect(b"\x03\x04\r")
+        os.write(there.fd, b"\x1d")
+        assert there.process.wait(60) == 130
+        assert termios.tcgetattr(there.fd) == there.before
+
+
+@pytest.mark.kvm
+def test_signal_presses_the_power_button(kernel: Kernel) -> None:
+    with terminal(kernel(HI + POWER_BUTTON), "--json") as there:
+        there.expect(b"hi\r\n")
+        there.process.send_signal(signal.SIGTERM)
+        there.expect(b'"code": 9')
+        assert there.process.wait(60) == 128 + signal.SIGTERM
+        assert termios.tcgetattr(there.fd) == there.before
+
+
+@pytest.mark.kvm
+def test_second_signal_kills(kernel: Kernel) -> None:
+    with terminal(kernel(HI + HLT)) as there:
+        there.expect(b"hi\r\n")
+        start = time.monotonic()
+        there.process.send_signal(signal.SIGTERM)
+        there.process.send_signal(signal.SIGHUP)
+        assert there.process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+        assert time.monotonic() - start < 4
+        assert termios.tcgetattr(there.fd) == there.before
+
+
+@pytest.mark.kvm
+def test_guest_that_ends_gives_the_terminal_back(kernel: Kernel) -> None:
+    with terminal(kernel(HI + TRIPLE_FAULT)) as there:
+        assert there.process.wait(60) == 134
+        assert termios.tcgetattr(there.fd) == there.before
+
+
+@pytest.mark.kvm
+def test_bare_run_imports_no_more_than_it_needs(kernel: Kernel) -> None:
+    program = (
+        "import sys; from aiokvm.cli import cli\n"
+        f"try: cli({[*HERE, '--kernel', str(kernel(EXIT_42))]!r})\n"
+        "except SystemExit as end: print(end.code, *sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    status, *modules = result.stdout.split()
+    assert status == "42"
+    assert not {"rich", "aiofiles", "aiokvm.images", "aiokvm.lab", "aiokvm.cli.doctor"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["--kernel", "nope"], 125, "aiokvm: nope is neither a file nor one of the images cloud, "),
+        (["--kernel", "./nope"], 125, "nope: No such file or directory"),
+        (["--kernel", "initramfs"], 125, "the image initramfs (busybox, for cloud) is no kernel"),
+        (["--kernel", "./nope", "--append", "a\udcff"], 125, "cannot be encoded"),
+        (["-m", "5X"], 2, "'5X' is not a size"),
+        (["-c", "0"], 2, "0 is not in the range"),
+        (["--timeout", "0"], 2, "0.0 is not in the range"),
+        (["--lab", "sometimes"], 2, "is not one of"),
+        (["--kernel", "./nope", "--", "ls"], 2, "only these initramfs images can: initramfs, "),
+        (["--initrd", "./nope", "ls", "-l"], 2, "--initrd ./nope cannot be told a command"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_line(args: list[str], status: int, message: str) -> None:
+    result = CliRunner().invoke(cli, ["run", "--lab", "never", *args])
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_own_errors_are_in_the_report() -> None:
+    result = CliRunner().invoke(cli, ["run", "--lab", "never", "--json", "--kernel", "nope"])
+    report = json.loads(result.stdout)
+    assert (report["status"], report["reason"]) == (125, None)
+    assert report["detail"].startswith("nope is neither")
+
+
+def test_why_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    class System:
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def refuse() -> System:
+        raise KvmError("open", 13, "add the user")
+
+    monkeypatch.setattr(kvm, "System", System)
+    monkeypatch.setattr(kvm, "ring0_speed", lambda _: 250e6)
+    assert host.why_lab() == ""
+    monkeypatch.setattr(kvm, "ring0_speed", lambda _: 1.2e6)
+    assert "1.2 million instructions a second" in host.why_lab()
+    monkeypatch.setattr(kvm, "System", refuse)
+    assert "add the user" in host.why_lab()
+
+
+linux = [
+    pytest.mark.linux,
+    pytest.mark.skipif(images.path("initramfs") is None, reason="needs aiokvm images pull cloud initramfs"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "output"),
+    [
+        pytest.param(["--", "true"], 0, b"", marks=linux),
+        pytest.param(["--", "false"], 1, b"", marks=linux),
+        pytest.param(["-c", "2", "--", "sh", "-c", "nproc; exit 42"], 42, b"2\n", marks=linux),
+        pytest.param(["--", "printf", r"a\r\n\377"], 0, b"a\r\n\xff", marks=linux),
+        pytest.param(["--append", "reboot=t", "--", "reboot", "-f"], 134, None, marks=linux),
+        pytest.param(["--append", "rdinit=/nonexistent", "--", "true"], 75, b"", marks=linux),
+        pytest.param(["--timeout", "30", "--", "sleep", "1000"], 124, b"", marks=linux),
+    ],
+)
+def test_command_in_linux(args: list[str], status: int, output: bytes | None, aiokvm: Aiokvm) -> None:
+    result = aiokvm("run", "--lab", "never", *args, timeout=180)
+    assert result.returncode == status, result.stderr
+    assert output is None or result.stdout == output
+
+
+@pytest.mark.parametrize("mark", [pytest.param(0, marks=linux)])
+def test_shell_takes_piped_input_and_shuts_down(mark: int, aiokvm: Aiokvm) -> None:
+    result = aiokvm("run", "--lab", "never", stdin=b"echo $((6*7))\npoweroff -f\n", timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert b"\n42\r\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        pytest.param(
+            0,
+            marks=[
+                *linux,
+                pytest.mark.skipif("LAB" in os.environ, reason="a lab in the lab is too slow"),
+                pytest.mark.skipif(bool(lab.needed()), reason=f"needs {' '.join(lab.needed())}"),
+            ],
+        )
+    ],
+)
+def test_lab_carries_input_output_status_and_report(mark: int, aiokvm: Aiokvm) -> None:
+    command = "stty -echo; echo ready; read line; echo got $line; exit 3"
+    result = aiokvm(
+        "run", "--lab", "always", "--json", "--", "sh", "-c", command, stdin=b"this\n", timeout=300
+    )
+    report = json.loads(result.stdout)
+    assert result.returncode == report["status"] == report["code"] == 3
+    assert (report["lab"], report["reason"]) == (True, "debug-exit")
+    assert report["seconds"].keys() == {"fetch", "lab", "create", "run"}
+    assert b"got this\n" in result.stderr
