@@ -103,9 +103,11 @@ class Serial(ByteRegisters):
     """A 16550A whose transmitter is infinitely fast and whose receiver never overruns.
 
     ``transmit`` gets each byte that the guest sends, at once. The host offers input with :meth:`receive`;
-    what did not fit is to be offered again when ``on_room`` is called. A FIFO that holds less than its
-    trigger level raises the character timeout at once: without a clock, input that is not there yet
-    counts as not coming. The modem inputs start as those of a terminal that is there (CTS, DSR, DCD).
+    what did not fit is to be offered again when ``on_room`` is called. That is when the guest has read all
+    that it was given: a driver that reads until nothing is left has to come to an end. A FIFO that holds
+    less than its trigger level raises the character timeout at once: without a clock, input that is not
+    there yet counts as not coming. The modem inputs start as those of a terminal that is there: CTS, DSR,
+    DCD.
     """
 
     registers = SERIAL_SIZE
@@ -157,7 +159,7 @@ class Serial(ByteRegisters):
         """Take what fits of ``data`` into the receive FIFO and return how many bytes that were.
 
         Nothing fits in loopback, where the receiver is cut off from the line. After a short count
-        ``on_room`` is called once, when the guest has made room.
+        ``on_room`` is called once, when the receiver is empty.
         """
         taken = data[: self._room()]
         for byte in taken:
@@ -275,7 +277,7 @@ class Serial(ByteRegisters):
         return 0 if self._mcr & UART_MCR_LOOP else self._depth - len(self._fifo)
 
     def _offer_room(self) -> None:
-        if self._refused and self._room():
+        if self._refused and not self._fifo and self._room():
             self._refused = False
             self._on_room()
 

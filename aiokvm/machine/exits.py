@@ -55,11 +55,12 @@ def check(result: int, what: str) -> int:
         return result
     error = -result
     if error == _EOWNERDEAD:
-        raise StateError("the machine belongs to the process that created it: a fork does not inherit it")
+        raise StateError(NOT_INHERITED)
     raise AiokvmError(f"{what}: {os.strerror(error)} (errno {error})")
 
 
 _EOWNERDEAD = 130
+NOT_INHERITED = "the machine belongs to the process that created it: a fork does not inherit it"
 
 
 class _Latch:
@@ -116,6 +117,11 @@ class Exits:
     def serve(self, vcpus: Sequence[Pointer]) -> None:
         """The core's vCPUs, by index."""
         self._vcpus = vcpus
+
+    def check_owner(self) -> None:
+        """Raises StateError in a child of fork, which shares descriptors with its parent, the loop's too."""
+        if self._open and not lib.aiokvm_machine_alive(self.core):
+            raise StateError(NOT_INHERITED)
 
     def close(self) -> None:
         """No vCPU thread may be left. Idempotent."""

@@ -33,6 +33,8 @@ CMOS_PORT = 0x70
 CMOS_GSI = 8
 PM_PORT = 0x600
 SCI_GSI = 9
+# The shortest and the longest pause between two fillings of a UART's receiver: a PC's needs 1.4 ms for one.
+INPUT_PAUSE_NS = (500_000, 50_000_000)
 
 
 class Guest(Protocol):
@@ -51,6 +53,35 @@ class Guest(Protocol):
         """The guest wrote to the debug-exit port."""
 
 
+class _Input:
+    """Fills a UART's receiver again when the guest has emptied it, after a pause.
+
+    A driver's interrupt handler goes on as long as there is input: without pauses a flood would keep a CPU of
+    the guest in there. They are half as long as the guest took to read, so that it has them on any host.
+    """
+
+    def __init__(self, loop: Loop, uart: Serial, console: SerialConsole) -> None:
+        self._loop = loop
+        self._uart = uart
+        self._console = console
+        self._filled_ns = 0
+        self._timer: Handle | None = None
+
+    def fill(self, data: bytes) -> int:
+        self._filled_ns = self._loop.now_ns()
+        return self._uart.receive(data)
+
+    def on_room(self) -> None:
+        now_ns = self._loop.now_ns()
+        shortest, longest = INPUT_PAUSE_NS
+        pause_ns = min(max((now_ns - self._filled_ns) // 2, shortest), longest)
+        self._timer = self._loop.call_at(now_ns + pause_ns, self._console.on_room)
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+
 class Platform:
     """The platform devices of one machine, attached to its port bus."""
 
@@ -59,6 +90,7 @@ class Platform:
         self._guest = guest
         self._pio = pio
         self._timer: Handle | None = None
+        self._inputs: list[_Input] = []
         self.devices: list[BusDevice] = []
         self.consoles = tuple(self._serial(*place) for place in SERIAL_PORTS[: config.serial_ports])
         self.i8042 = I8042(self._line(I8042_GSI), guest.on_reset_request)
@@ -83,6 +115,8 @@ class Platform:
     def close(self) -> None:
         """End the timers, and tell readers of the serial ports that nothing more will come. Idempotent."""
         self._disarm()
+        for source in self._inputs:
+            source.close()
         for console in self.consoles:
             console.close()
 
@@ -97,8 +131,10 @@ class Platform:
         return drive
 
     def _serial(self, port: int, gsi: int) -> SerialConsole:
-        console = SerialConsole(lambda data: uart.receive(data))
-        uart = Serial(self._line(gsi), console.on_transmit, console.on_room)
+        console = SerialConsole(lambda data: source.fill(data))
+        uart = Serial(self._line(gsi), console.on_transmit, lambda: source.on_room())
+        source = _Input(self._loop, uart, console)
+        self._inputs.append(source)
         self._attach(uart, port, SERIAL_SIZE)
         return console
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import time
+import warnings
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, StateError
-from aiokvm.machine.exits import check
+from aiokvm.machine.exits import NOT_INHERITED, check
 
 if TYPE_CHECKING:
     from aiokvm import kvm
@@ -22,6 +25,8 @@ _GENERAL_REGISTERS = (
     *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
 )
 _CONTROL_REGISTERS = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+# Of a machine that nobody closed: how long its collection waits for a thread.
+_FORGOTTEN_SECONDS = 10.0
 
 
 class VcpuState(enum.Enum):
@@ -51,6 +56,7 @@ class VirtualCpu:
         self.index = index
         self.state = VcpuState.CREATED
         self._vcpu = vcpu
+        self._machine = core
         self.to_pause = False
         code = ffi.new("int *")
         name = thread_name(machine, index).encode()
@@ -59,6 +65,7 @@ class VirtualCpu:
         )
         if not self.core:
             raise AiokvmError(f"cannot create vCPU {index}: out of memory")
+        self._forgotten: weakref.finalize[..., VirtualCpu] | None = None
 
     def __repr__(self) -> str:
         return f"<VirtualCpu {self.index} {self.state.value} tid={self.tid}>"
@@ -75,6 +82,8 @@ class VirtualCpu:
             raise StateError(f"vCPU {self.index} is running: pause the machine first")
         if not self.core:
             raise StateError(f"vCPU {self.index} is closed")
+        if not lib.aiokvm_machine_alive(self._machine):
+            raise StateError(NOT_INHERITED)
         return self._vcpu
 
     def read_register(self, name: str) -> int:
@@ -110,6 +119,8 @@ class VirtualCpu:
             lib.aiokvm_vcpu_start(self.core),
             f"cannot create the thread of vCPU {self.index}; see RLIMIT_NPROC and the pids cgroup",
         )
+        # The thread uses what is unmapped when the machine is collected, so it has to end before that.
+        self._forgotten = weakref.finalize(self, _stop_forgotten, self.core, repr(self))
 
     def resume(self) -> None:
         """Let it run."""
@@ -139,6 +150,8 @@ class VirtualCpu:
     def on_stopped(self) -> None:
         """Its thread has ended."""
         check(lib.aiokvm_vcpu_join(self.core), "joining a vCPU's thread")
+        if self._forgotten:
+            self._forgotten.detach()
         self.state = VcpuState.STOPPED
 
     def close(self) -> None:
@@ -147,6 +160,18 @@ class VirtualCpu:
             lib.aiokvm_vcpu_free(self.core)
             self.core = ffi.NULL
             self._vcpu.close()
+
+
+def _stop_forgotten(core: Pointer, name: str) -> None:
+    if lib.aiokvm_vcpu_stop(core) < 0:
+        return  # a child of fork: it has no threads
+    deadline = time.monotonic() + _FORGOTTEN_SECONDS
+    while lib.aiokvm_vcpu_join(core) < 0 and time.monotonic() < deadline:
+        lib.aiokvm_vcpu_kick(core)
+        time.sleep(0.001)
+    warnings.warn(
+        f"{name} still ran when its machine was collected: leave `async with vm`", ResourceWarning, 2
+    )
 
 
 def _unknown(name: str) -> str:

@@ -242,6 +242,7 @@ class VM:
         If cancelled, the machine ends all the same. Raises AiokvmError if a thread is stuck in the kernel for
         `STUCK_SECONDS`.
         """
+        self._exits.check_owner()
         self._end(Exit(ExitReason.KILLED))
         with anyio.move_on_after(STUCK_SECONDS):
             return await self.wait()
@@ -254,6 +255,7 @@ class VM:
 
     async def wait(self) -> Exit:
         """How the machine ended, as soon as it has."""
+        self._exits.check_owner()
         await self._ended.wait()
         assert self.exit is not None
         return self.exit
@@ -321,6 +323,7 @@ class VM:
     # The machine's own.
 
     def _require(self, *states: VmState) -> None:
+        self._exits.check_owner()
         if self.exit is not None and self._state is not VmState.CLOSED:
             raise StateError(f"machine {self.name} has ended: {self.exit.reason.value}")
         if self._state not in states:

@@ -1,0 +1,204 @@
+"""Small guests on the real /dev/kvm, and the check that no test leaves anything of theirs behind.
+
+A test writes its guest as bytes with the assembler beside them; only instructions that KVM's emulator knows
+are used, for there are hosts whose ring 0 is emulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+import anyio.lowlevel
+import pytest
+import sniffio
+
+from aiokvm import VM, boot
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+    from contextlib import AbstractAsyncContextManager
+
+    from aiokvm.hw.bus import BusDevice
+
+# A guest that does not do what it should fails its test after this time, instead of hanging it.
+LIMIT_S = 30.0
+
+
+class Guest(Protocol):
+    """Makes a machine and runs it: ``async with guest(code, mode="long", cpus=2) as vm``."""
+
+    def __call__(
+        self, code: bytes, *, mode: str = ..., start: bool = ..., memory: int | str = ..., **config: Any
+    ) -> AbstractAsyncContextManager[VM]: ...
+
+
+def kvm_descriptors() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        if "kvm" in target:
+            found.append(target)
+    return sorted(found)
+
+
+def vcpu_threads() -> list[str]:
+    """The names of the process's vCPU threads: the only ones that end in a colon and an index."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name = (task / "comm").read_text().strip()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if name.rpartition(":")[2].isdigit():
+            names.append(name)
+    return sorted(names)
+
+
+def kvm_mappings() -> list[str]:
+    """Mappings of guest RAM and of vCPUs' kvm_run."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted(line.split()[-1] for line in lines if "aiokvm-ram" in line or "kvm-vcpu" in line)
+
+
+def resources() -> dict[str, list[str]]:
+    """What machines take from the host."""
+    return {"descriptors": kvm_descriptors(), "threads": vcpu_threads(), "mappings": kvm_mappings()}
+
+
+@pytest.fixture(name="resources")
+def resources_fixture() -> Callable[[], dict[str, list[str]]]:
+    return resources
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = resources()
+    yield
+    assert resources() == before
+
+
+@pytest.fixture
+def guest() -> Guest:
+    @asynccontextmanager
+    async def make(
+        code: bytes, *, mode: Any = "real", start: bool = True, memory: int | str = "2M", **config: Any
+    ) -> AsyncIterator[VM]:
+        with anyio.fail_after(LIMIT_S):
+            async with await VM.create(boot=boot.Flat(code, mode=mode), memory=memory, **config) as vm:
+                if start:
+                    await vm.start()
+                yield vm
+
+    return make
+
+
+async def progress(vm: VM, gpa: int = 0x2000) -> None:
+    """Returns when the guest has changed the byte there: it runs."""
+    seen = vm.memory.read(gpa, 1)
+    while vm.memory.read(gpa, 1) == seen:
+        await anyio.lowlevel.checkpoint()
+
+
+@pytest.fixture(name="progress")
+def progress_fixture() -> Callable[..., Awaitable[None]]:
+    return progress
+
+
+class Recorder:
+    """A device that records what reaches it, and reads as ``values`` say, then as zero."""
+
+    def __init__(self, values: Iterable[int] = ()) -> None:
+        self.values = iter(values)
+        self.accesses: list[tuple[str, int, int, int]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        value = next(self.values, 0)
+        self.accesses.append(("read", offset, size, value))
+        return value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.accesses.append(("write", offset, size, value))
+
+    def reset(self) -> None:
+        self.accesses.append(("reset", 0, 0, 0))
+
+
+class Attach(Protocol):
+    """Gives a machine that has not started a device: ``attach(vm, device, pio=0x300, size=8)``."""
+
+    def __call__(
+        self, vm: VM, device: BusDevice, *, pio: int = ..., mmio: int = ..., size: int = ...
+    ) -> None: ...
+
+
+@pytest.fixture
+def attach() -> Attach:
+    def attach(vm: VM, device: BusDevice, *, pio: int = -1, mmio: int = -1, size: int = 8) -> None:
+        exits = vm._exits
+        if pio >= 0:
+            exits.pio.attach(device, pio, size)
+        if mmio >= 0:
+            exits.mmio.attach(device, mmio, size)
+        exits.publish()
+
+    return attach
+
+
+@pytest.fixture
+def recorder() -> Callable[..., Recorder]:
+    return Recorder
+
+
+class Cancelled(Protocol):
+    """Calls, and cancels the call after so many turns of the loop; whether the call returned all the same."""
+
+    async def __call__(self, turns: int, call: Callable[[], Awaitable[object]]) -> bool: ...
+
+
+async def cancelled_scope(turns: int, call: Callable[[], Awaitable[object]]) -> bool:
+    """By a cancel scope."""
+    returned = False
+
+    async def run() -> None:
+        nonlocal returned
+        await call()
+        returned = True
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        for _ in range(turns):
+            await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    return returned
+
+
+async def cancelled_task(turns: int, call: Callable[[], Awaitable[object]]) -> bool:
+    """By asyncio's own Task.cancel, which knows no scopes; trio has but scopes."""
+    if sniffio.current_async_library() != "asyncio":
+        return await cancelled_scope(turns, call)
+
+    async def run() -> None:
+        await call()
+
+    task = asyncio.create_task(run())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    if task.cancelled():
+        return False
+    task.result()
+    return True
+
+
+@pytest.fixture(params=[cancelled_scope, cancelled_task])
+def cancelled(request: pytest.FixtureRequest) -> Any:
+    return request.param
