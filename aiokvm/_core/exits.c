@@ -219,8 +219,10 @@ static size_t take_posts(struct aiokvm_machine *machine, uint32_t until, struct 
             if (count == max)
                 break;
             last = &news[count++];
-            *last = (struct aiokvm_news){ .state = AIOKVM_POSTED, .region = post.region, .offset = post.offset,
-                                          .value = *bytes, .size = 1, .is_write = 1, .bus = post.bus };
+            *last = (struct aiokvm_news){
+                .state = AIOKVM_POSTED, .bus = post.bus, .region = post.region, .offset = post.offset,
+                .is_write = 1, .size = 1, .value = *bytes,
+            };
         }
         machine->posted_bytes[(*bytes)++] = post.value;
         last->count++;

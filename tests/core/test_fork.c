@@ -91,8 +91,10 @@ static int own_machine(struct guest *inherited, uint32_t seq)
     (void)seq;
     int error;
     struct aiokvm_machine *machine = aiokvm_machine_new(&error);
-    if (!machine || !aiokvm_machine_alive(machine) || aiokvm_machine_publish(machine, AIOKVM_BUS_PIO, &ports, 1))
+    if (!machine || !aiokvm_machine_alive(machine))
         return 1;
+    if (aiokvm_machine_publish(machine, AIOKVM_BUS_PIO, &ports, 1) != 0)
+        return 3;
     return aiokvm_machine_free(machine) == 0 ? 0 : 2;
 }
 

@@ -67,7 +67,7 @@ static struct mapping find_ram(void)
     bool inside = false;
     while (fgets(line, sizeof(line), smaps)) {
         if (sscanf(line, "%lx-%lx %4s", &start, &end, access) == 3) {
-            bool reserved = strcmp(access, "---p") == 0 && end - start <= 2 << 20;
+            bool reserved = strcmp(access, "---p") == 0;
             ram.crowded |= ram.count && reserved && start == ram.end;
             inside = strstr(line, "memfd:ram");
             if (inside) {

@@ -1,5 +1,5 @@
-/* All at once: vCPUs that post, ask, fail and read at random, and a loop that answers, pauses, resumes, kicks,
- * stops, frees and publishes at random. Nothing is lost, doubled, out of order, or read by two sides at once.
+/* All at once: vCPUs that post, ask, fail and read at random, and a loop that answers, pauses, resumes,
+ * kicks, stops, frees and publishes at random. Nothing is lost, doubled, out of order, or read by two sides at once.
  *
  * The loop sleeps on the doorbell alone: a wake-up that is lost ends the test. */
 #include <errno.h>
@@ -83,7 +83,8 @@ static void next_step(struct fake *fake, struct fake_step *step)
         for (uint32_t i = 0; i < count; i++)
             life->bytes[i] = (uint8_t)life->logged++;
         *step = (struct fake_step){
-            .op = FAKE_IO, .is_write = true, .address = ports + LOG, .size = 1, .count = count, .bytes = life->bytes
+            .op = FAKE_IO, .is_write = true, .address = ports + LOG, .size = 1, .count = count,
+            .bytes = life->bytes,
         };
         break;
     }
@@ -170,13 +171,12 @@ static void begin_life(struct stress *stress, uint32_t index)
     life->index = index;
     life->random = stress->born * UINT64_C(0x9e3779b97f4a7c15);
     life->steps = 1 + random_below(&stress->random, STEPS);
-    life->fake = fake_new(NULL, 0);
-    life->fake->next = next_step;
-    life->fake->finished = check_step;
-    life->fake->context = life;
+    struct fake *fake = life->fake = fake_new(NULL, 0);
+    fake->next = next_step;
+    fake->finished = check_step;
+    fake->context = life;
     int error;
-    life->vcpu = aiokvm_vcpu_new(stress->machine, index, life->fake->fd, life->fake->run, life->fake->run_size,
-                                 "stress", &error);
+    life->vcpu = aiokvm_vcpu_new(stress->machine, index, fake->fd, fake->run, fake->run_size, "stress", &error);
     CHECK(life->vcpu);
     CHECK_EQ(aiokvm_vcpu_resume(life->vcpu), 0);
     CHECK_EQ(aiokvm_vcpu_start(life->vcpu), 0);
@@ -192,7 +192,7 @@ static void end_life(struct stress *stress, struct life *life)
         CHECK_EQ(life->seen_logged, life->logged);
         CHECK_EQ(life->seen_asked, life->asked);
     } else {
-        /* It may have been stopped while it asked: for one of the exits, or to write what could not be posted. */
+        /* It may have been stopped while it asked: an exit, or bytes that could not be posted. */
         uint32_t unseen_log = life->logged - life->seen_logged, unseen_asked = life->asked - life->seen_asked;
         CHECK(unseen_asked <= 1 && unseen_log <= sizeof(life->bytes) && !(unseen_asked && unseen_log));
     }
@@ -252,9 +252,10 @@ static void on_exit_news(struct stress *stress, struct life *life, const struct 
 static void on_news(struct stress *stress, const struct aiokvm_news *news)
 {
     if (news->state == AIOKVM_POSTED) {
-        CHECK(stress->lives[news->region - 1]);
+        struct life *writer = stress->lives[news->region - 1];
+        CHECK(writer);
         CHECK_EQ(news->offset, LOG);
-        check_log(stress->lives[news->region - 1], aiokvm_machine_posted(stress->machine) + news->value, news->count);
+        check_log(writer, aiokvm_machine_posted(stress->machine) + news->value, news->count);
         stress->posted += news->count;
         return;
     }
