@@ -25,7 +25,7 @@ from aiokvm.machine.console import SerialConsole
 from aiokvm.machine.events import Event, Exit, Exited, ExitReason, Paused, Resumed, Started, WasReset
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.machine.vm import VM, VmState
-from aiokvm.memory import GuestMemory
+from aiokvm.memory import GuestMemory, RamRegion
 
 __all__ = [
     "VM",
@@ -43,6 +43,7 @@ __all__ = [
     "KvmError",
     "LabError",
     "Paused",
+    "RamRegion",
     "Resumed",
     "SerialClosedError",
     "SerialConsole",
