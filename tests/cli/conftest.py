@@ -37,7 +37,7 @@ def aiokvm() -> Aiokvm:
     """Run the command line to its end."""
 
     def run(*args: object, stdin: bytes = b"", timeout: float = 60) -> subprocess.CompletedProcess[bytes]:
-        argv = [sys.executable, "-m", "aiokvm", *map(str, args)]
+        argv = [sys.executable, "-P", "-m", "aiokvm", *map(str, args)]
         return subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout, check=False)
 
     return run

@@ -94,7 +94,7 @@ def test_piped_input_is_passed_on_and_its_end_is_not_the_end(kernel: Kernel, aio
 def test_input_may_be_a_file(kernel: Kernel, tmp_path: Path) -> None:
     (tmp_path / "input").write_bytes(b"xyq")
     with (tmp_path / "input").open("rb") as stdin, (tmp_path / "output").open("wb") as stdout:
-        argv = [sys.executable, "-m", "aiokvm", *HERE, "--kernel", str(kernel(ECHO))]
+        argv = [sys.executable, "-P", "-m", "aiokvm", *HERE, "--kernel", str(kernel(ECHO))]
         assert subprocess.run(argv, stdin=stdin, stdout=stdout, timeout=60, check=False).returncode == 7
     assert (tmp_path / "output").read_bytes() == b"xyq"
 
@@ -102,7 +102,7 @@ def test_input_may_be_a_file(kernel: Kernel, tmp_path: Path) -> None:
 @pytest.mark.kvm
 def test_reader_that_leaves_ends_the_machine(kernel: Kernel) -> None:
     source, sink = os.pipe()
-    argv = [sys.executable, "-m", "aiokvm", *HERE, "--kernel", str(kernel(ECHO))]
+    argv = [sys.executable, "-P", "-m", "aiokvm", *HERE, "--kernel", str(kernel(ECHO))]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=sink) as process:
         os.close(sink)
         os.close(source)
@@ -133,7 +133,7 @@ class Terminal:
 @contextmanager
 def terminal(kernel: Path, *options: str) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
-    argv = [sys.executable, "-m", "aiokvm", *HERE, *options, "--kernel", str(kernel)]
+    argv = [sys.executable, "-P", "-m", "aiokvm", *HERE, *options, "--kernel", str(kernel)]
     with subprocess.Popen(
         argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     ) as process:
@@ -270,6 +270,7 @@ def test_command_in_linux(args: list[str], status: int, output: bytes | None, ai
     result = aiokvm("run", "--lab", "never", *args, timeout=180)
     assert result.returncode == status, result.stderr
     assert output is None or result.stdout == output
+    assert b"Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=linux)])
