@@ -41,14 +41,18 @@ def step(what: str) -> Iterator[None]:
 
 async def show_until_prompt(vm: VM) -> None:
     """Copy the guest's console to ours until its shell waits for a command."""
-    with anyio.fail_after(TIMEOUT_SECONDS):
-        seen = b""
-        while not seen.endswith(PROMPT):
+    seen = b""
+    with anyio.move_on_after(TIMEOUT_SECONDS):
+        while PROMPT not in seen:
             text = await vm.serial.read()
             if not text:
                 raise SystemExit(f"the machine ended before its shell: {vm.exit}")
-            console.file.write(text.replace(b"\r", b"").decode(errors="replace"))
-            seen = (seen + text)[-len(PROMPT) :]
+            # The shell asks the terminal where its cursor is; ours would answer into nothing.
+            console.file.write(text.replace(b"\r", b"").replace(b"\x1b[6n", b"").decode(errors="replace"))
+            console.file.flush()
+            seen = (seen + text)[-4096:]
+    if PROMPT not in seen:
+        raise SystemExit(f"no prompt of the guest's shell within {TIMEOUT_SECONDS} s")
 
 
 async def boot_and_show() -> None:
@@ -103,7 +107,7 @@ def main() -> None:
             raise SystemExit(anyio.run(in_the_lab))
     try:
         anyio.run(boot_and_show)
-    except (AiokvmError, TimeoutError) as error:
+    except AiokvmError as error:
         raise SystemExit(f"demo: {error}") from error
     table = Table("step", "seconds")
     for what, seconds in steps:
