@@ -11,48 +11,18 @@ from typing import TYPE_CHECKING
 
 from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.constants import KvmExit
-from aiokvm.kvm.structs import (
-    CpuidEntry,
-    DebugRegs,
-    DTable,
-    EventException,
-    EventInterrupt,
-    EventNmi,
-    EventSmi,
-    EventTripleFault,
-    Fpu,
-    MpState,
-    MsrEntry,
-    Regs,
-    Segment,
-    Sregs,
-    Sregs2,
-    TranslateResult,
-    VcpuEvents,
-    X86Mce,
-    Xcr,
-)
-from aiokvm.kvm.system import System
-from aiokvm.kvm.tables import MsrError
-from aiokvm.kvm.vcpu import Vcpu
-from aiokvm.kvm.vm import Device, Vm
-from aiokvm.kvm.vm_structs import (
-    ClockData,
-    CoalescedMmio,
-    DirtyGfn,
-    DirtyLog,
-    IoapicState,
+from aiokvm.kvm.routing import (
     IrqRoutingEntry,
     IrqRoutingHvSint,
     IrqRoutingIrqchip,
     IrqRoutingMsi,
     IrqRoutingXenEvtchn,
-    Msi,
-    MsrFilterRange,
-    PicState,
-    PitChannelState,
-    PitState2,
 )
+from aiokvm.kvm.structs import CpuidEntry, DTable, MpState, MsrEntry, Regs, Segment, Sregs
+from aiokvm.kvm.system import System
+from aiokvm.kvm.tables import MsrError
+from aiokvm.kvm.vcpu import Vcpu
+from aiokvm.kvm.vm import Device, Vm
 
 if TYPE_CHECKING:
     from aiokvm.kvm.probe import ring0_speed
@@ -71,10 +41,62 @@ if TYPE_CHECKING:
         SystemEvent,
         TprAccess,
     )
+    from aiokvm.kvm.state_structs import (
+        DebugRegs,
+        EventException,
+        EventInterrupt,
+        EventNmi,
+        EventSmi,
+        EventTripleFault,
+        Fpu,
+        Sregs2,
+        TranslateResult,
+        VcpuEvents,
+        X86Mce,
+        Xcr,
+    )
     from aiokvm.kvm.stats import StatDescriptor, Stats, StatType, StatUnit
+    from aiokvm.kvm.vm_structs import (
+        ClockData,
+        CoalescedMmio,
+        DirtyGfn,
+        DirtyLog,
+        IoapicState,
+        Msi,
+        MsrFilterRange,
+        PicState,
+        PitChannelState,
+        PitState2,
+    )
 
 # What a machine that runs well never needs: each of these modules would slow its start.
 _LATER = {
+    "state_structs": (
+        "DebugRegs",
+        "EventException",
+        "EventInterrupt",
+        "EventNmi",
+        "EventSmi",
+        "EventTripleFault",
+        "Fpu",
+        "Sregs2",
+        "TranslateResult",
+        "VcpuEvents",
+        "X86Mce",
+        "Xcr",
+    ),
+    "vm_structs": (
+        "ClockData",
+        "CoalescedMmio",
+        "DirtyGfn",
+        "DirtyLog",
+        "IoapicState",
+        "Msi",
+        "MsrFilterRange",
+        "PicState",
+        "PitChannelState",
+        "PitState2",
+    ),
     "probe": ("ring0_speed",),
     "rings": ("DirtyRing",),
     "run_state": (
@@ -91,7 +113,12 @@ _LATER = {
         "SystemEvent",
         "TprAccess",
     ),
-    "stats": ("StatDescriptor", "StatType", "StatUnit", "Stats"),
+    "stats": (
+        "StatDescriptor",
+        "StatType",
+        "StatUnit",
+        "Stats",
+    ),
 }
 
 __all__ = [

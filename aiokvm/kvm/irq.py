@@ -8,12 +8,12 @@ from aiokvm._core import ffi
 from aiokvm.kvm.constants import KVM_IRQCHIP_IOAPIC, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE
 from aiokvm.kvm.convert import from_c, to_c, to_initializer
 from aiokvm.kvm.ioctl import Handle
-from aiokvm.kvm.vm_structs import IoapicState, PicState, PitState2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aiokvm.kvm.vm_structs import IrqRoutingEntry, Msi
+    from aiokvm.kvm.routing import IrqRoutingEntry
+    from aiokvm.kvm.vm_structs import IoapicState, Msi, PicState, PitState2
 
 
 class InterruptIoctls(Handle):
@@ -25,6 +25,8 @@ class InterruptIoctls(Handle):
 
     def get_irqchip(self, chip_id: int) -> PicState | IoapicState:
         """Return the state of KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or _IOAPIC."""
+        from aiokvm.kvm.vm_structs import IoapicState, PicState
+
         chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
         self.ioctl("KVM_GET_IRQCHIP", chip)
         if chip_id == KVM_IRQCHIP_IOAPIC:
@@ -33,6 +35,8 @@ class InterruptIoctls(Handle):
 
     def set_irqchip(self, chip_id: int, state: PicState | IoapicState) -> None:
         """Set the state of an interrupt controller."""
+        from aiokvm.kvm.vm_structs import IoapicState
+
         if isinstance(state, IoapicState) != (chip_id == KVM_IRQCHIP_IOAPIC):
             raise ValueError(f"chip_id {chip_id} does not go with {type(state).__name__}")
         chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
@@ -46,6 +50,8 @@ class InterruptIoctls(Handle):
 
     def get_pit2(self) -> PitState2:
         """Return the 8254's state."""
+        from aiokvm.kvm.vm_structs import PitState2
+
         return self._get("KVM_GET_PIT2", PitState2)
 
     def set_pit2(self, state: PitState2) -> None:

@@ -11,10 +11,11 @@ from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.constants import KVM_MEM_GUEST_MEMFD
 from aiokvm.kvm.hints import hint
 from aiokvm.kvm.ioctl import Handle
-from aiokvm.kvm.vm_structs import DirtyLog
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from aiokvm.kvm.vm_structs import DirtyLog
 
 _PAGE = 4096
 
@@ -88,6 +89,8 @@ class MemoryIoctls(Handle):
         self.ioctl(
             "KVM_GET_DIRTY_LOG", ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": bitmap})
         )
+        from aiokvm.kvm.vm_structs import DirtyLog
+
         return DirtyLog(slot, bytes(ffi.buffer(bitmap)))
 
     def clear_dirty_log(self, log: DirtyLog, first_page: int = 0, num_pages: int | None = None) -> None:

@@ -15,7 +15,8 @@ from aiokvm.kvm.constants import (
     KVM_SYNC_X86_SREGS,
 )
 from aiokvm.kvm.convert import Struct, from_c, to_initializer
-from aiokvm.kvm.structs import Regs, Sregs, VcpuEvents
+from aiokvm.kvm.state_structs import VcpuEvents
+from aiokvm.kvm.structs import Regs, Sregs
 
 if TYPE_CHECKING:
     from aiokvm.kvm.vcpu import Vcpu

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.kvm.rings import DirtyRing
     from aiokvm.kvm.run_state import RunState
+    from aiokvm.kvm.state_structs import X86Mce
     from aiokvm.kvm.stats import Stats
-    from aiokvm.kvm.structs import X86Mce
     from aiokvm.kvm.vm import Vm
     from aiokvm.kvm.vm_structs import CoalescedMmio
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from aiokvm._core import ffi
 from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.ioctl import AttributeHandle
-from aiokvm.kvm.structs import DebugRegs, Fpu, MpState, Regs, Sregs, Sregs2, TranslateResult, VcpuEvents, Xcr
+from aiokvm.kvm.structs import MpState, Regs, Sregs
 from aiokvm.kvm.tables import get_cpuid, get_msrs, set_cpuid, set_msrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from aiokvm.kvm.state_structs import DebugRegs, Fpu, Sregs2, TranslateResult, VcpuEvents, Xcr
     from aiokvm.kvm.structs import CpuidEntry, MsrEntry
     from aiokvm.kvm.vm import Vm
 
@@ -43,6 +44,8 @@ class StateIoctls(AttributeHandle):
 
     def get_sregs2(self) -> Sregs2:
         """Return the same with the PAE page directory pointers (KVM_CAP_SREGS2)."""
+        from aiokvm.kvm.state_structs import Sregs2
+
         return self._get("KVM_GET_SREGS2", Sregs2)
 
     def set_sregs2(self, sregs: Sregs2) -> None:
@@ -51,6 +54,8 @@ class StateIoctls(AttributeHandle):
 
     def get_fpu(self) -> Fpu:
         """Return the x87 and SSE registers."""
+        from aiokvm.kvm.state_structs import Fpu
+
         return self._get("KVM_GET_FPU", Fpu)
 
     def set_fpu(self, fpu: Fpu) -> None:
@@ -74,6 +79,8 @@ class StateIoctls(AttributeHandle):
         """Return the extended control registers (KVM_CAP_XCRS)."""
         c = ffi.new("struct kvm_xcrs *")
         self.ioctl("KVM_GET_XCRS", c)
+        from aiokvm.kvm.state_structs import Xcr
+
         return tuple(Xcr(c.xcrs[i].xcr, c.xcrs[i].value) for i in range(c.nr_xcrs))
 
     def set_xcrs(self, xcrs: Iterable[Xcr]) -> None:
@@ -111,6 +118,8 @@ class StateIoctls(AttributeHandle):
 
     def get_vcpu_events(self) -> VcpuEvents:
         """Return what waits to be delivered (KVM_CAP_VCPU_EVENTS)."""
+        from aiokvm.kvm.state_structs import VcpuEvents
+
         return self._get("KVM_GET_VCPU_EVENTS", VcpuEvents)
 
     def set_vcpu_events(self, events: VcpuEvents) -> None:
@@ -119,6 +128,8 @@ class StateIoctls(AttributeHandle):
 
     def get_debugregs(self) -> DebugRegs:
         """Return the guest's debug registers (KVM_CAP_DEBUGREGS)."""
+        from aiokvm.kvm.state_structs import DebugRegs
+
         return self._get("KVM_GET_DEBUGREGS", DebugRegs)
 
     def set_debugregs(self, regs: DebugRegs) -> None:
@@ -162,6 +173,8 @@ class StateIoctls(AttributeHandle):
         """Walk the guest's page tables."""
         c = ffi.new("struct kvm_translation *", {"linear_address": linear_address})
         self.ioctl("KVM_TRANSLATE", c)
+        from aiokvm.kvm.state_structs import TranslateResult
+
         return TranslateResult(linear_address, c.physical_address, c.valid, c.writeable, c.usermode)
 
     def _xsave_bytes(self) -> int:

@@ -17,14 +17,13 @@ from aiokvm.kvm.ioctl import AttributeHandle
 from aiokvm.kvm.irq import InterruptIoctls
 from aiokvm.kvm.memory import MemoryIoctls
 from aiokvm.kvm.vcpu import Vcpu
-from aiokvm.kvm.vm_structs import ClockData
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from aiokvm.kvm.stats import Stats
     from aiokvm.kvm.system import System
-    from aiokvm.kvm.vm_structs import MsrFilterRange
+    from aiokvm.kvm.vm_structs import ClockData, MsrFilterRange
 
 
 class Device(AttributeHandle):
@@ -57,6 +56,8 @@ class Vm(MemoryIoctls, InterruptIoctls, AttributeHandle):
 
     def get_clock(self) -> ClockData:
         """Return kvmclock, in ns, with the host's time and TSC at that moment where ``flags`` say so."""
+        from aiokvm.kvm.vm_structs import ClockData
+
         return self._get("KVM_GET_CLOCK", ClockData)
 
     def set_clock(self, clock: ClockData) -> None:

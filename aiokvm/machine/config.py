@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", f"vm-{secrets.token_hex(3)}")
+            object.__setattr__(self, "name", f"vm-{os.urandom(3).hex()}")
         if len(self.name) > NAME_MAX or not self.name.isprintable():
             raise ConfigError(f"name {self.name!r} is not 1 to {NAME_MAX} printable characters")
         if self.cpus < 1:

@@ -46,7 +46,7 @@ def cpuid(
             case 0x0000_0001:
                 entries.append(_features(entry, index, cpus, tsc_deadline_timer))
             case 0x0000_0004:
-                entries.append(_cache(entry, id_bits))
+                entries.append(_cache(entry, id_bits, min((1 << id_bits) - 1, 0x3F)))
             case 0x0000_000B | 0x0000_001F:
                 # One entry tells that the leaf is there; all its levels are made anew.
                 levels.setdefault(entry.function, entry)
@@ -54,6 +54,9 @@ def cpuid(
                 entries.append(replace(entry, eax=max(entry.eax, HYPERVISOR_TIMING)))
             case 0x8000_0008:
                 entries.append(replace(entry, ecx=id_bits << 12 | min(cpus - 1, 0xFF) if amd else 0))
+            case 0x8000_001D:
+                # As leaf 4, but for the cores, whose bits are reserved here.
+                entries.append(_cache(entry, id_bits, 0))
             case 0x8000_001E:
                 # Extended APIC id, one thread a core, one node.
                 entries.append(replace(entry, eax=index, ebx=index & 0xFF, ecx=0))
@@ -76,12 +79,11 @@ def _features(entry: CpuidEntry, index: int, cpus: int, tsc_deadline_timer: bool
     return replace(entry, ebx=ebx, ecx=ecx, edx=edx)
 
 
-def _cache(entry: CpuidEntry, id_bits: int) -> CpuidEntry:
+def _cache(entry: CpuidEntry, id_bits: int, cores: int) -> CpuidEntry:
     if not entry.eax & 0x1F:
         return entry
     # The last-level cache is the package's, the others are a core's.
     sharing = (1 << id_bits) - 1 if (entry.eax >> 5) & 7 >= 3 else 0
-    cores = min((1 << id_bits) - 1, 0x3F)
     eax = (entry.eax & 0x3FFF) | min(sharing, 0xFFF) << 14 | cores << 26
     return replace(entry, eax=eax)
 

@@ -83,9 +83,10 @@ class Hardware:
         """Chips and vCPUs are as they were when they were created."""
         # KVM has no reset of a vCPU, so take the state of one that was just made.
         with kvm.System() as system, _create_vm(system, self._config) as vm:
+            # First, for a timer that still runs interrupts.
+            self.vm.set_pit2(vm.get_pit2())
             for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
                 self.vm.set_irqchip(chip, vm.get_irqchip(chip))
-            self.vm.set_pit2(vm.get_pit2())
             saved = system.get_msr_index_list()
             fresh = _create_vcpus(system, vm, self._config)
             for vcpu, pristine in zip(self.vcpus, fresh, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from aiokvm.errors import AiokvmError
@@ -14,11 +13,9 @@ if TYPE_CHECKING:
 INSTRUCTION_BYTES = 15
 
 
-def describe(what: str, vcpu: kvm.Vcpu, memory: GuestMemory, error: int = 0) -> str:
-    """``what`` happened, with errno, registers and the bytes at rip as far as they can be had."""
+def describe(what: str, vcpu: kvm.Vcpu, memory: GuestMemory) -> str:
+    """``what`` happened, with registers and the bytes at rip as far as they can be had."""
     parts = [what]
-    if error:
-        parts.append(f"KVM_RUN failed: {os.strerror(error)} (errno {error})")
     try:
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
     except AiokvmError as failure:

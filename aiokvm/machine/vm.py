@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -300,7 +301,7 @@ class VM:
                 return
         crash = reason == KvmExit.KVM_EXIT_SHUTDOWN and not error
         what = f"vCPU {index}: " + ("triple fault" if crash else _explain(vcpu.run_state, reason, error))
-        detail = describe(what, vcpu, self.memory, error)
+        detail = describe(what, vcpu, self.memory)
         self._logger.error("%s: %s", self.name, detail)
         self._end(Exit(ExitReason.CRASH if crash else ExitReason.ERROR, detail=detail))
 
@@ -457,7 +458,7 @@ async def _build(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:
 
 def _explain(run: kvm.RunState, reason: int, error: int) -> str:
     if error:
-        return "KVM_RUN failed"
+        return f"KVM_RUN failed: {os.strerror(error)} (errno {error})"
     if reason == KvmExit.KVM_EXIT_INTERNAL_ERROR:
         internal = run.internal_error
         data = " ".join(f"{word:#x}" for word in internal.data)

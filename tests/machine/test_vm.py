@@ -1,4 +1,4 @@
-"""The life of a machine: every method in every state, and every way to end."""
+"""The life of a machine: every method in every state, its events, and many callers at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from aiokvm import (
     Resumed,
     Started,
     StateError,
-    VcpuState,
     VmState,
     WasReset,
     boot,
@@ -47,11 +46,6 @@ SHUTDOWN = bytes.fromhex(
     "b8 00 34"  # mov ax, SLP_EN | 5 << 10
     "ef"  # out dx, ax
     "eb fe"  # jmp .
-)
-UD2 = b"\x0f\x0b"
-EXEC_FROM_NOWHERE = bytes.fromhex(
-    "b8 00 00 00 d0"  # mov eax, 0xd0000000: neither RAM nor a device
-    "ff e0"  # jmp eax
 )
 
 
@@ -138,116 +132,6 @@ async def test_what_is_done_twice_is_done(guest: Guest, method: str) -> None:
         state = vm.state
         await getattr(vm, method)()
         assert vm.state is state
-
-
-@pytest.mark.parametrize(
-    ("code", "mode", "expected"),
-    [
-        pytest.param(SHUTDOWN, "real", Exit(ExitReason.SHUTDOWN), id="S5"),
-        pytest.param(
-            bytes.fromhex(
-                "b0 fe"  # mov al, 0xfe: pulse the reset line
-                "e6 64"  # out 0x64, al
-                "eb fe"  # jmp .
-            ),
-            "real",
-            Exit(ExitReason.RESET),
-            id="i8042",
-        ),
-        pytest.param(
-            bytes.fromhex(
-                "ba 08 06"  # mov dx, 0x608
-                "b0 01"  # mov al, 1
-                "ee"  # out dx, al
-                "eb fe"  # jmp .
-            ),
-            "real",
-            Exit(ExitReason.RESET),
-            id="ACPI reset register",
-        ),
-        pytest.param(
-            bytes.fromhex(
-                "b0 00"  # mov al, 0
-                "e6 f4"  # out 0xf4, al
-                "eb fe"  # jmp .
-            ),
-            "real",
-            Exit(ExitReason.DEBUG_EXIT, code=0),
-            id="debug exit 0",
-        ),
-        pytest.param(
-            bytes.fromhex(
-                "b8 fe ca"  # mov ax, 0xcafe
-                "e7 f4"  # out 0xf4, ax
-                "eb fe"  # jmp .
-            ),
-            "real",
-            Exit(ExitReason.DEBUG_EXIT, code=0xCAFE),
-            id="debug exit, 16 bits",
-        ),
-        pytest.param(
-            bytes.fromhex(
-                "b8 ef be ad de"  # mov eax, 0xdeadbeef
-                "e7 f4"  # out 0xf4, eax
-                "eb fe"  # jmp .
-            ),
-            "long",
-            Exit(ExitReason.DEBUG_EXIT, code=0xDEADBEEF),
-            id="debug exit, 32 bits",
-        ),
-    ],
-)
-async def test_the_guest_ends_its_machine(guest: Guest, code: bytes, mode: str, expected: Exit) -> None:
-    async with guest(code, mode=mode) as vm:
-        assert await vm.wait() == expected
-        assert vm.state is VmState.STOPPED
-        # The first reason stands.
-        assert await vm.kill() == expected
-        assert await vm.stop() == expected
-        assert [vcpu.state for vcpu in vm.vcpus] == [VcpuState.STOPPED]
-    assert vm.exit == expected
-
-
-@pytest.mark.parametrize("mode", ["protected", "long"])
-async def test_a_triple_fault_is_a_crash_with_registers(
-    guest: Guest, mode: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with guest(UD2, mode=mode, name="sad") as vm:
-        exit_ = await vm.wait()
-    assert exit_.reason is ExitReason.CRASH
-    assert exit_.code is None
-    assert exit_.detail.startswith("vCPU 0: triple fault; rip=0x1000 ")
-    assert "code: 0f 0b" in exit_.detail
-    assert [record.getMessage() for record in caplog.records] == [f"sad: {exit_.detail}"]
-
-
-async def test_what_kvm_cannot_run_is_an_error_with_registers(guest: Guest) -> None:
-    async with guest(EXEC_FROM_NOWHERE, mode="protected") as vm:
-        exit_ = await vm.wait()
-    assert exit_.reason is ExitReason.ERROR
-    assert exit_.detail.startswith("vCPU 0: KVM internal error, suberror 1, data ")
-    assert "; rip=0xd0000000 " in exit_.detail
-    assert " rax=0xd0000000 " in exit_.detail
-
-
-async def test_stop_presses_the_power_button(guest: Guest) -> None:
-    waits_for_the_button = bytes.fromhex(
-        "ba 00 06"  # mov dx, 0x600: PM1_STS
-        "ed"  # again: in ax, dx
-        "f6 c4 01"  # test ah, 1: PWRBTN_STS
-        "74 fa"  # jz again
-        "ba 04 06"  # mov dx, 0x604
-        "b8 00 34"  # mov ax, SLP_EN | 5 << 10
-        "ef"  # out dx, ax
-        "eb fe"  # jmp .
-    )
-    async with guest(waits_for_the_button) as vm:
-        assert await vm.stop(timeout=60) == Exit(ExitReason.SHUTDOWN)
-
-
-async def test_stop_forces_a_guest_that_ignores_the_button(guest: Guest) -> None:
-    async with guest(COUNT) as vm:
-        assert await vm.stop(timeout=0) == Exit(ExitReason.KILLED)
 
 
 async def test_events_tell_the_whole_life(guest: Guest) -> None:

@@ -1,0 +1,56 @@
+"""Reading what is to be booted: nothing but regular files of a bearable size, and the loop is never held."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from aiokvm import BootError
+from aiokvm.machine.files import read_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_files_come_by_their_paths(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"kernel")
+    other.write_bytes(b"")
+    assert await read_files([one, other], 6) == {one: b"kernel", other: b""}
+    assert await read_files([], 0) == {}
+
+
+async def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(101))
+    os.mkfifo(tmp_path / "fifo")
+    for name, message in {
+        "missing": "cannot read .*missing: No such file or directory",
+        "large": r"large \(101 bytes\) is too large for the guest's RAM \(100 bytes\): give the machine more",
+        "fifo": "cannot boot .*fifo: it is not a regular file",
+        ".": "not a regular file|Is a directory",
+    }.items():
+        with anyio.fail_after(10), pytest.raises(BootError, match=message):
+            await read_files([tmp_path / name], 100)
+
+
+async def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with anyio.fail_after(10), pytest.raises(BootError, match="not a regular file"):
+        await read_files([tmp_path / "zero"], 1 << 30)
+
+
+async def test_no_descriptor_stays_open(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    await read_files([], 0)
+    with pytest.raises(BootError):
+        await read_files([tmp_path / "fifo"], 100)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(BootError):
+            await read_files([tmp_path / "fifo"], 100)
+    assert len(os.listdir("/proc/self/fd")) == before
