@@ -21,8 +21,22 @@ from aiokvm.errors import (
     SerialClosedError,
     StateError,
 )
+from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
-from aiokvm.machine.events import Event, Exit, Exited, ExitReason, Paused, Resumed, Started, WasReset
+from aiokvm.machine.device import Device, ErrorPolicy, Placement, RegionMode, Timer
+from aiokvm.machine.events import (
+    DeviceFailed,
+    Event,
+    Exit,
+    Exited,
+    ExitReason,
+    Paused,
+    Resumed,
+    Started,
+    WasReset,
+)
+from aiokvm.machine.irq import Irq
+from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.machine.vm import VM, VmState
 from aiokvm.memory import GuestMemory, RamRegion
@@ -30,9 +44,14 @@ from aiokvm.memory import GuestMemory, RamRegion
 __all__ = [
     "VM",
     "AiokvmError",
+    "Attachment",
     "BootError",
     "ConfigError",
+    "Device",
     "DeviceError",
+    "DeviceFailed",
+    "DeviceStats",
+    "ErrorPolicy",
     "Event",
     "Exit",
     "ExitReason",
@@ -40,18 +59,24 @@ __all__ = [
     "GuestMemory",
     "GuestMemoryError",
     "ImageError",
+    "Irq",
     "KvmError",
     "LabError",
     "Paused",
+    "Placement",
     "RamRegion",
+    "RegionMode",
     "Resumed",
     "SerialClosedError",
     "SerialConsole",
     "Started",
     "StateError",
+    "Timer",
     "VcpuState",
+    "VcpuStats",
     "VirtualCpu",
     "VmState",
+    "VmStats",
     "WasReset",
     "boot",
     "kvm",

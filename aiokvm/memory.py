@@ -154,3 +154,24 @@ class _Unmap:
     def __call__(self, address: Pointer) -> None:
         if os.getpid() == self._pid:
             lib.aiokvm_unmap(address, self._size)
+
+
+class SharedPages:
+    """Pages of RAM of their own, zeroed, that a device shares with the guest.
+
+    ``size_bytes`` is a multiple of 4096. The pages live as long as ``bytes`` or a view of it does. Raises
+    OSError if the host has none.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        fd = os.memfd_create("aiokvm-shared", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_bytes)
+            code = ffi.new("int *")
+            mapping = lib.aiokvm_map(fd, size_bytes, PAGE_SIZE, code)
+            if not mapping:
+                raise OSError(code[0], os.strerror(code[0]))
+        finally:
+            os.close(fd)
+        self.host_address = int(ffi.cast("uintptr_t", mapping))
+        self.bytes = memoryview(ffi.buffer(ffi.gc(mapping, _Unmap(size_bytes)), size_bytes)).cast("B")

@@ -15,6 +15,8 @@ struct aiokvm_region {
 };
 
 #define AIOKVM_FAST_OFFSETS ...
+#define AIOKVM_POSTED_ALL ...
+#define AIOKVM_NO_REGION ...
 
 #define AIOKVM_VCPU_EXIT ...
 #define AIOKVM_VCPU_PARKED ...
@@ -43,16 +45,39 @@ int aiokvm_machine_alive(const struct aiokvm_machine *machine);
 int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
-int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max);
+int aiokvm_machine_answer(struct aiokvm_machine *machine);
+int aiokvm_machine_unwatch(struct aiokvm_machine *machine);
+int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask);
+int aiokvm_machine_set_poll(struct aiokvm_machine *machine, uint32_t ns);
+
+struct aiokvm_machine_stats {
+    uint64_t serving_ns;
+    uint64_t poll_hits;
+    uint64_t poll_misses;
+    uint64_t rings;
+    ...;
+};
+
+int aiokvm_machine_get_stats(const struct aiokvm_machine *machine, struct aiokvm_machine_stats *stats);
+int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
+                 struct aiokvm_news *news, size_t max, size_t *which);
+uint64_t aiokvm_now_ns(void);
 const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);
 void aiokvm_latch_set(uint32_t *latch, unsigned offset, int value);
 
 /* ---- vcpu.h: the thread of a vCPU ---- */
 
+#define AIOKVM_REASONS ...
+
 struct aiokvm_vcpu_stats {
     uint64_t exits;
     uint64_t unclaimed;
     uint64_t kicks;
+    uint64_t posted;
+    uint64_t guest_ns;
+    uint64_t wait_ns;
+    uint64_t poll_hits;
+    uint64_t reasons[...];
     ...;
 };
 

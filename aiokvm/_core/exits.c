@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "vcpu.h"
@@ -100,8 +101,12 @@ static const struct aiokvm_region *find(const struct aiokvm_table *table, uint64
     return NULL;
 }
 
+/* A vCPU has left news where there was none. A loop that watches will see it without being told: it clears
+ * watched before it looks for the last time. */
 static void ring_doorbell(struct aiokvm_machine *machine)
 {
+    if (atomic_load(&machine->watched))
+        return;
     uint64_t one = 1;
     ssize_t written = write(machine->doorbell, &one, sizeof(one));
     (void)written; /* an eventfd refuses only when it is about to overflow, and then it has been rung */
@@ -109,17 +114,20 @@ static void ring_doorbell(struct aiokvm_machine *machine)
 
 /* Queues all of it or, if there is no room, nothing. */
 static bool post(struct aiokvm_machine *machine, unsigned bus, const struct aiokvm_region *region,
-                 unsigned offset, const uint8_t *data, size_t count)
+                 uint64_t offset, const uint8_t *data, size_t size, size_t count)
 {
     pthread_mutex_lock(&machine->post_lock);
     uint32_t head = atomic_load(&machine->post_head);
     uint32_t used = head - atomic_load(&machine->post_tail);
     bool fits = count <= AIOKVM_POSTS - used;
     if (fits) {
-        for (size_t i = 0; i < count; i++)
-            machine->posts[(head + i) % AIOKVM_POSTS] = (struct aiokvm_post){
-                .region = region->id, .bus = (uint8_t)bus, .offset = (uint8_t)offset, .value = data[i]
+        for (size_t i = 0; i < count; i++) {
+            struct aiokvm_post *entry = &machine->posts[(head + i) % AIOKVM_POSTS];
+            *entry = (struct aiokvm_post){
+                .region = region->id, .bus = (uint8_t)bus, .offset = offset, .size = (uint8_t)size
             };
+            memcpy(&entry->value, data + i * size, size);
+        }
         atomic_store(&machine->post_head, head + (uint32_t)count);
         /* Whoever posts into an empty ring rings the doorbell, which the loop empties before it looks. */
         if (atomic_load(&machine->post_tail) == head)
@@ -141,8 +149,8 @@ enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigne
         bool fast = size == 1 && offset < AIOKVM_FAST_OFFSETS;
         result = AIOKVM_ASK;
         *found = *region;
-        if (fast && is_write && region->posted >> offset & 1) {
-            if (post(machine, bus, region, (unsigned)offset, data, count))
+        if (is_write && (region->posted & AIOKVM_POSTED_ALL || (fast && region->posted >> offset & 1))) {
+            if (post(machine, bus, region, offset, data, size, count))
                 result = AIOKVM_DONE;
         } else if (fast && !is_write && count == 1 && region->latch) {
             uint32_t word = __atomic_load_n(&region->latch[offset], __ATOMIC_ACQUIRE);
@@ -153,6 +161,10 @@ enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigne
         }
     }
     pthread_rwlock_unlock(&machine->lock);
+    if (!region && atomic_load_explicit(&machine->ask_unclaimed, memory_order_relaxed)) {
+        *found = (struct aiokvm_region){ .id = AIOKVM_NO_REGION };
+        result = AIOKVM_ASK;
+    }
     return result;
 }
 
@@ -205,7 +217,7 @@ void aiokvm_machine_forget(struct aiokvm_machine *machine, struct aiokvm_vcpu *v
         *link = vcpu->next;
 }
 
-/* Posted writes before until, runs of bytes to one offset as one; returns how many news that made. *bytes is
+/* Posted writes before until, runs of one size to one offset as one; returns how many news that made. *bytes is
  * how many of posted_bytes are used. */
 static size_t take_posts(struct aiokvm_machine *machine, uint32_t until, struct aiokvm_news *news, size_t max,
                          size_t *bytes)
@@ -215,16 +227,18 @@ static size_t take_posts(struct aiokvm_machine *machine, uint32_t until, struct 
     for (; (int32_t)(until - tail) > 0; tail++) {
         struct aiokvm_post post = machine->posts[tail % AIOKVM_POSTS];
         struct aiokvm_news *last = count ? &news[count - 1] : NULL;
-        if (!last || last->region != post.region || last->offset != post.offset || last->bus != post.bus) {
+        if (!last || last->region != post.region || last->offset != post.offset || last->bus != post.bus ||
+            last->size != post.size) {
             if (count == max)
                 break;
             last = &news[count++];
             *last = (struct aiokvm_news){
                 .state = AIOKVM_POSTED, .bus = post.bus, .region = post.region, .offset = post.offset,
-                .is_write = 1, .size = 1, .value = *bytes,
+                .is_write = 1, .size = post.size, .value = *bytes,
             };
         }
-        machine->posted_bytes[(*bytes)++] = post.value;
+        memcpy(machine->posted_bytes + *bytes, &post.value, post.size);
+        *bytes += post.size;
         last->count++;
     }
     atomic_store(&machine->post_tail, tail);
@@ -236,13 +250,68 @@ const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine)
     return machine->posted_bytes;
 }
 
-int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max)
+uint64_t aiokvm_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask)
+{
+    if (!machine->alive)
+        return -EOWNERDEAD;
+    atomic_store(&machine->ask_unclaimed, ask != 0);
+    return 0;
+}
+
+int aiokvm_machine_set_poll(struct aiokvm_machine *machine, uint32_t ns)
+{
+    if (!machine->alive)
+        return -EOWNERDEAD;
+    atomic_store(&machine->poll_ns, ns);
+    machine->window_ns = ns;
+    return 0;
+}
+
+int aiokvm_machine_get_stats(const struct aiokvm_machine *machine, struct aiokvm_machine_stats *stats)
+{
+    if (!machine->alive)
+        return -EOWNERDEAD;
+    *stats = machine->stats;
+    return 0;
+}
+
+int aiokvm_machine_answer(struct aiokvm_machine *machine)
 {
     if (!machine->alive)
         return -EOWNERDEAD;
     uint64_t rung;
     ssize_t got = read(machine->doorbell, &rung, sizeof(rung));
     (void)got; /* EAGAIN: not rung */
+    atomic_store(&machine->watched, 1);
+    machine->stats.rings++;
+    /* It slept for less than polling could have bridged: poll for longer. */
+    uint32_t most = atomic_load(&machine->poll_ns);
+    uint64_t now = aiokvm_now_ns();
+    if (now - machine->last_ns < most)
+        machine->window_ns = machine->window_ns ? machine->window_ns * 2 : most / 8;
+    if (machine->window_ns > most)
+        machine->window_ns = most;
+    machine->last_ns = now;
+    return 0;
+}
+
+static bool has_news(struct aiokvm_machine *machine)
+{
+    return machine->taken || atomic_load(&machine->pending) ||
+           atomic_load(&machine->post_head) != atomic_load(&machine->post_tail);
+}
+
+int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max)
+{
+    if (!machine->alive)
+        return -EOWNERDEAD;
     take_pending(machine);
     /* vCPUs go on posting meanwhile: what this call takes ends here, and fits into posted_bytes. */
     uint32_t head = atomic_load(&machine->post_head);
@@ -262,9 +331,68 @@ int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news
             count++;
     }
     count += take_posts(machine, head, &news[count], max - count, &bytes);
-    /* The rest comes when the loop has looked at its other descriptors. A post whose vCPU saw the ring not
-     * yet empty, and did not ring, is seen here: the tail was written before the head is read again. */
-    if (machine->taken || atomic_load(&machine->post_head) != atomic_load(&machine->post_tail))
-        ring_doorbell(machine);
     return (int)count;
+}
+
+/* The last look before the doorbell is needed again; whether there was nothing. */
+static bool stop_watching(struct aiokvm_machine *machine)
+{
+    atomic_store(&machine->watched, 0);
+    if (!has_news(machine))
+        return true;
+    atomic_store(&machine->watched, 1);
+    return false;
+}
+
+int aiokvm_machine_unwatch(struct aiokvm_machine *machine)
+{
+    if (!machine->alive)
+        return -EOWNERDEAD;
+    atomic_store(&machine->watched, 0);
+    if (has_news(machine))
+        ring_doorbell(machine);
+    return 0;
+}
+
+int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
+                 struct aiokvm_news *news, size_t max, size_t *which)
+{
+    uint64_t now = aiokvm_now_ns();
+    for (size_t i = 0; i < count; i++) {
+        struct aiokvm_machine *machine = machines[i];
+        if (!machine->alive)
+            return -EOWNERDEAD;
+        if (!machine->handed_ns)
+            continue;
+        machine->stats.serving_ns += now - machine->handed_ns;
+        machine->handed_ns = 0;
+        /* The window begins when the guest has been answered. */
+        machine->last_ns = now;
+    }
+    for (uint64_t waited = 0;; waited = 1, now = aiokvm_now_ns()) {
+        for (size_t i = 0; i < count; i++) {
+            size_t index = (*which + 1 + i) % count;
+            struct aiokvm_machine *machine = machines[index];
+            if (has_news(machine)) {
+                int taken = aiokvm_machine_take(machine, news, max);
+                if (taken > 0) {
+                    machine->stats.poll_hits += waited;
+                    machine->handed_ns = now;
+                    *which = index;
+                    return taken;
+                }
+            }
+            if (now - machine->last_ns >= machine->window_ns && stop_watching(machine)) {
+                machine->stats.poll_misses++;
+                machine->window_ns /= 2;
+                *which = index;
+                return 0;
+            }
+        }
+        if (now >= deadline_ns || !count) {
+            *which = count;
+            return 0;
+        }
+        __builtin_ia32_pause();
+    }
 }

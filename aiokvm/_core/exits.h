@@ -17,6 +17,11 @@ enum { AIOKVM_BUS_PIO, AIOKVM_BUS_MMIO, AIOKVM_BUSES };
 enum { AIOKVM_FAST_OFFSETS = 8 };
 /* Of a latch's word: the low byte is what a read gives. */
 #define AIOKVM_LATCHED 0x100u
+/* Of a region's posted: all that is written there, of any size. */
+#define AIOKVM_POSTED_ALL 0x80000000u
+
+/* In the place of a region's id: nothing claims the address, which stands in the place of the offset. */
+#define AIOKVM_NO_REGION 0xffffffffu
 
 /* A claimed range of addresses. Ranges of a bus do not overlap; ids are the loop side's.
  *
@@ -41,14 +46,14 @@ enum {
     AIOKVM_VCPU_STOPPED, /* the thread has ended */
 };
 
-/* In news, in the place of a state: bytes that were written to a posted offset, in the guest's order. */
+/* In news, in the place of a state: what was written to a posted offset, in the guest's order. */
 enum { AIOKVM_POSTED = 0x100 };
 
 /* What one vCPU has to tell: its new state and, for an exit, what the guest did.
  * reason is KVM's exit_reason and error the errno of a KVM_RUN that failed (0: it did not). region, offset,
  * size (bytes), count, is_write and value (of a write with count 1) belong to KVM_EXIT_IO and KVM_EXIT_MMIO.
- * AIOKVM_POSTED has no vCPU: bus, region and offset were written, count bytes from the machine's
- * posted_bytes + value on, which stay until the next call. */
+ * AIOKVM_POSTED has no vCPU: bus, region and offset were written count times, with size bytes each from the
+ * machine's posted_bytes + value on, which stay until the next call. */
 struct aiokvm_news {
     uint32_t vcpu;
     uint32_t state;
@@ -73,14 +78,22 @@ struct aiokvm_table {
 
 /* A posted write. */
 struct aiokvm_post {
+    uint64_t offset;
+    uint64_t value;
     uint32_t region;
     uint8_t bus;
-    uint8_t offset;
-    uint8_t value;
+    uint8_t size;
 };
 
 /* A power of two. What a guest can write while the loop is busy elsewhere; then it waits for the loop. */
 enum { AIOKVM_POSTS = 4096 };
+
+struct aiokvm_machine_stats {
+    uint64_t serving_ns; /* from when news was handed over until the loop asked for more */
+    uint64_t poll_hits;  /* news that came while the loop polled */
+    uint64_t poll_misses;
+    uint64_t rings; /* of the doorbell that the loop answered */
+};
 
 struct aiokvm_machine {
     /* 1 as long as this is the process that made the machine: a fork wipes the page (MADV_WIPEONFORK),
@@ -92,12 +105,22 @@ struct aiokvm_machine {
     _Atomic(struct aiokvm_vcpu *) pending; /* stack of vCPUs with news: pushed by vCPUs, taken whole by the loop */
     struct aiokvm_vcpu *taken;             /* the loop's: taken from pending, oldest first, not yet handed on */
 
+    /* Polling. The loop looks by itself and needs no doorbell while watched is set: the loop's, read by vCPUs
+     * after they have left news. */
+    _Atomic uint32_t watched;
+    _Atomic uint32_t ask_unclaimed; /* the loop's: accesses that no region claims are its, too */
+    _Atomic uint32_t poll_ns; /* the loop's: how long at most either side polls for the other; 0: not at all */
+    uint32_t window_ns;       /* the loop's: how long it polls now */
+    uint64_t last_ns;         /* the loop's: when it had served what came last */
+    uint64_t handed_ns;       /* the loop's: when it was handed news that it is serving; 0: it is not */
+    struct aiokvm_machine_stats stats; /* the loop's */
+
     /* The ring of posted writes. One for all vCPUs: what the guest has ordered among them stays ordered. */
     pthread_mutex_t post_lock;    /* vCPUs among themselves */
     _Atomic uint32_t post_head;   /* the next to be written; vCPUs' */
     _Atomic uint32_t post_tail;   /* the next to be read; the loop's */
     struct aiokvm_post posts[AIOKVM_POSTS];
-    uint8_t posted_bytes[AIOKVM_POSTS]; /* the loop's */
+    uint8_t posted_bytes[AIOKVM_POSTS * 8]; /* the loop's */
 };
 
 /* Returns NULL and sets *error (an errno). */
@@ -111,9 +134,25 @@ int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 /* Replaces the claimed ranges of a bus; they must be sorted by base. */
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
-/* The loop: empties the doorbell and writes at most max news, oldest first; returns how many. If there are
- * more, the doorbell is rung again. */
+/* The loop: the doorbell was rung. Empties it; from here on the machine is watched, and has to be served. */
+int aiokvm_machine_answer(struct aiokvm_machine *machine);
+/* Whether accesses that no region claims are handed to the loop as exits of AIOKVM_NO_REGION. */
+int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask);
+/* The loop: it does not look by itself any more. If there is news, the doorbell is rung. */
+int aiokvm_machine_unwatch(struct aiokvm_machine *machine);
+/* How long, in nanoseconds, either side polls for the other before it sleeps. */
+int aiokvm_machine_set_poll(struct aiokvm_machine *machine, uint32_t ns);
+int aiokvm_machine_get_stats(const struct aiokvm_machine *machine, struct aiokvm_machine_stats *stats);
+/* The loop: writes at most max news, oldest first; returns how many. */
 int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max);
+/* The loop: takes the news of one of the count machines that are watched, beginning behind *which, and waits
+ * for it until one's window is over, or deadline_ns has come.
+ * Returns how many news there are of machine *which. 0: it is no longer watched, since its window is over; its
+ * doorbell will ring. *which is count if the deadline came first. */
+int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
+                 struct aiokvm_news *news, size_t max, size_t *which);
+/* CLOCK_MONOTONIC. */
+uint64_t aiokvm_now_ns(void);
 
 /* The loop: what AIOKVM_POSTED news point into. */
 const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);

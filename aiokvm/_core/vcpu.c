@@ -96,26 +96,62 @@ static void *io_data(struct aiokvm_vcpu *vcpu)
     return run->mmio.data;
 }
 
+static void add(_Atomic uint64_t *counter, uint64_t count)
+{
+    /* One writer each: readers may see it late, but never torn. */
+    uint64_t old = atomic_load_explicit(counter, memory_order_relaxed);
+    atomic_store_explicit(counter, old + count, memory_order_relaxed);
+}
+
+/* Sleeps until wake is no longer what it was. Whoever counts it up looks at asleep after that. */
+static void sleep_while(struct aiokvm_vcpu *vcpu, uint32_t wake)
+{
+    atomic_store(&vcpu->asleep, 1);
+    futex_wait(&vcpu->wake, wake);
+    atomic_store(&vcpu->asleep, 0);
+}
+
+/* A reply often comes sooner than a sleep and a wake-up take. */
+static void poll_while(struct aiokvm_vcpu *vcpu, uint32_t wake, uint64_t until_ns)
+{
+    while (atomic_load(&vcpu->wake) == wake && aiokvm_now_ns() < until_ns)
+        __builtin_ia32_pause();
+}
+
+/* After a wait for the loop: polls longer if that would have spared the sleep, less if it was in vain. */
+static void adapt(struct aiokvm_vcpu *vcpu, uint64_t waited_ns)
+{
+    uint32_t most = atomic_load_explicit(&vcpu->machine->poll_ns, memory_order_relaxed);
+    if (waited_ns <= vcpu->window_ns)
+        add(&vcpu->poll_hits, 1);
+    else if (waited_ns >= most)
+        vcpu->window_ns /= 2;
+    else
+        vcpu->window_ns = vcpu->window_ns ? vcpu->window_ns * 2 : most / 8;
+    if (vcpu->window_ns > most)
+        vcpu->window_ns = most;
+    add(&vcpu->wait_ns, waited_ns);
+}
+
 /* Hands the exit to the loop and waits for its reply; false if the thread is to stop instead. */
 static bool ask_loop(struct aiokvm_vcpu *vcpu)
 {
+    uint64_t start_ns = aiokvm_now_ns();
     tell(vcpu, AIOKVM_VCPU_EXIT);
-    for (;;) {
+    for (bool polled = false;; polled = true) {
         uint32_t wake = atomic_load(&vcpu->wake);
         if (status_state(atomic_load(&vcpu->status)) == AIOKVM_VCPU_REPLIED) {
             set_state(vcpu, AIOKVM_VCPU_RUNNING);
+            adapt(vcpu, aiokvm_now_ns() - start_ns);
             return true;
         }
         if (wanted(vcpu) == AIOKVM_WANT_STOPPED)
             return false;
-        futex_wait(&vcpu->wake, wake);
+        if (!polled && vcpu->window_ns)
+            poll_while(vcpu, wake, start_ns + vcpu->window_ns);
+        else
+            sleep_while(vcpu, wake);
     }
-}
-
-static void add_one(_Atomic uint64_t *counter)
-{
-    /* One writer each: readers may see it late, but never torn. */
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
 }
 
 /* A port or memory access; false if the thread is to stop. */
@@ -125,14 +161,17 @@ static bool access_bus(struct aiokvm_vcpu *vcpu, unsigned bus, uint64_t address,
     struct aiokvm_region region;
     switch (aiokvm_machine_access(vcpu->machine, bus, address, is_write, size, count, io_data(vcpu), &region)) {
     case AIOKVM_DONE:
+        add(&vcpu->posted, 1);
         return true;
     case AIOKVM_UNCLAIMED:
         /* Nothing drives the data lines: a PC's pull-ups read as ones. */
         if (!is_write)
             memset(io_data(vcpu), 0xff, size * count);
-        add_one(&vcpu->unclaimed);
+        add(&vcpu->unclaimed, 1);
         return true;
     default:
+        if (region.id == AIOKVM_NO_REGION)
+            add(&vcpu->unclaimed, 1);
         vcpu->region = region.id;
         vcpu->offset = address - region.base;
         return ask_loop(vcpu);
@@ -142,7 +181,8 @@ static bool access_bus(struct aiokvm_vcpu *vcpu, unsigned bus, uint64_t address,
 static bool handle_exit(struct aiokvm_vcpu *vcpu, int error)
 {
     struct kvm_run *run = vcpu->run;
-    add_one(&vcpu->exits);
+    add(&vcpu->exits, 1);
+    add(&vcpu->reasons[run->exit_reason < AIOKVM_REASONS ? run->exit_reason : AIOKVM_REASONS - 1], 1);
     vcpu->error = error;
     vcpu->incomplete = !error;
     if (!error && run->exit_reason == KVM_EXIT_IO)
@@ -156,11 +196,13 @@ static bool handle_exit(struct aiokvm_vcpu *vcpu, int error)
 /* One KVM_RUN and what follows from it; false if the thread is to stop. */
 static bool run_once(struct aiokvm_vcpu *vcpu)
 {
+    uint64_t start_ns = aiokvm_now_ns();
     long result = aiokvm_ioctl(vcpu->fd, KVM_RUN, NULL);
+    add(&vcpu->guest_ns, aiokvm_now_ns() - start_ns);
     if (result == -EINTR || result == -EAGAIN) {
         /* EAGAIN: the INIT or SIPI that it waited for came. Either way KVM finished the last exit first. */
         vcpu->incomplete = false;
-        add_one(&vcpu->kicks);
+        add(&vcpu->kicks, 1);
         return true;
     }
     return handle_exit(vcpu, result < 0 ? (int)-result : 0);
@@ -190,7 +232,7 @@ static bool park(struct aiokvm_vcpu *vcpu)
      * count, and the second pause is answered too. */
     for (uint32_t wake = atomic_load(&vcpu->wake); atomic_load(&vcpu->want) == want;
          wake = atomic_load(&vcpu->wake))
-        futex_wait(&vcpu->wake, wake);
+        sleep_while(vcpu, wake);
     set_state(vcpu, AIOKVM_VCPU_RUNNING);
     return true;
 }
@@ -230,7 +272,8 @@ static void *vcpu_main(void *argument)
 static void wake(struct aiokvm_vcpu *vcpu)
 {
     atomic_fetch_add(&vcpu->wake, 1);
-    futex_wake(&vcpu->wake);
+    if (atomic_load(&vcpu->asleep))
+        futex_wake(&vcpu->wake);
 }
 
 struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t index, int fd, void *run,
@@ -242,6 +285,7 @@ struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t ind
         return NULL;
     }
     vcpu->machine = machine;
+    vcpu->window_ns = atomic_load(&machine->poll_ns);
     vcpu->index = index;
     vcpu->fd = fd;
     vcpu->run = run;
@@ -375,6 +419,12 @@ void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats 
     stats->exits = atomic_load_explicit(&vcpu->exits, memory_order_relaxed);
     stats->unclaimed = atomic_load_explicit(&vcpu->unclaimed, memory_order_relaxed);
     stats->kicks = atomic_load_explicit(&vcpu->kicks, memory_order_relaxed);
+    stats->posted = atomic_load_explicit(&vcpu->posted, memory_order_relaxed);
+    stats->guest_ns = atomic_load_explicit(&vcpu->guest_ns, memory_order_relaxed);
+    stats->wait_ns = atomic_load_explicit(&vcpu->wait_ns, memory_order_relaxed);
+    stats->poll_hits = atomic_load_explicit(&vcpu->poll_hits, memory_order_relaxed);
+    for (size_t i = 0; i < AIOKVM_REASONS; i++)
+        stats->reasons[i] = atomic_load_explicit(&vcpu->reasons[i], memory_order_relaxed);
 }
 
 bool aiokvm_vcpu_news(struct aiokvm_vcpu *vcpu, struct aiokvm_news *news)

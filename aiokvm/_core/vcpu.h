@@ -17,10 +17,18 @@
 
 enum { AIOKVM_WANT_PARKED, AIOKVM_WANT_RUNNING, AIOKVM_WANT_STOPPED, AIOKVM_WANT_MASK = 3 };
 
+/* Exit reasons that are counted one by one. */
+enum { AIOKVM_REASONS = 64 };
+
 struct aiokvm_vcpu_stats {
     uint64_t exits;     /* returns from KVM_RUN with something to do */
     uint64_t unclaimed; /* accesses to addresses that nothing claims */
     uint64_t kicks;     /* returns from KVM_RUN because of a kick */
+    uint64_t posted;    /* accesses that were queued for the loop, or answered by a latch */
+    uint64_t guest_ns;  /* in KVM_RUN: the guest, and the kernel on its behalf */
+    uint64_t wait_ns;   /* for the loop's replies */
+    uint64_t poll_hits; /* replies that came while the thread polled */
+    uint64_t reasons[AIOKVM_REASONS]; /* exits by exit_reason; the last counts all that are beyond */
 };
 
 struct aiokvm_vcpu {
@@ -33,6 +41,7 @@ struct aiokvm_vcpu {
 
     _Atomic uint32_t want; /* the loop's: AIOKVM_WANT_* in the low bits, a count of the wishes above */
     _Atomic uint32_t wake; /* futex: counts changes that a waiting thread must look at */
+    _Atomic uint32_t asleep; /* the thread's: it waits on the futex, or is about to */
     _Atomic uint32_t tid;  /* futex; the thread's: 0 before and after */
     /* AIOKVM_VCPU_* in the low half; in the high half the number of the newest news, by which a reply to an
      * older one is told. The thread's, but EXIT -> REPLIED is the loop's. */
@@ -51,7 +60,8 @@ struct aiokvm_vcpu {
     bool incomplete; /* the thread's: KVM has still to finish what the last exit began */
     pthread_t thread;
     bool joinable; /* the loop's */
-    _Atomic uint64_t exits, unclaimed, kicks;
+    uint32_t window_ns; /* the thread's: how long it polls for a reply now */
+    _Atomic uint64_t exits, unclaimed, kicks, posted, guest_ns, wait_ns, poll_hits, reasons[AIOKVM_REASONS];
 };
 
 /* name: of the thread, at most 15 bytes. run: the mapping of the vCPU's kvm_run. NULL and *error on failure. */

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from aiokvm.aio.loop import Handle, Loop
+from aiokvm.aio.loop import Handle, Loop, Task
 
-__all__ = ["Handle", "Loop", "current_loop"]
+__all__ = ["Handle", "Loop", "Task", "current_loop"]
 
 
 def current_loop() -> Loop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -10,9 +11,11 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiokvm.aio.loop import Handle
+    from aiokvm.aio.loop import Handle, Task
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class _Watch:
@@ -25,6 +28,23 @@ class _Watch:
         if self._fd is not None:
             self._loop.remove_reader(self._fd)
             self._fd = None
+
+
+class _Task:
+    def __init__(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        async def run() -> None:
+            try:
+                await work()
+            except Exception:
+                logger.exception("exception in %s", name)
+
+        self._task = asyncio.create_task(run(), name=name)
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    async def wait(self) -> None:
+        await asyncio.wait([self._task])
 
 
 class AsyncioLoop:
@@ -47,6 +67,9 @@ class AsyncioLoop:
 
     def now_ns(self) -> int:
         return int(self._loop.time() * 1e9)
+
+    def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
+        return _Task(work, name)
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)

@@ -17,6 +17,13 @@ class Handle(Protocol):
         """Ends it; the callback is not called any more. Idempotent."""
 
 
+class Task(Handle, Protocol):
+    """A coroutine that runs by itself. Cancelling it does not wait for its end; awaiting `wait` does."""
+
+    async def wait(self) -> None:
+        """Returns when it has ended. Cancelling the wait leaves the task alone."""
+
+
 class Loop(Protocol):
     """An event loop. All methods but `call_soon_threadsafe` belong to its own thread.
 
@@ -37,6 +44,9 @@ class Loop(Protocol):
 
     def now_ns(self) -> int:
         """The loop's monotonic clock, in nanoseconds."""
+
+    def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
+        """Runs a coroutine function on its own until it ends or is cancelled; an exception is logged."""
 
     async def sleep_until(self, deadline_ns: int) -> None:
         """Returns when `now_ns` has reached the deadline."""

@@ -10,7 +10,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiokvm.aio.loop import Handle
+    from aiokvm.aio.loop import Handle, Task
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ def _call(callback: Callable[[], object]) -> None:
         logger.exception("exception in callback %r", callback)
 
 
-class _Task:
+class _Callback:
     """A callback driven by a system task, which a cancel scope ends."""
 
     def __init__(
@@ -51,7 +51,7 @@ class _Task:
         self._scope.cancel()
 
 
-class _Watch(_Task):
+class _Watch(_Callback):
     def __init__(self, fd: int, callback: Callable[[], object]) -> None:
         self._fd: int | None = fd
 
@@ -71,6 +71,30 @@ class _Watch(_Task):
             self._fd = None
 
 
+class _Task:
+    def __init__(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        self._scope = trio.CancelScope()
+        self._work = work
+        self._name = name
+        self._ended = trio.Event()
+        trio.lowlevel.spawn_system_task(self._run, name=name)
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                await self._work()
+        except Exception:
+            logger.exception("exception in %s", self._name)
+        finally:
+            self._ended.set()
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+    async def wait(self) -> None:
+        await self._ended.wait()
+
+
 class TrioLoop:
     """See `Loop`."""
 
@@ -87,10 +111,13 @@ class TrioLoop:
         self._token.run_sync_soon(_call, callback)
 
     def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
-        return _Task(lambda: trio.sleep_until(deadline_ns / 1e9), callback, again=False)
+        return _Callback(lambda: trio.sleep_until(deadline_ns / 1e9), callback, again=False)
 
     def now_ns(self) -> int:
         return int(trio.current_time() * 1e9)
+
+    def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
+        return _Task(work, name)
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await trio.sleep_until(deadline_ns / 1e9)

@@ -37,7 +37,7 @@ class BusDevice(Protocol):
 
 @runtime_checkable
 class PostedWrites(BusDevice, Protocol):
-    """A :class:`BusDevice` with byte registers that the vCPU does not have to wait for.
+    """A :class:`BusDevice` with registers that the vCPU does not have to wait for.
 
     ``posted_offsets``, below 8: a byte written there is queued and the vCPU runs on; the device gets it
     before any later access to it that does reach it. What the guest reads at a latched offset comes from the
@@ -118,12 +118,16 @@ def check_version(device: str, version: int, supported: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """``size`` addresses from ``base`` that lead to ``device``; compared by identity."""
+    """``size`` addresses from ``base`` that lead to ``device``; compared by identity.
+
+    ``posted``: all writes are queued for the device and the vCPU runs on, as with :class:`PostedWrites`.
+    """
 
     id: int
     base: int
     size: int
     device: BusDevice
+    posted: bool = False
 
     def __str__(self) -> str:
         return _span(self.base, self.size)
@@ -138,7 +142,7 @@ class Bus:
         self._bases: list[int] = []
         self._regions: list[Region] = []
 
-    def attach(self, device: BusDevice, base: int, size: int) -> Region:
+    def attach(self, device: BusDevice, base: int, size: int, *, posted: bool = False) -> Region:
         """Give ``device`` the ``size`` addresses from ``base``.
 
         The region's id is new for this bus: an exit that names a detached region is never taken for
@@ -156,7 +160,7 @@ class Bus:
                     f"{_span(base, size)} for {type(device).__name__} overlaps {neighbour} of "
                     f"{type(neighbour.device).__name__}; choose another address"
                 )
-        region = Region(self._next_id, base, size, device)
+        region = Region(self._next_id, base, size, device, posted)
         self._next_id += 1
         self._bases.insert(index, base)
         self._regions.insert(index, region)

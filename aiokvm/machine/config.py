@@ -19,6 +19,9 @@ MAX_SERIAL_PORTS = 4
 # The low memory that boot structures and ACPI tables take, and a little more.
 MIN_MEMORY_BYTES = 2 << 20
 NAME_MAX = 64
+# About what a sleep and a wake-up take on either side: polling for longer wins nothing.
+POLL_NS = 50_000
+MAX_POLL_NS = 1_000_000
 
 
 def parse_size(size: int | str) -> int:
@@ -44,6 +47,7 @@ class Config:
     name: str = ""
     serial_ports: int = 2
     hugepage_bytes: int | None = None
+    poll_ns: int = POLL_NS
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -57,6 +61,8 @@ class Config:
                 f"memory is {self.memory_bytes} bytes: it has to be a multiple of {PAGE_SIZE}, "
                 f"at least {MIN_MEMORY_BYTES >> 20}M"
             )
+        if not 0 <= self.poll_ns <= MAX_POLL_NS:
+            raise ConfigError(f"poll_ns is {self.poll_ns}: 0 to {MAX_POLL_NS} nanoseconds")
         if not 1 <= self.serial_ports <= MAX_SERIAL_PORTS:
             raise ConfigError(f"serial_ports is {self.serial_ports}: a machine has 1 to {MAX_SERIAL_PORTS}")
         if self.hugepage_bytes not in (None, 2 << 20, 1 << 30):

@@ -75,6 +75,15 @@ class WasReset(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceFailed(Event):
+    """A device raised ``error`` while serving ``access``, what the guest did; a read gave ones."""
+
+    device: str
+    access: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class Exited(Event):
     """The machine ended; no event follows."""
 

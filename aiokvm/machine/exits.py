@@ -1,36 +1,47 @@
 """The way of an exit on the loop's side: mailbox, bus, reply.
 
 The vCPU threads of the C core look an address up in the table that is published here, put what needs Python
-into their mailbox and ring the doorbell. `Exits` takes what has come in one call, asks the device on the bus
-and replies. What is not an access to a device is handed to the machine.
+into their mailbox and ring the doorbell. `Turn` takes what has come; `Exits.serve` asks the device on the bus
+and replies, or gives the coroutine that will. What is not an access to a device is handed to the machine.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Protocol
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import anyio
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
 from aiokvm.kvm import KvmExit
+from aiokvm.machine.turn import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 
     from aiokvm._core import Pointer
-    from aiokvm.aio import Loop
+    from aiokvm.aio import Loop, Task
     from aiokvm.hw.bus import BusDevice, Region
+    from aiokvm.machine.turn import Work
+
+T = TypeVar("T")
 
 # As plain integers: an enum's members cost a look-up each, on every exit.
 _KVM_EXIT_IO = int(KvmExit.KVM_EXIT_IO)
 _KVM_EXIT_MMIO = int(KvmExit.KVM_EXIT_MMIO)
+_EXIT = lib.AIOKVM_VCPU_EXIT
+_POSTED = lib.AIOKVM_POSTED
+_NO_REGION = lib.AIOKVM_NO_REGION
+_reply = lib.aiokvm_vcpu_reply
+_skip = lib.aiokvm_vcpu_skip
 
 _LATCH = f"uint32_t[{lib.AIOKVM_FAST_OFFSETS}]"
-
-# How many exits are answered before the loop gets to look at its other descriptors.
-BATCH = 32
+# How long leaving a machine waits for handlers that were cancelled.
+_HANDLERS_S = 10.0
 
 
 class Listener(Protocol):
@@ -47,6 +58,19 @@ class Listener(Protocol):
 
         The vCPU runs on when this returns, unless it was told to stop.
         """
+
+    def on_unclaimed(self, index: int, bus: int, address: int, size: int, value: int | None) -> None:
+        """The guest read, or wrote ``value``, where nothing is; told only if it was asked for."""
+
+    def on_failed(self, device: BusDevice, access: str, error: Exception) -> None:
+        """A device raised ``error`` while serving ``access``, which says what the guest did."""
+
+
+class Tracer(Protocol):
+    """Who is shown every access that reaches the loop, before it is answered."""
+
+    def __call__(self, item: Pointer, region: Region | None, data: bytes) -> None:
+        """``item`` is a ``struct aiokvm_news``; ``data`` what was written, empty for a read."""
 
 
 def check(result: int, what: str) -> int:
@@ -73,13 +97,27 @@ class _Latch:
         lib.aiokvm_latch_set(self._words, offset, -1 if value is None else value)
 
 
+class _Target:
+    """A region of a bus as an exit finds it."""
+
+    __slots__ = ("device", "exits", "read", "region", "write")
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.device = region.device
+        self.read = region.device.read
+        self.write = region.device.write
+        self.exits = 0
+
+
 class Exits:
     """The exits of one machine.
 
-    ``pio`` and ``mmio`` are its buses; a change to them takes effect with `publish`.
+    ``pio`` and ``mmio`` are its buses; a change to them takes effect with `publish`. ``poll_ns`` is how
+    long at most the loop and the vCPUs poll for each other before they sleep.
     """
 
-    def __init__(self, loop: Loop, listener: Listener, name: str) -> None:
+    def __init__(self, loop: Loop, listener: Listener, name: str, poll_ns: int = 0) -> None:
         code = ffi.new("int *")
         core = lib.aiokvm_machine_new(code)
         if not core:
@@ -87,20 +125,22 @@ class Exits:
         self.core = core
         self.pio = Bus(PIO_LIMIT)
         self.mmio = Bus(MMIO_LIMIT)
-        self._devices: dict[tuple[int, int], BusDevice] = {}
+        self.tracer: Tracer | None = None
+        check(lib.aiokvm_machine_set_poll(core, poll_ns), "setting the polling budget")
+        self._targets: dict[tuple[int, int], _Target] = {}
         # What the vCPU threads read belongs to cffi objects: they must live as long as the machine.
         self._latches: dict[PostedWrites, Pointer] = {}
         self._vcpus: Sequence[Pointer] = ()
         self._listener = listener
-        self._loop = loop
         self._logger = logging.LoggerAdapter(logging.getLogger(__name__), {"machine": name})
-        self._news = ffi.new("struct aiokvm_news[]", BATCH)
+        self._suspended: set[Task] = set()
         self._open = True
-        self._watch = loop.watch(lib.aiokvm_machine_doorbell(core), self._take)
+        self._turn = Turn.of(loop)
+        self._watch = loop.watch(lib.aiokvm_machine_doorbell(core), self._on_doorbell)
 
     def publish(self) -> None:
         """Tell the vCPU threads which addresses the buses claim."""
-        self._devices = {}
+        targets: dict[tuple[int, int], _Target] = {}
         for number, bus in ((lib.AIOKVM_BUS_PIO, self.pio), (lib.AIOKVM_BUS_MMIO, self.mmio)):
             regions: list[Region] = list(bus)
             table = ffi.new("struct aiokvm_region[]", len(regions))
@@ -111,100 +151,289 @@ class Exits:
                     entry.posted = sum(1 << offset for offset in device.posted_offsets)
                     entry.latch = self._latches.setdefault(device, ffi.new(_LATCH))
                     device.connect_latch(_Latch(entry.latch))
-                self._devices[number, region.id] = device
+                elif region.posted:
+                    entry.posted = lib.AIOKVM_POSTED_ALL
+                key = number, region.id
+                targets[key] = self._targets.get(key) or _Target(region)
             check(lib.aiokvm_machine_publish(self.core, number, table, len(regions)), "publishing the bus")
+        self._targets = targets
 
-    def serve(self, vcpus: Sequence[Pointer]) -> None:
+    def serve_vcpus(self, vcpus: Sequence[Pointer]) -> None:
         """The core's vCPUs, by index."""
         self._vcpus = vcpus
+
+    def ask_unclaimed(self, ask: bool) -> None:
+        """Whether the listener is told of accesses that no device claims: each then waits for the loop."""
+        check(lib.aiokvm_machine_ask_unclaimed(self.core, ask), "asking for unclaimed accesses")
+
+    def counts(self) -> list[tuple[str, Region, int]]:
+        """Bus and region, for all that are attached, and how many accesses the loop has served."""
+        names = {lib.AIOKVM_BUS_PIO: "pio", lib.AIOKVM_BUS_MMIO: "mmio"}
+        return [(names[bus], target.region, target.exits) for (bus, _), target in self._targets.items()]
+
+    def stats(self) -> Pointer:
+        """The machine's ``struct aiokvm_machine_stats``."""
+        raw = ffi.new("struct aiokvm_machine_stats *")
+        check(lib.aiokvm_machine_get_stats(self.core, raw), "reading the machine's counters")
+        return cast("Pointer", raw)
 
     def check_owner(self) -> None:
         """Raises StateError in a child of fork, which shares descriptors with its parent, the loop's too."""
         if self._open and not lib.aiokvm_machine_alive(self.core):
             raise StateError(NOT_INHERITED)
 
+    def unwatch(self) -> None:
+        """The turn will not look again by itself."""
+        lib.aiokvm_machine_unwatch(self.core)
+
+    def cancel(self) -> None:
+        """Cancel the handlers that have not answered: nobody waits for their answers any more."""
+        for task in self._suspended:
+            task.cancel()
+
+    async def finished(self) -> None:
+        """Waits until the handlers that were cancelled have ended, for a bounded time."""
+        with anyio.move_on_after(_HANDLERS_S):
+            for task in tuple(self._suspended):
+                await task.wait()
+            return
+        self._logger.error("%d device handlers do not end though cancelled", len(self._suspended))
+
     def close(self) -> None:
         """No vCPU thread may be left. Idempotent."""
         if self._open:
             self._open = False
+            self._turn.forget(self)
             self._watch.cancel()
             lib.aiokvm_machine_free(self.core)
 
-    def _take(self) -> None:
-        if not self._open:
-            return
-        news = self._news
-        count = check(lib.aiokvm_machine_take(self.core, news, BATCH), "taking exits")
-        for i in range(count):
-            item = news[i]
-            state = item.state
-            if state == lib.AIOKVM_VCPU_EXIT:
-                self._on_exit(item)
-            elif state == lib.AIOKVM_POSTED:
-                self._on_posted(item)
-            elif state == lib.AIOKVM_VCPU_PARKED:
-                self._listener.on_parked(item.vcpu)
-            elif state == lib.AIOKVM_VCPU_STOPPED:
-                self._listener.on_stopped(item.vcpu)
+    # The turn's.
 
-    def _on_exit(self, item: Pointer) -> None:
+    def on_suspended(self, task: Task) -> None:
+        """A handler of a device goes on in this task."""
+        self._suspended.add(task)
+
+    def on_finished(self, task: Task | None) -> None:
+        """It has ended."""
+        if task is not None:
+            self._suspended.discard(task)
+
+    def serve(self, item: Pointer) -> Work | None:
+        """Serve one of the news; what has still to be awaited, if anything."""
+        state = item.state
+        if state == _EXIT:
+            return self._on_exit(item)
+        if state == _POSTED:
+            self._on_posted(item)
+        elif state == lib.AIOKVM_VCPU_PARKED:
+            self._listener.on_parked(item.vcpu)
+        elif state == lib.AIOKVM_VCPU_STOPPED:
+            self._listener.on_stopped(item.vcpu)
+        return None
+
+    def _on_doorbell(self) -> None:
+        if self._open and lib.aiokvm_machine_answer(self.core) == 0:
+            self._turn.watch(self)
+
+    def _on_exit(self, item: Pointer) -> Work | None:
         vcpu = self._vcpus[item.vcpu]
-        seq, reason, error = item.seq, item.reason, item.error
-        if error or reason not in (_KVM_EXIT_IO, _KVM_EXIT_MMIO):
-            self._listener.on_exit(item.vcpu, reason, error)
-            lib.aiokvm_vcpu_skip(vcpu, seq)
-            return
-        device = self._devices.get((item.bus, item.region))
+        seq, reason = item.seq, item.reason
+        if item.error or reason not in (_KVM_EXIT_IO, _KVM_EXIT_MMIO):
+            self._listener.on_exit(item.vcpu, reason, item.error)
+            _skip(vcpu, seq)
+            return None
+        target = self._targets.get((item.bus, item.region))
         offset, size = item.offset, item.size
-        ones = (1 << 8 * size) - 1
-        if device is None:
-            # It was detached while the exit was on its way.
-            lib.aiokvm_vcpu_reply(vcpu, seq, ones)
-        elif item.count != 1:
-            self._string(device, vcpu, item)
-        elif item.is_write:
-            try:
-                device.write(offset, size, item.value)
-            except Exception:
-                self._failed(device, "write", offset, size)
-            lib.aiokvm_vcpu_skip(vcpu, seq)
+        if self.tracer is not None:
+            written = (
+                bytes(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * item.count)) if item.is_write else b""
+            )
+            self.tracer(item, target.region if target else None, written)
+        if target is None:
+            self._nothing_there(vcpu, item)
+            return None
+        target.exits += 1
+        if item.count != 1:
+            return self._string(target, vcpu, item)
+        try:
+            if item.is_write:
+                done: Any = target.write(offset, size, item.value)
+                if done is not None and hasattr(done, "__await__"):
+                    return self._finish_write(target, vcpu, seq, offset, size, done)
+                _skip(vcpu, seq)
+            else:
+                value: Any = target.read(offset, size)
+                if type(value) is not int:
+                    if hasattr(value, "__await__"):
+                        return self._finish_read(target, vcpu, seq, offset, size, value)
+                    value = index(value)
+                _reply(vcpu, seq, value & ((1 << 8 * size) - 1))
+        except Exception as error:
+            self._failed(target, _describe(item.is_write, size, offset), error)
+            self._no_answer(vcpu, seq, size, item.is_write)
+        return None
+
+    def _nothing_there(self, vcpu: Pointer, item: Pointer) -> None:
+        """A device was detached while the exit was on its way, or there is none and that is to be told."""
+        if item.region == _NO_REGION:
+            value = item.value if item.is_write else None
+            self._listener.on_unclaimed(item.vcpu, item.bus, item.offset, item.size, value)
+        if not item.is_write:
+            ffi.memmove(lib.aiokvm_vcpu_data(vcpu), b"\xff" * item.size * item.count, item.size * item.count)
+        _skip(vcpu, item.seq)
+
+    @staticmethod
+    def _no_answer(vcpu: Pointer, seq: int, size: int, is_write: bool) -> None:
+        if is_write:
+            _skip(vcpu, seq)
         else:
-            value = ones
-            try:
-                value = device.read(offset, size) & ones
-            except Exception:
-                self._failed(device, "read", offset, size)
-            lib.aiokvm_vcpu_reply(vcpu, seq, value)
+            _reply(vcpu, seq, (1 << 8 * size) - 1)
+
+    async def _finish_read(
+        self, target: _Target, vcpu: Pointer, seq: int, offset: int, size: int, value: Awaitable[int]
+    ) -> None:
+        ones = answer = (1 << 8 * size) - 1
+        try:
+            answer = index(await value) & ones
+        except Exception as error:
+            self._failed(target, _describe(False, size, offset), error)
+        if self._open:
+            _reply(vcpu, seq, answer)
+
+    async def _finish_write(
+        self, target: _Target, vcpu: Pointer, seq: int, offset: int, size: int, done: Awaitable[None]
+    ) -> None:
+        try:
+            await done
+        except Exception as error:
+            self._failed(target, _describe(True, size, offset), error)
+        if self._open:
+            _skip(vcpu, seq)
 
     def _on_posted(self, item: Pointer) -> None:
-        device = self._devices.get((item.bus, item.region))
-        if not isinstance(device, PostedWrites):
+        target = self._targets.get((item.bus, item.region))
+        data = bytes(ffi.buffer(lib.aiokvm_machine_posted(self.core) + item.value, item.count * item.size))
+        if self.tracer is not None:
+            self.tracer(item, target.region if target else None, data)
+        if target is None:
             return  # detached meanwhile
-        first, count, offset = item.value, item.count, item.offset
-        data = ffi.buffer(lib.aiokvm_machine_posted(self.core) + first, count)
+        target.exits += item.count
+        offset, size = item.offset, item.size
+        device = target.device
         try:
-            device.write_posted(offset, bytes(data))
-        except Exception:
-            self._failed(device, "posted write", offset, count)
+            if isinstance(device, PostedWrites):
+                device.write_posted(offset, data)
+                return
+            work = _write_string(target, offset, size, data)
+            if work is not None:
+                work.close()
+                raise TypeError("a posted write cannot be served by a coroutine")
+        except Exception as error:
+            self._failed(target, f"posted {_describe(True, size, offset)}", error)
 
-    def _string(self, device: BusDevice, vcpu: Pointer, item: Pointer) -> None:
+    def _string(self, target: _Target, vcpu: Pointer, item: Pointer) -> Work | None:
         """Rep ins or outs: count accesses to one address."""
-        seq, offset, size = item.seq, item.offset, item.size
-        ones = (1 << 8 * size) - 1
-        data = memoryview(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * item.count)).cast("B")
+        offset, size, count = item.offset, item.size, item.count
+        what = f"string {_describe(item.is_write, size, offset)}, {count} times"
+        answer: bytes | Awaitable[bytes | None] | None
         try:
-            if not item.is_write:
-                data[:] = b"\xff" * len(data)
-            for start in range(0, len(data), size):
-                if item.is_write:
-                    device.write(offset, size, int.from_bytes(data[start : start + size], "little"))
-                else:
-                    data[start : start + size] = (device.read(offset, size) & ones).to_bytes(size, "little")
-        except Exception:
-            self._failed(device, "string access", offset, size)
-        lib.aiokvm_vcpu_skip(vcpu, seq)
+            if item.is_write:
+                data = bytes(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * count))
+                answer = _write_string(target, offset, size, data)
+            else:
+                answer = _read_string(target, offset, size, count)
+        except Exception as error:
+            self._failed(target, what, error)
+            answer = None if item.is_write else b"\xff" * size * count
+        if answer is None or isinstance(answer, bytes):
+            self._answer_string(vcpu, item.seq, size * count, answer)
+            return None
+        return self._finish_string(target, vcpu, item.seq, size * count, what, bool(item.is_write), answer)
 
-    def _failed(self, device: BusDevice, access: str, offset: int, size: int) -> None:
-        self._logger.exception(
-            "%s: %s of %d bytes at offset %#x failed", type(device).__name__, access, size, offset
-        )
+    async def _finish_string(
+        self,
+        target: _Target,
+        vcpu: Pointer,
+        seq: int,
+        length: int,
+        what: str,
+        is_write: bool,
+        answer: Awaitable[bytes | None],
+    ) -> None:
+        data = None if is_write else b"\xff" * length
+        try:
+            data = await answer
+        except Exception as error:
+            self._failed(target, what, error)
+        if self._open:
+            self._answer_string(vcpu, seq, length, data)
+
+    @staticmethod
+    def _answer_string(vcpu: Pointer, seq: int, length: int, data: bytes | None) -> None:
+        if data is not None:
+            ffi.memmove(lib.aiokvm_vcpu_data(vcpu), data.ljust(length, b"\xff")[:length], length)
+        _skip(vcpu, seq)
+
+    def _failed(self, target: _Target, access: str, error: Exception) -> None:
+        self._listener.on_failed(target.device, f"{access} of the region at {target.region}", error)
+
+
+def _describe(is_write: bool, size: int, offset: int) -> str:
+    return f"{'write' if is_write else 'read'} of {size} bytes at offset {offset:#x}"
+
+
+def _write_string(target: _Target, offset: int, size: int, data: bytes) -> Coroutine[Any, Any, None] | None:
+    """Hand data to a device, whole if it takes that, else piece by piece; what has still to be awaited."""
+    whole = getattr(target.device, "write_string", None)
+    if whole is not None:
+        done: Any = whole(offset, size, data)
+        return _last(done) if hasattr(done, "__await__") else None
+    pieces = (int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size))
+    for value in pieces:
+        done = target.write(offset, size, value)
+        if hasattr(done, "__await__"):
+            return _write_rest(target, offset, size, pieces, done)
+    return None
+
+
+async def _write_rest(
+    target: _Target, offset: int, size: int, pieces: Iterator[int], done: Awaitable[None]
+) -> None:
+    await done
+    for value in pieces:
+        again: Any = target.write(offset, size, value)
+        if hasattr(again, "__await__"):
+            await again
+
+
+def _read_string(target: _Target, offset: int, size: int, count: int) -> bytes | Coroutine[Any, Any, bytes]:
+    """Get data from a device, whole if it gives that, else piece by piece."""
+    whole = getattr(target.device, "read_string", None)
+    if whole is not None:
+        data = whole(offset, size, count)
+        return _last(data) if hasattr(data, "__await__") else bytes(data)
+    pieces = bytearray()
+    for _ in range(count):
+        value = target.read(offset, size)
+        if hasattr(value, "__await__"):
+            return _read_rest(target, offset, size, count, pieces, value)
+        pieces += _piece(value, size)
+    return bytes(pieces)
+
+
+async def _read_rest(
+    target: _Target, offset: int, size: int, count: int, pieces: bytearray, value: Awaitable[int]
+) -> bytes:
+    pieces += _piece(await value, size)
+    while len(pieces) < size * count:
+        again: Any = target.read(offset, size)
+        pieces += _piece(await again if hasattr(again, "__await__") else again, size)
+    return bytes(pieces)
+
+
+def _piece(value: int, size: int) -> bytes:
+    return (index(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+
+
+async def _last(work: Awaitable[T]) -> T:
+    return await work

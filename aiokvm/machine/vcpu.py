@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aiokvm._core import ffi, lib
-from aiokvm.errors import AiokvmError, StateError
+from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.machine.exits import NOT_INHERITED, check
+from aiokvm.machine.stats import VcpuStats, vcpu_stats
 
 if TYPE_CHECKING:
     from aiokvm import kvm
@@ -66,6 +67,7 @@ class VirtualCpu:
         if not self.core:
             raise AiokvmError(f"cannot create vCPU {index}: out of memory")
         self._forgotten: weakref.finalize[..., VirtualCpu] | None = None
+        self._stats: kvm.Stats | None = None
 
     def __repr__(self) -> str:
         return f"<VirtualCpu {self.index} {self.state.value} tid={self.tid}>"
@@ -111,10 +113,21 @@ class VirtualCpu:
         else:
             raise ValueError(_unknown(name))
 
+    def stats(self) -> VcpuStats:
+        """What it has done so far."""
+        if not self.core:
+            raise StateError(f"vCPU {self.index} is closed")
+        return vcpu_stats(self.core, self._stats.read() if self._stats else {})
+
     # What the machine does with it.
 
     def start(self) -> None:
         """Create the thread. Raises AiokvmError if the host has none to give."""
+        # Now: while it runs, the kernel gives the descriptor to nobody.
+        try:
+            self._stats = self._vcpu.get_stats()
+        except KvmError:
+            self._stats = None
         check(
             lib.aiokvm_vcpu_start(self.core),
             f"cannot create the thread of vCPU {self.index}; see RLIMIT_NPROC and the pids cgroup",
@@ -157,6 +170,8 @@ class VirtualCpu:
     def close(self) -> None:
         """The thread must have ended. Idempotent."""
         if self.core:
+            if self._stats:
+                self._stats.close()
             lib.aiokvm_vcpu_free(self.core)
             self.core = ffi.NULL
             self._vcpu.close()

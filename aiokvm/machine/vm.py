@@ -13,38 +13,46 @@ import anyio
 import anyio.lowlevel
 from anyio import to_thread
 
+from aiokvm._core import lib
 from aiokvm.aio import current_loop
 from aiokvm.boot import acpi
 from aiokvm.boot.plan import GuestInfo, Segment
-from aiokvm.errors import AiokvmError, StateError
+from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.kvm import KvmExit
 from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from aiokvm.machine import events
-from aiokvm.machine.config import Config, parse_size
+from aiokvm.machine.attachments import Attachment, Attachments
+from aiokvm.machine.config import POLL_NS, Config, parse_size
+from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.files import read_files
 from aiokvm.machine.hardware import Hardware
 from aiokvm.machine.platform import Platform, acpi_platform
 from aiokvm.machine.postmortem import describe
+from aiokvm.machine.stats import DeviceStats, VmStats
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.memory import ram_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
     from types import TracebackType
     from typing import Self
 
     from aiokvm import kvm
     from aiokvm.aio import Handle, Loop
     from aiokvm.boot import BootPlan, BootProtocol
+    from aiokvm.hw.bus import BusDevice
     from aiokvm.machine.console import SerialConsole
+    from aiokvm.machine.device import Device, Placement
     from aiokvm.memory import GuestMemory
 
 # A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
 KICK_AGAIN_NS = 20_000_000
 # A thread that a kick does not get out of KVM_RUN for so long is stuck in the kernel.
 STUCK_SECONDS = 10.0
+# Errors of devices that are logged one by one; after that those whose number is a power of two.
+LOGGED_ERRORS = 10
 
 
 class VmState(enum.Enum):
@@ -80,10 +88,12 @@ class VM:
         self._closing = False
         self._threads: set[int] = set()
         self._kicker: Handle | None = None
+        self._device_errors = 0
+        self._kvm_stats: kvm.Stats | None = None
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
         try:
-            self._exits = Exits(loop, self, config.name)
+            self._exits = Exits(loop, self, config.name, _poll_ns(config))
             undo.append(self._exits.close)
             self._platform = Platform(loop, self, config, self._hardware.memory, self._exits.pio)
             undo.append(self._platform.close)
@@ -93,7 +103,11 @@ class VM:
                 vcpus.append(VirtualCpu(self._exits.core, vcpu, index, config.name))
                 undo.append(vcpus[-1].close)
             self.vcpus: tuple[VirtualCpu, ...] = tuple(vcpus)
-            self._exits.serve([vcpu.core for vcpu in vcpus])
+            self._exits.serve_vcpus([vcpu.core for vcpu in vcpus])
+            self._attachments = Attachments(
+                loop, self._exits, hardware.vm, hardware.memory, self._on_device_failed
+            )
+            undo.append(self._attachments.close)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -109,12 +123,18 @@ class VM:
         name: str = "",
         serial_ports: int = 2,
         hugepages: int | str | None = None,
+        devices: Iterable[Placement] = (),
+        poll_ns: int = POLL_NS,
+        log_unclaimed: bool = False,
     ) -> VM:
         """A machine that has everything in RAM and registers that it needs to start.
 
         ``boot`` says what runs in it: `boot.Linux` or `boot.Flat`. ``memory`` is in bytes, or with K, M, G or
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
-        ("2M" or "1G") takes the RAM from the host's reserved huge pages.
+        ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``devices`` are the program's own,
+        as `Device.at` places them. ``poll_ns`` is how long at most the loop and a vCPU poll for each other
+        before they sleep: an exit costs least while they do, 0 spares the CPU time. ``log_unclaimed`` logs
+        accesses to addresses where nothing is; each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind.
         """
@@ -125,6 +145,7 @@ class VM:
             name=name,
             serial_ports=serial_ports,
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
+            poll_ns=poll_ns,
         )
         plan = await _plan(config)
         loop = current_loop()
@@ -132,6 +153,9 @@ class VM:
             hardware = await _build(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
+            for placement in devices:
+                vm.attach(placement.device, **placement.where)
+            vm._exits.ask_unclaimed(log_unclaimed)
             await vm._load(plan)
             undo.pop_all()
         return vm
@@ -174,6 +198,75 @@ class VM:
         """What happens to the machine from now on; ends after `Exited`."""
         return self._hub.subscribe()
 
+    def attach(
+        self,
+        device: Device,
+        *,
+        pio: int | None = None,
+        mmio: int | None = None,
+        size: int = 1,
+        irq: int | None = None,
+        msi: tuple[int, int] | None = None,
+        mode: RegionMode | str = RegionMode.EXIT,
+        offset: int = 0,
+        on_error: ErrorPolicy | str = ErrorPolicy.KEEP,
+    ) -> Attachment:
+        """Give a device ``size`` bytes from port ``pio`` or from guest physical address ``mmio`` on.
+
+        At any time in a machine's life; a device may be given several regions, one call each, and
+        ``offset`` is where in the device this one begins. ``irq`` is an input of the interrupt controllers
+        (a GSI), ``msi`` an address and data: one of them becomes ``device.irq``. ``mode`` says what a write
+        does (`RegionMode`), ``on_error`` what follows when the device raises (`ErrorPolicy`).
+
+        Raises DeviceError for a range that overlaps another or RAM, ConfigError for what cannot be,
+        StateError when the machine has ended. Nothing has changed then.
+        """
+        self._require(VmState.CREATED, VmState.RUNNING, VmState.PAUSED)
+        return self._attachments.attach(
+            device,
+            pio=pio,
+            mmio=mmio,
+            size=size,
+            irq=irq,
+            msi=msi,
+            mode=mode,
+            offset=offset,
+            on_error=on_error,
+        )
+
+    def detach(self, attachment: Attachment) -> None:
+        """Take a region away: accesses to it find nothing from now on. DeviceError if it is not attached.
+
+        With its last region a device loses its interrupt, its timers and its task.
+        """
+        self._exits.check_owner()
+        self._attachments.detach(attachment)
+
+    def stats(self) -> VmStats:
+        """What the machine has done so far, in numbers. StateError when it is closed."""
+        if self._state is VmState.CLOSED:
+            raise StateError(f"machine {self.name} is closed")
+        self._exits.check_owner()
+        if self._kvm_stats is None:
+            try:
+                self._kvm_stats = self._hardware.vm.get_stats()
+            except KvmError:
+                self._kvm_stats = None
+        core = self._exits.stats()
+        return VmStats(
+            vcpus=tuple(vcpu.stats() for vcpu in self.vcpus),
+            devices=tuple(
+                DeviceStats(_name(region.device), bus, region.base, region.size, count)
+                for bus, region, count in self._exits.counts()
+            ),
+            serving_ns=core.serving_ns,
+            poll_hits=core.poll_hits,
+            poll_misses=core.poll_misses,
+            rings=core.rings,
+            device_errors=self._device_errors,
+            kvm=self._kvm_stats.read() if self._kvm_stats else {},
+        )
+
     async def start(self) -> None:
         """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
         await anyio.lowlevel.checkpoint()
@@ -186,6 +279,7 @@ class VM:
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=str(error)))
             raise
+        self._attachments.start()
         for vcpu in self.vcpus:
             vcpu.resume()
         self._hub.emit(events.Started(self.name))
@@ -305,6 +399,19 @@ class VM:
         self._logger.error("%s: %s", self.name, detail)
         self._end(Exit(ExitReason.CRASH if crash else ExitReason.ERROR, detail=detail))
 
+    def on_unclaimed(self, index: int, bus: int, address: int, size: int, value: int | None) -> None:
+        """A vCPU found nothing where it read, or wrote ``value``."""
+        what = f"read of {size} bytes" if value is None else f"write of {value:#x} ({size} bytes)"
+        where = "port" if bus == lib.AIOKVM_BUS_PIO else "address"
+        self._logger.info(
+            "%s: vCPU %d: %s at %s %#x: nothing is there", self.name, index, what, where, address
+        )
+
+    def on_failed(self, device: BusDevice, access: str, error: Exception) -> None:
+        """A device raised."""
+        if not self._attachments.failed(device, access, error):
+            self._tell_failed(type(device).__name__, access, error)
+
     def set_irq_line(self, gsi: int, level: bool) -> None:
         """A device drives its interrupt."""
         self._hardware.vm.irq_line(gsi, level)
@@ -322,6 +429,23 @@ class VM:
         self._end(Exit(ExitReason.DEBUG_EXIT, code=code))
 
     # The machine's own.
+
+    def _on_device_failed(self, attachment: Attachment, access: str, error: Exception) -> None:
+        name = type(attachment.device).__name__
+        self._tell_failed(name, access, error)
+        if attachment.on_error is ErrorPolicy.STOP_MACHINE:
+            self._end(Exit(ExitReason.ERROR, detail=f"{name}: {access}: {error!r}"))
+        elif attachment.on_error is ErrorPolicy.STOP_DEVICE:
+            for other in self._attachments:
+                if other.device is attachment.device:
+                    self._attachments.detach(other)
+
+    def _tell_failed(self, name: str, access: str, error: Exception) -> None:
+        self._device_errors = count = self._device_errors + 1
+        # A guest can have a device fail as often as it likes: its log must not grow as fast.
+        if count <= LOGGED_ERRORS or count & (count - 1) == 0:
+            self._logger.error("%s: %s failed", name, access, exc_info=error)
+        self._hub.emit(events.DeviceFailed(self.name, name, access, error))
 
     def _require(self, *states: VmState) -> None:
         self._exits.check_owner()
@@ -345,6 +469,7 @@ class VM:
         try:
             await to_thread.run_sync(self._hardware.reset)
             self._platform.reset()
+            self._attachments.reset()
             for gpa, size in plan.zero:
                 self.memory.fill(gpa, size)
             await self._load(plan)
@@ -399,6 +524,8 @@ class VM:
             return
         self.exit = exit
         self._parked.set()
+        self._exits.cancel()
+        self._attachments.stop()
         if not self._threads:
             self._on_ended()
             return
@@ -426,6 +553,11 @@ class VM:
             await self.kill()
             # A reset under way writes to what is freed here, until it sees that the machine has ended.
             async with self._changing:
+                await self._exits.finished()
+                await self._attachments.finished()
+                self._attachments.close()
+                if self._kvm_stats:
+                    self._kvm_stats.close()
                 for vcpu in self.vcpus:
                     vcpu.close()
                 self._exits.close()
@@ -434,6 +566,16 @@ class VM:
         finally:
             self._state = VmState.CLOSED
             self._closed.set()
+
+
+def _name(device: BusDevice) -> str:
+    attachment = getattr(device, "attachment", None)
+    return type(attachment.device if attachment else device).__name__
+
+
+def _poll_ns(config: Config) -> int:
+    # On one CPU whoever polls keeps the other from answering.
+    return config.poll_ns if len(os.sched_getaffinity(0)) > 1 else 0
 
 
 async def _plan(config: Config) -> BootPlan:

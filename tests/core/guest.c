@@ -20,13 +20,23 @@ bool doorbell_rings(struct aiokvm_machine *machine, int timeout_ms)
     return ready == 1;
 }
 
+int take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max)
+{
+    int error = aiokvm_machine_answer(machine);
+    if (error < 0)
+        return error;
+    int count = aiokvm_machine_take(machine, news, max);
+    CHECK_EQ(aiokvm_machine_unwatch(machine), 0);
+    return count;
+}
+
 struct aiokvm_news next_news(struct aiokvm_machine *machine)
 {
     struct aiokvm_news news;
     int count;
     do {
         CHECK(doorbell_rings(machine, PATIENCE_S * 1000));
-        count = aiokvm_machine_take(machine, &news, 1);
+        count = take(machine, &news, 1);
         CHECK(count >= 0);
     } while (!count);
     return news;
@@ -35,7 +45,7 @@ struct aiokvm_news next_news(struct aiokvm_machine *machine)
 bool no_news(struct aiokvm_machine *machine)
 {
     struct aiokvm_news news;
-    return aiokvm_machine_take(machine, &news, 1) == 0;
+    return take(machine, &news, 1) == 0;
 }
 
 struct guest guest_new(const struct fake_step *script, size_t length)

@@ -14,6 +14,8 @@ struct aiokvm_news next_news(struct aiokvm_machine *machine);
 /* Whether there is none, now. */
 bool no_news(struct aiokvm_machine *machine);
 bool doorbell_rings(struct aiokvm_machine *machine, int timeout_ms);
+/* As a loop that does not poll: answers the doorbell, takes, and hears the doorbell again if there is more. */
+int take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max);
 
 struct guest {
     struct aiokvm_machine *machine;

@@ -145,7 +145,7 @@ TEST(answer_that_comes_at_once_is_heard)
     for (uint64_t deadline = now_ns() + PATIENCE_S * UINT64_C(1000000000); replies < 20000;) {
         CHECK(now_ns() < deadline);
         struct aiokvm_news news;
-        if (!aiokvm_machine_take(guest.machine, &news, 1))
+        if (!take(guest.machine, &news, 1))
             continue;
         for (uint32_t spin = random_below(&state, 400); spin; spin--)
             atomic_load(&guest.vcpu->want);

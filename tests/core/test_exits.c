@@ -161,7 +161,7 @@ static void tell_parked(struct crowd *crowd, uint32_t index)
 static void check_taken(struct crowd *crowd, size_t max, const char *indices)
 {
     struct aiokvm_news news[CROWD];
-    int count = aiokvm_machine_take(crowd->machine, news, max);
+    int count = take(crowd->machine, news, max);
     CHECK_EQ(count, strlen(indices));
     for (int i = 0; i < count; i++) {
         CHECK_EQ(news[i].vcpu, indices[i] - '0');
@@ -187,9 +187,9 @@ TEST(news_of_one_vcpu_is_its_newest)
     tell_parked(&crowd, 2);
     tell_parked(&crowd, 2);
     struct aiokvm_news news[2];
-    CHECK_EQ(aiokvm_machine_take(crowd.machine, news, 2), 1);
+    CHECK_EQ(take(crowd.machine, news, 2), 1);
     CHECK_EQ(news[0].seq, 3);
-    CHECK_EQ(aiokvm_machine_take(crowd.machine, news, 2), 0);
+    CHECK_EQ(take(crowd.machine, news, 2), 0);
     crowd_free(&crowd);
 }
 
@@ -240,7 +240,7 @@ TEST(news_that_comes_while_some_is_left_is_not_forgotten)
     struct aiokvm_news news[CROWD];
     int count = 0;
     while (doorbell_rings(crowd.machine, 0)) {
-        int more = aiokvm_machine_take(crowd.machine, news + count, CROWD - (size_t)count);
+        int more = take(crowd.machine, news + count, CROWD - (size_t)count);
         CHECK(more > 0);
         count += more;
     }
@@ -258,7 +258,7 @@ TEST(no_vcpu_overtakes_another_for_ever)
         tell_parked(&crowd, i);
     for (int i = 0; i < 10 * CROWD; i++) {
         struct aiokvm_news news;
-        CHECK_EQ(aiokvm_machine_take(crowd.machine, &news, 1), 1);
+        CHECK_EQ(take(crowd.machine, &news, 1), 1);
         turns[news.vcpu]++;
         tell_parked(&crowd, news.vcpu);
     }
@@ -315,7 +315,7 @@ TEST(no_wake_up_is_lost)
         for (int left = CROWD; left;) {
             CHECK(doorbell_rings(crowd.machine, PATIENCE_S * 1000));
             struct aiokvm_news news[CROWD];
-            int count = aiokvm_machine_take(crowd.machine, news, max);
+            int count = take(crowd.machine, news, max);
             for (int i = 0; i < count; i++) {
                 CHECK(news[i].seq > seq[news[i].vcpu]);
                 seq[news[i].vcpu] = news[i].seq;

@@ -18,7 +18,7 @@ static int first_wrong(struct guest *guest, uint32_t seq)
         aiokvm_machine_alive(guest->machine) == 0,
         aiokvm_machine_doorbell(guest->machine) == -EOWNERDEAD,
         aiokvm_machine_publish(guest->machine, AIOKVM_BUS_PIO, &ports, 1) == -EOWNERDEAD,
-        aiokvm_machine_take(guest->machine, &news, 1) == -EOWNERDEAD,
+        take(guest->machine, &news, 1) == -EOWNERDEAD,
         aiokvm_machine_posted(guest->machine) != NULL,
         aiokvm_vcpu_start(guest->vcpu) == -EOWNERDEAD,
         aiokvm_vcpu_pause(guest->vcpu) == -EOWNERDEAD,

@@ -337,7 +337,7 @@ TEST(nothing_is_lost_whatever_comes_together)
         keep_one_running(&stress);
         CHECK(doorbell_rings(stress.machine, PATIENCE_S * 1000));
         struct aiokvm_news news[8];
-        int count = aiokvm_machine_take(stress.machine, news, 1 + random_below(&stress.random, LENGTH(news)));
+        int count = take(stress.machine, news, 1 + random_below(&stress.random, LENGTH(news)));
         for (int i = 0; i < count; i++)
             on_news(&stress, &news[i]);
     }

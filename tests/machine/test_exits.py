@@ -258,9 +258,10 @@ async def test_a_device_that_fails_is_logged_and_reads_as_ones(
         await vm.start()
         assert await vm.wait() == DONE
         assert results(vm, 1) == [0xFFFF_FFFF]
+    place = "0x300-0x307" if bus == "pio" else f"{MMIO:#x}-{MMIO + 7:#x}"
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == [
-        "Broken: write of 2 bytes at offset 0x1 failed",
-        "Broken: read of 4 bytes at offset 0x3 failed",
+        f"Broken: write of 2 bytes at offset 0x1 of the region at {place} failed",
+        f"Broken: read of 4 bytes at offset 0x3 of the region at {place} failed",
     ]
 
 
@@ -281,8 +282,8 @@ async def test_a_device_that_fails_in_a_string_is_logged_and_reads_as_ones(
         assert await vm.wait() == DONE
         assert vm.memory.read(RESULTS, 5) == (b"\xff\xff\xff\xff\0" if opcode == "6c" else bytes(5))
     # KVM hands an outs on byte by byte.
-    what = "string access" if opcode == "6c" else "write"
-    assert f"Broken: {what} of 1 bytes at offset 0x0 failed" in caplog.text
+    what, times = ("string read", ", 4 times") if opcode == "6c" else ("write", "")
+    assert f"Broken: {what} of 1 bytes at offset 0x0{times} of the region at 0x300-" in caplog.text
 
 
 async def test_what_a_device_reads_as_is_cut_to_the_access(

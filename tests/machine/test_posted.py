@@ -149,7 +149,7 @@ async def test_a_device_that_fails_at_posts_is_logged(
         await vm.start()
         assert await vm.wait() == DONE
     assert device.seen == [("write", 0x34)]
-    assert "Posting: posted write of 1 bytes at offset 0x0 failed" in caplog.text
+    assert "Posting: posted write of 1 bytes at offset 0x0 of the region at 0x300-" in caplog.text
 
 
 RING = 4096

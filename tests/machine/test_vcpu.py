@@ -202,9 +202,17 @@ class Core:
         while True:
             ready, _, _ = select.select([lib.aiokvm_machine_doorbell(self.core)], [], [], 10)
             assert ready, "the doorbell has not been rung"
-            for i in range(lib.aiokvm_machine_take(self.core, self.news, 8)):
+            for i in range(self.take_what_is_there()):
                 if self.news[i].state == state:
                     return self.news[i]
+
+    def take_what_is_there(self) -> int:
+        """As a loop that does not poll."""
+        assert lib.aiokvm_machine_answer(self.core) == 0
+        machines = ffi.new("struct aiokvm_machine *[]", [self.core])
+        count = lib.aiokvm_serve(machines, 1, 0, self.news, 8, ffi.new("size_t *"))
+        assert lib.aiokvm_machine_unwatch(self.core) == 0
+        return count
 
     def stats(self) -> Any:
         stats = ffi.new("struct aiokvm_vcpu_stats *")
@@ -270,7 +278,7 @@ def test_a_vcpu_parks_as_soon_as_its_exit_is_answered(
     exit_ = machine.take(lib.AIOKVM_VCPU_EXIT)
     assert (exit_.region, exit_.offset, exit_.size, exit_.count, exit_.is_write) == (7, 0, 1, 1, 0)
     machine.vcpu.pause()
-    assert lib.aiokvm_machine_take(machine.core, machine.news, 8) == 0
+    assert machine.take_what_is_there() == 0
     assert lib.aiokvm_vcpu_reply(machine.vcpu.core, exit_.seq, 0x5A) == 1
     machine.take(lib.AIOKVM_VCPU_PARKED)
     machine.vcpu.on_parked()

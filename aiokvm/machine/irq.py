@@ -1,0 +1,93 @@
+"""A device's interrupt: a GSI, by irqfd or as a level, or a message."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from aiokvm.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from aiokvm import kvm
+
+# Inputs of the I/O APIC; the first 16 are also those of the PICs, whose cascade is no input.
+GSIS = 24
+_CASCADE = 2
+
+
+class Irq:
+    """An interrupt. ``gsi`` is the input of the interrupt controllers that it drives; None: a message."""
+
+    gsi: int | None = None
+
+    def pulse(self) -> None:
+        """Interrupt once: an edge, or a message. Raises StateError when the device is no longer attached."""
+        raise NotImplementedError
+
+    def set(self, level: bool) -> None:
+        """Drive the line, which stays so until it is driven again. ConfigError: a message has no level."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lower the line and give it back. Idempotent."""
+
+
+class GsiIrq(Irq):
+    """An input of the interrupt controllers. Pulses go by the irqfd ``fd``, which others may write, too."""
+
+    def __init__(self, vm: kvm.Vm, gsi: int) -> None:
+        if not 0 <= gsi < GSIS or gsi == _CASCADE:
+            raise ConfigError(
+                f"irq {gsi} is no input of the interrupt controllers: 0 to {GSIS - 1}, without 2"
+            )
+        self.gsi = gsi
+        self._vm = vm
+        self._level = False
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            vm.irqfd(self.fd, gsi)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def pulse(self) -> None:
+        if self.fd < 0:
+            raise StateError("the device is not attached any more")
+        os.eventfd_write(self.fd, 1)
+
+    def set(self, level: bool) -> None:
+        if self.fd < 0:
+            raise StateError("the device is not attached any more")
+        if level != self._level:
+            self._level = level
+            assert self.gsi is not None
+            self._vm.irq_line(self.gsi, level)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self.set(False)
+            assert self.gsi is not None
+            self._vm.irqfd(self.fd, self.gsi, deassign=True)
+            os.close(self.fd)
+            self.fd = -1
+
+
+class MsiIrq(Irq):
+    """A message: ``data`` written to ``address`` (Intel SDM volume 3, section 11.11)."""
+
+    def __init__(self, vm: kvm.Vm, address: int, data: int) -> None:
+        from aiokvm.kvm.vm_structs import Msi
+
+        self._vm: kvm.Vm | None = vm
+        self._msi = Msi(address & 0xFFFF_FFFF, address >> 32, data)
+
+    def pulse(self) -> None:
+        if self._vm is None:
+            raise StateError("the device is not attached any more")
+        self._vm.signal_msi(self._msi)
+
+    def set(self, level: bool) -> None:  # noqa: ARG002
+        raise ConfigError("a message signalled interrupt has no level: use pulse()")
+
+    def close(self) -> None:
+        self._vm = None
