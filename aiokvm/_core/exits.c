@@ -291,11 +291,13 @@ int aiokvm_machine_answer(struct aiokvm_machine *machine)
     (void)got; /* EAGAIN: not rung */
     atomic_store(&machine->watched, 1);
     machine->stats.rings++;
-    /* It slept for less than polling could have bridged: poll for longer. */
+    /* Polling would have bridged a sleep as short as this: poll for longer. If not, for less. */
     uint32_t most = atomic_load(&machine->poll_ns);
     uint64_t now = aiokvm_now_ns();
     if (now - machine->last_ns < most)
         machine->window_ns = machine->window_ns ? machine->window_ns * 2 : most / 8;
+    else
+        machine->window_ns /= 2;
     if (machine->window_ns > most)
         machine->window_ns = most;
     machine->last_ns = now;
@@ -384,7 +386,6 @@ int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t 
             }
             if (now - machine->last_ns >= machine->window_ns && stop_watching(machine)) {
                 machine->stats.poll_misses++;
-                machine->window_ns /= 2;
                 *which = index;
                 return 0;
             }
