@@ -51,6 +51,7 @@ test: build/installed lint core-tests
 	$(BIN)/python tools/linux-tests
 
 bench: build/installed
+	$(BIN)/pip install -q --disable-pip-version-check 'matplotlib>=3.8'
 	for benchmark in benchmarks/*.py; do \
 		grep -q __main__ $$benchmark || continue; $(BIN)/python $$benchmark || exit 1; \
 	done

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ from aiokvm.memory import ram_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    Measure = Callable[[bytes, int], list[float]]
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -104,14 +107,14 @@ class Variant:
     name: str
     loop: str
     write: bool
-    measure: Callable[[bytes, int], list[float]]
+    measure: Measure
 
 
 def differences(memory: Any, count: int, tsc_khz: int) -> list[float]:
     """Microseconds from one stored counter to the next, without those of the first tenth: it warms up."""
     raw = memory.read(SAMPLES, 4 * count)
     stamps = [int.from_bytes(raw[at : at + 4], "little") for at in range(0, len(raw), 4)]
-    steps = [(after - before) % (1 << 32) / tsc_khz * 1000 for before, after in zip(stamps, stamps[1:])]
+    steps = [(after - before) % (1 << 32) / tsc_khz * 1000 for before, after in itertools.pairwise(stamps)]
     return steps[count // 10 :]
 
 
@@ -201,20 +204,15 @@ async def threadsafe(code: bytes, count: int) -> list[float]:
                 value = asyncio.run_coroutine_threadsafe(handler(io.port - PORT, io.size), loop).result()
                 run.reply_io(bytes([value]))
 
-        worker = threading.Thread(target=thread)
-        worker.start()
-        while worker.is_alive():
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(thread)
         return machine.differences(count)
 
 
-def on(
-    loop: str, work: Callable[..., Awaitable[list[float]]], *args: Any
-) -> Callable[[bytes, int], list[float]]:
+def on(loop: str, work: Callable[..., Awaitable[list[float]]], *args: Any) -> Measure:
     backend, options = LOOPS[loop]
 
     def measure(code: bytes, count: int) -> list[float]:
-        return anyio.run(work, *args, code, count, backend=backend, backend_options=options)
+        return anyio.run(partial(work, *args, code, count), backend=backend, backend_options=options)
 
     return measure
 
