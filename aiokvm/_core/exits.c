@@ -1,6 +1,7 @@
 #include "exits.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -9,6 +10,9 @@
 #include <unistd.h>
 
 #include "vcpu.h"
+
+/* About what an answer takes if both sides have a CPU. */
+#define YIELD_AFTER_NS 3000
 
 struct aiokvm_machine *aiokvm_machine_new(int *error)
 {
@@ -257,6 +261,14 @@ uint64_t aiokvm_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+void aiokvm_relax(uint64_t waited_ns)
+{
+    if (waited_ns < YIELD_AFTER_NS)
+        __builtin_ia32_pause();
+    else
+        sched_yield();
+}
+
 int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask)
 {
     if (!machine->alive)
@@ -359,7 +371,8 @@ int aiokvm_machine_unwatch(struct aiokvm_machine *machine)
 int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
                  struct aiokvm_news *news, size_t max, size_t *which)
 {
-    uint64_t now = aiokvm_now_ns();
+    const uint64_t start = aiokvm_now_ns();
+    uint64_t now = start;
     for (size_t i = 0; i < count; i++) {
         struct aiokvm_machine *machine = machines[i];
         if (!machine->alive)
@@ -394,6 +407,6 @@ int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t 
             *which = count;
             return 0;
         }
-        __builtin_ia32_pause();
+        aiokvm_relax(now - start);
     }
 }

@@ -153,6 +153,8 @@ int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t 
                  struct aiokvm_news *news, size_t max, size_t *which);
 /* CLOCK_MONOTONIC. */
 uint64_t aiokvm_now_ns(void);
+/* Between two looks of one who has polled for so long: lets the other side run if it waits for this CPU. */
+void aiokvm_relax(uint64_t waited_ns);
 
 /* The loop: what AIOKVM_POSTED news point into. */
 const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);

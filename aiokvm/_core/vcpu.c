@@ -112,10 +112,13 @@ static void sleep_while(struct aiokvm_vcpu *vcpu, uint32_t wake)
 }
 
 /* A reply often comes sooner than a sleep and a wake-up take. */
-static void poll_while(struct aiokvm_vcpu *vcpu, uint32_t wake, uint64_t until_ns)
+static void poll_while(struct aiokvm_vcpu *vcpu, uint32_t wake, uint64_t start_ns)
 {
-    while (atomic_load(&vcpu->wake) == wake && aiokvm_now_ns() < until_ns)
-        __builtin_ia32_pause();
+    uint64_t waited_ns = 0;
+    while (atomic_load(&vcpu->wake) == wake && waited_ns < vcpu->window_ns) {
+        aiokvm_relax(waited_ns);
+        waited_ns = aiokvm_now_ns() - start_ns;
+    }
 }
 
 /* After a wait for the loop: polls longer if that would have spared the sleep, less if it was in vain. */
@@ -148,7 +151,7 @@ static bool ask_loop(struct aiokvm_vcpu *vcpu)
         if (wanted(vcpu) == AIOKVM_WANT_STOPPED)
             return false;
         if (!polled && vcpu->window_ns)
-            poll_while(vcpu, wake, start_ns + vcpu->window_ns);
+            poll_while(vcpu, wake, start_ns);
         else
             sleep_while(vcpu, wake);
     }

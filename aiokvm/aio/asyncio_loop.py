@@ -71,6 +71,9 @@ class AsyncioLoop:
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         return _Task(work, name)
 
+    async def turn(self) -> None:
+        await asyncio.sleep(0)
+
     async def sleep_until(self, deadline_ns: int) -> None:
         await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)
 

@@ -119,6 +119,9 @@ class TrioLoop:
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         return _Task(work, name)
 
+    async def turn(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def sleep_until(self, deadline_ns: int) -> None:
         await trio.sleep_until(deadline_ns / 1e9)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import anyio.lowlevel
 from anyio.lowlevel import RunVar
 
 from aiokvm._core import ffi, lib
@@ -90,6 +89,7 @@ class Turn:
         self._next = 0
         self._end = 0
         self._leader: Task | None = None
+        self._handlers = 0
         self._first: Work | None = None
 
     @staticmethod
@@ -142,18 +142,18 @@ class Turn:
                         await _Inline(work, partial(self._suspended, me, serving))
                     finally:
                         if self._leader is not me:
+                            self._handlers -= 1
                             serving.on_finished(me)
                     if self._leader is not me:
                         return
                     continue
                 if not self._watched:
                     break
-                now_ns = lib.aiokvm_now_ns()
-                if now_ns >= slice_end_ns:
-                    await anyio.lowlevel.checkpoint()
+                # A handler that has suspended may be about to go on: no waiting then, only a look.
+                idle = not self._take(0 if self._handlers else slice_end_ns) and self._handlers
+                if idle or lib.aiokvm_now_ns() >= slice_end_ns:
+                    await self._loop.turn()
                     slice_end_ns = lib.aiokvm_now_ns() + SLICE_NS
-                else:
-                    self._take(slice_end_ns)
         finally:
             if self._leader is me:
                 # At its end, or cancelled with the whole loop.
@@ -164,6 +164,7 @@ class Turn:
 
     def _suspended(self, task: Task | None, serving: Exits) -> None:
         assert task is not None
+        self._handlers += 1
         serving.on_suspended(task)
         self._lead()
 
