@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # What the lab's own kernel and Python take beside the guest.
 _EXTRA_MEMORY_BYTES = 1 << 30
-_MIN_CPUS = 2
 # A command in the lab has no standard input. What is typed here goes into a file that is followed there; the
 # report comes back the same way.
 _SCRIPT = """
@@ -49,7 +48,6 @@ class InLab:
             console.open()
             config = lab.LabConfig(
                 memory_bytes=self._options.memory + _EXTRA_MEMORY_BYTES,
-                cpus=max(_MIN_CPUS, min(self._options.cpus, os.cpu_count() or 1)),
                 writable=(folder,),
                 env={key: value for key, value in os.environ.items() if key == "PYTHONPATH"},
             )

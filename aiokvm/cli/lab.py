@@ -34,7 +34,7 @@ Exit status:
     short_help="Run a command where there is a real KVM.",
 )
 @click.option("-m", "--memory", type=common.size, default="3G", show_default=True, help="RAM.")
-@click.option("-c", "--cpus", type=click.IntRange(min=1), default=2, show_default=True, help="CPUs.")
+@click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="CPUs.")
 @click.option(
     "--timeout",
     metavar="S",

@@ -48,13 +48,14 @@ _CMDLINE = "console=ttyS0 quiet panic=-1 mitigations=off"
 class LabConfig:
     """How a command runs in the lab.
 
+    With more than one of ``cpus`` QEMU now and then loses a guest that has several vCPUs (docs/hosts.md).
     ``timeout`` is in seconds from the start of the machine. ``writable`` are directories of the host that
     writes go through to; all other writes are gone at the end. ``workdir`` is the current directory if None.
     ``env`` is added to ``HOME``, ``PATH``, ``LANG`` and ``TERM`` of the caller and ``LAB=1``.
     """
 
     memory_bytes: int = 3 << 30
-    cpus: int = 2
+    cpus: int = 1
     timeout: float | None = None
     writable: tuple[Path, ...] = ()
     workdir: Path | None = None
