@@ -297,8 +297,9 @@ class Exits:
             answer = index(await value) & ones
         except Exception as error:
             self._failed(target, _describe(False, size, offset), error)
-        if self._open:
-            _reply(vcpu, seq, answer)
+        finally:
+            if self._open:
+                _reply(vcpu, seq, answer)
 
     async def _finish_write(
         self, target: _Target, vcpu: Pointer, seq: int, offset: int, size: int, done: Awaitable[None]
@@ -307,8 +308,9 @@ class Exits:
             await done
         except Exception as error:
             self._failed(target, _describe(True, size, offset), error)
-        if self._open:
-            _skip(vcpu, seq)
+        finally:
+            if self._open:
+                _skip(vcpu, seq)
 
     def _on_posted(self, item: Pointer) -> None:
         target = self._targets.get((item.bus, item.region))
@@ -365,8 +367,9 @@ class Exits:
             data = await answer
         except Exception as error:
             self._failed(target, what, error)
-        if self._open:
-            self._answer_string(vcpu, seq, length, data)
+        finally:
+            if self._open:
+                self._answer_string(vcpu, seq, length, data)
 
     @staticmethod
     def _answer_string(vcpu: Pointer, seq: int, length: int, data: bytes | None) -> None:

@@ -9,7 +9,7 @@ The polling is done by a task, the *leader*, because a device's handler may be a
 leader as if it had been awaited there. One that never suspends costs no task. When one does suspend, the
 leader becomes the task of that handler, and another leader is made: what a handler has entered in its first
 step, a cancel scope for instance, stays with the task that entered it. There is a leader only while something
-is watched; a machine that exits rarely is served from its doorbell's callback.
+is watched for longer than a slice, or answered by a coroutine; else the doorbell's callback serves.
 """
 
 from __future__ import annotations
@@ -107,15 +107,10 @@ class Turn:
         if exits not in self._watched:
             self._watched.append(exits)
             self._publish()
-        if self._leader is not None:
-            return
-        # What is there is served at once. What comes of it, if anything, is for a leader.
-        if self._take(0):
-            self._first = self._serve()
-        if self._first is None:
-            self._take(0)
-        if self._first is not None or self._watched:
-            self._lead()
+        if self._leader is None:
+            self._first = self._step(lib.aiokvm_now_ns() + SLICE_NS)
+            if self._first is not None or self._watched:
+                self._lead()
 
     def forget(self, exits: Exits) -> None:
         """A machine is about to be freed."""
@@ -134,7 +129,7 @@ class Turn:
         slice_end_ns = lib.aiokvm_now_ns() + SLICE_NS
         try:
             while True:
-                work, self._first = self._first or self._serve(), None
+                work, self._first = self._first or self._step(slice_end_ns), None
                 if work is not None:
                     serving = self._serving
                     assert serving is not None
@@ -146,14 +141,11 @@ class Turn:
                             serving.on_finished(me)
                     if self._leader is not me:
                         return
-                    continue
-                if not self._watched:
-                    break
-                # A handler that has suspended may be about to go on: no waiting then, only a look.
-                idle = not self._take(0 if self._handlers else slice_end_ns) and self._handlers
-                if idle or lib.aiokvm_now_ns() >= slice_end_ns:
+                elif self._watched:
                     await self._loop.turn()
                     slice_end_ns = lib.aiokvm_now_ns() + SLICE_NS
+                else:
+                    break
         finally:
             if self._leader is me:
                 # At its end, or cancelled with the whole loop.
@@ -167,6 +159,16 @@ class Turn:
         self._handlers += 1
         serving.on_suspended(task)
         self._lead()
+
+    def _step(self, slice_end_ns: int) -> Work | None:
+        """Serve until a device answers by a coroutine, the slice is over, or nothing is watched any more."""
+        while True:
+            work = self._serve()
+            if work is not None or not self._watched or lib.aiokvm_now_ns() >= slice_end_ns:
+                return work
+            # A handler that has suspended may be about to go on: no waiting then, only a look.
+            if not self._take(0 if self._handlers else slice_end_ns) and self._handlers:
+                return None
 
     def _take(self, deadline_ns: int) -> bool:
         """Take news, waiting for it until the deadline at most; whether there is any.
