@@ -384,6 +384,10 @@ int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t 
         /* The window begins when the guest has been answered. */
         machine->last_ns = now;
     }
+    if (!count || (deadline_ns && now >= deadline_ns)) {
+        *which = count;
+        return 0;
+    }
     for (uint64_t waited = 0;; waited = 1, now = aiokvm_now_ns()) {
         for (size_t i = 0; i < count; i++) {
             size_t index = (*which + 1 + i) % count;
@@ -403,7 +407,7 @@ int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t 
                 return 0;
             }
         }
-        if (now >= deadline_ns || !count) {
+        if (now >= deadline_ns) {
             *which = count;
             return 0;
         }

@@ -148,7 +148,8 @@ int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news
 /* The loop: takes the news of one of the count machines that are watched, beginning behind *which, and waits
  * for it until one's window is over, or deadline_ns has come.
  * Returns how many news there are of machine *which. 0: it is no longer watched, since its window is over; its
- * doorbell will ring. *which is count if the deadline came first. */
+ * doorbell will ring. *which is count if the deadline came first, and nothing has been looked at if it had come
+ * already; deadline_ns 0 is one look, whatever the time. */
 int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
                  struct aiokvm_news *news, size_t max, size_t *which);
 /* CLOCK_MONOTONIC. */

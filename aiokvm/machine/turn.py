@@ -14,7 +14,9 @@ is watched for longer than a slice, or answered by a coroutine; else the doorbel
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from anyio.lowlevel import RunVar
@@ -34,6 +36,29 @@ if TYPE_CHECKING:
 SLICE_NS = 300_000
 # How many exits are taken at once: enough that the call's costs are shared.
 BATCH = 32
+
+
+# struct aiokvm_news. A field's attribute costs more than all of them in one call.
+_NEWS = Struct("=IIIiIIQQIIII")
+assert _NEWS.size == ffi.sizeof("struct aiokvm_news")
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a vCPU has to tell: the fields of ``struct aiokvm_news`` in their order."""
+
+    vcpu: int
+    state: int
+    seq: int
+    error: int
+    reason: int
+    region: int
+    offset: int
+    value: int
+    size: int
+    count: int
+    is_write: int
+    bus: int
 
 
 class _Inline:
@@ -85,6 +110,7 @@ class Turn:
         self._which: Pointer = ffi.new("size_t *")
         # What was taken and has not been served yet: of which machine, from where to where.
         self._news: Pointer = ffi.new("struct aiokvm_news[]", BATCH)
+        self._news_bytes = ffi.buffer(self._news)
         self._serving: Exits | None = None
         self._next = 0
         self._end = 0
@@ -163,44 +189,39 @@ class Turn:
     def _step(self, slice_end_ns: int) -> Work | None:
         """Serve until a device answers by a coroutine, the slice is over, or nothing is watched any more."""
         while True:
-            work = self._serve()
-            if work is not None or not self._watched or lib.aiokvm_now_ns() >= slice_end_ns:
-                return work
+            while self._next < self._end:
+                news = _NEWS.unpack_from(self._news_bytes, self._next * _NEWS.size)
+                self._next += 1
+                assert self._serving is not None
+                work = self._serving.serve(news)
+                if work is not None:
+                    return work
             # A handler that has suspended may be about to go on: no waiting then, only a look.
-            if not self._take(0 if self._handlers else slice_end_ns) and self._handlers:
+            if not self._watched or (not self._take(0 if self._handlers else slice_end_ns)):
                 return None
 
     def _take(self, deadline_ns: int) -> bool:
-        """Take news, waiting for it until the deadline at most; whether there is any.
+        """Take news, waiting for it until the deadline; False if there is none.
 
-        A machine from which none came for too long is no longer watched.
+        Machines from which none came for too long are no longer watched.
         """
         watched = self._watched
-        count = lib.aiokvm_serve(self._cores, len(watched), deadline_ns, self._news, BATCH, self._which)
-        index = self._which[0]
-        if count > 0:
-            self._serving = watched[index]
-            self._next, self._end = 0, count
-            return True
-        if count < 0:
-            # A child of fork, which has inherited the loop, and none of the machines.
-            watched.clear()
-        elif index < len(watched):
-            del watched[index]
-            self._publish()
+        while watched:
+            count = lib.aiokvm_serve(self._cores, len(watched), deadline_ns, self._news, BATCH, self._which)
+            index = self._which[0]
+            if count > 0:
+                self._serving = watched[index]
+                self._next, self._end = 0, count
+                return True
+            if count < 0:
+                # A child of fork, which has inherited the loop, and none of the machines.
+                watched.clear()
+            elif index < len(watched):
+                del watched[index]
+                self._publish()
+            else:
+                return False
         return False
-
-    def _serve(self) -> Work | None:
-        """Serve what was taken, up to an exit whose device answers by a coroutine."""
-        while self._next < self._end:
-            item = self._news[self._next]
-            self._next += 1
-            assert self._serving is not None
-            work = self._serving.serve(item)
-            if work is not None:
-                return work
-        self._end = 0
-        return None
 
     def _publish(self) -> None:
         watched = self._watched
