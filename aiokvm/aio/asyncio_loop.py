@@ -71,6 +71,10 @@ class AsyncioLoop:
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         return _Task(work, name)
 
+    def being_cancelled(self) -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
     async def sleep_until(self, deadline_ns: int) -> None:
         await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)
 

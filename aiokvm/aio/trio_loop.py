@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -118,6 +119,10 @@ class TrioLoop:
 
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         return _Task(work, name)
+
+    def being_cancelled(self) -> bool:
+        # trio has no other cancellation than that of a scope around the task.
+        return trio.current_effective_deadline() == -inf
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await trio.sleep_until(deadline_ns / 1e9)
