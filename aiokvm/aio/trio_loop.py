@@ -45,7 +45,8 @@ class _Callback:
                 if self._scope.cancel_called:
                     return
                 _call(self._callback)
-                if not self._again:
+                # What it waited for may be gone now, and its descriptor another's.
+                if not self._again or self._scope.cancel_called:
                     return
 
     def cancel(self) -> None:
