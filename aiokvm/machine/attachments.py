@@ -196,9 +196,9 @@ class Attachments:
             for timer in tuple(device._timers or ()):
                 timer.cancel()
             self._cancel(device)
-        for attachment in self._all:
+        for attachment in tuple(self._all):
             if attachment._bell:
-                attachment._bell.close()
+                attachment._bell.end()
 
     async def finished(self) -> None:
         """Waits for the tasks that were cancelled."""
@@ -352,6 +352,12 @@ class _Doorbell:
         self._again = 0
         self._open = True
         self._watch = loop.watch(fd, self._on_rung)
+
+    def end(self) -> None:
+        """The machine has ended: what the guest wrote before that is the last. Idempotent."""
+        if self._open:
+            self._on_rung()
+        self.close()
 
     def close(self) -> None:
         """Idempotent."""

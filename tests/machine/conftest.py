@@ -259,6 +259,9 @@ class Program:
         body = len(bytes.fromhex(self._code))
         return bytes.fromhex(f"{self._code} e9 {_le(-body - 5, 4)}")
 
+    def halt(self) -> bytes:
+        return bytes.fromhex(self._code + "f4 eb fd")  # again: hlt; jmp again
+
     def end(self) -> bytes:
         return bytes.fromhex(self._code + "b0 00 e6 f4 f4")  # mov al, 0; out 0xf4, al; hlt
 

@@ -112,7 +112,8 @@ async def test_accesses_of_every_size(
     )
     device = kind([0x1AA, 0xBBBB, -1])
     async with guest(code.end(), mode="protected", start=False) as vm:
-        vm.attach(device, **{bus: base}, size=8)
+        where: dict[str, Any] = {bus: base}
+        vm.attach(device, **where, size=8)
         await vm.start()
         assert await vm.wait() == DONE
         # What is too wide is cut off.
