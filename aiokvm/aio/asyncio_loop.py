@@ -74,6 +74,10 @@ class AsyncioLoop:
     async def turn(self) -> None:
         await asyncio.sleep(0)
 
+    def being_cancelled(self) -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
     async def sleep_until(self, deadline_ns: int) -> None:
         await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)
 

@@ -51,6 +51,9 @@ class Loop(Protocol):
     async def turn(self) -> None:
         """Returns when the loop has looked at everything else that is due."""
 
+    def being_cancelled(self) -> bool:
+        """Whether the task that runs is cancelled, as opposed to something that it awaits."""
+
     async def sleep_until(self, deadline_ns: int) -> None:
         """Returns when `now_ns` has reached the deadline."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -44,7 +45,8 @@ class _Callback:
                 if self._scope.cancel_called:
                     return
                 _call(self._callback)
-                if not self._again:
+                # What it waited for may be gone now, and its descriptor another's.
+                if not self._again or self._scope.cancel_called:
                     return
 
     def cancel(self) -> None:
@@ -121,6 +123,10 @@ class TrioLoop:
 
     async def turn(self) -> None:
         await trio.lowlevel.checkpoint()
+
+    def being_cancelled(self) -> bool:
+        # trio has no other cancellation than that of a scope around the task.
+        return trio.current_effective_deadline() == -inf
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await trio.sleep_until(deadline_ns / 1e9)

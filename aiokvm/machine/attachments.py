@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from aiokvm.errors import ConfigError, DeviceError, GuestMemoryError
@@ -40,6 +41,7 @@ class Attachment:
         self.pio = pio
         self.memory: memoryview | None = None
         self.attached = False
+        self._bell: _Doorbell | None = None
         self._undo = ExitStack()
 
     def __repr__(self) -> str:
@@ -97,8 +99,10 @@ class Attachments:
         self._memory = memory
         self._on_failed = on_failed
         self._all: list[Attachment] = []
-        self._tasks: dict[Device, Task] = {}
-        self._ending: set[Task] = set()
+        # By identity: a device may compare as it likes.
+        self._tasks: dict[int, Task] = {}
+        # All that have not ended, the doorbells' included.
+        self._alive: set[Task] = set()
         self._next_slot = len(memory.regions)
         self._free_slots: list[int] = []
         self._running = False
@@ -128,6 +132,8 @@ class Attachments:
             raise ConfigError("a region lies on ports or in memory: give either pio or mmio")
         if irq is not None and msi is not None:
             raise ConfigError("a device has one interrupt: give either irq or msi")
+        if offset < 0:
+            raise ConfigError(f"offset {offset} is before the device's first")
         base = pio if pio is not None else mmio
         assert base is not None
         new = all(other.device is not device for other in self._all)
@@ -154,6 +160,7 @@ class Attachments:
         if new:
             device._loop = self._loop
             device._timers = set()
+            device._failed = partial(self._device_failed, device)
             if self._running:
                 self._run(device)
         return attachment
@@ -180,7 +187,7 @@ class Attachments:
             try:
                 device.reset()
             except Exception as error:
-                self._on_failed(self._of(device), "reset", error)
+                self._device_failed(device, "reset", error)
 
     def stop(self) -> None:
         """The machine has ended: tasks are cancelled, timers gone. Idempotent."""
@@ -189,12 +196,14 @@ class Attachments:
             for timer in tuple(device._timers or ()):
                 timer.cancel()
             self._cancel(device)
+        for attachment in tuple(self._all):
+            if attachment._bell:
+                attachment._bell.end()
 
     async def finished(self) -> None:
         """Waits for the tasks that were cancelled."""
-        for task in tuple(self._ending):
+        for task in tuple(self._alive):
             await task.wait()
-            self._ending.discard(task)
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -209,18 +218,26 @@ class Attachments:
         return True
 
     def _devices(self) -> list[Device]:
-        return list(dict.fromkeys(attachment.device for attachment in self._all))
+        return list({id(attachment.device): attachment.device for attachment in self._all}.values())
 
-    def _of(self, device: Device) -> Attachment:
-        return next(attachment for attachment in self._all if attachment.device is device)
+    def _device_failed(self, device: Device, access: str, error: Exception) -> None:
+        """Not in an access to one of its regions."""
+        for attachment in self._all:
+            if attachment.device is device:
+                self._on_failed(attachment, access, error)
+                return
+        # It has been detached meanwhile.
+        raise error
 
     def _claim(self, attachment: Attachment, offset: int, undo: ExitStack) -> None:
         device = attachment.device
         posted = attachment.mode is RegionMode.POSTED
-        if posted and inspect.iscoroutinefunction(device.write):
+        for name in ("write", "write_string"):
+            if not posted or not inspect.iscoroutinefunction(getattr(device, name, None)):
+                continue
             raise ConfigError(
-                f"{type(device).__name__}.write is a coroutine: what is posted is applied at once, in order, "
-                "and needs a plain function"
+                f"{type(device).__name__}.{name} is a coroutine: what is posted is applied at once, "
+                "in order, and needs a plain function"
             )
         bus = self._exits.pio if attachment.pio else self._exits.mmio
         if not attachment.pio:
@@ -271,28 +288,37 @@ class Attachments:
         undo.callback(os.close, fd)
         self._vm.ioeventfd(base, fd, size, pio=pio)
         undo.callback(lambda: self._vm.ioeventfd(base, fd, size, pio=pio, deassign=True))
-        bell = _Doorbell(self._loop, attachment, offset, fd, self._on_failed)
-        undo.callback(bell.close)
+        attachment._bell = _Doorbell(self._loop, self._spawn, attachment, offset, fd, self._on_failed)
+        undo.callback(attachment._bell.close)
 
     def _run(self, device: Device) -> None:
         # A device that has not defined one needs no task.
-        if type(device).run is Device.run or device in self._tasks:
+        if type(device).run is Device.run or id(device) in self._tasks:
             return
 
         async def run() -> None:
             try:
                 await device.run()
             except Exception as error:
-                if any(attachment.device is device for attachment in self._all):
-                    self._on_failed(self._of(device), "run", error)
+                self._device_failed(device, "run", error)
 
-        self._tasks[device] = self._loop.spawn(run, f"{type(device).__name__}.run")
+        self._tasks[id(device)] = self._spawn(run, f"{type(device).__name__}.run")
+
+    def _spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
+        async def run() -> None:
+            try:
+                await work()
+            finally:
+                self._alive.discard(task)
+
+        task = self._loop.spawn(run, name)
+        self._alive.add(task)
+        return task
 
     def _cancel(self, device: Device) -> None:
-        task = self._tasks.pop(device, None)
+        task = self._tasks.pop(id(device), None)
         if task is not None:
             task.cancel()
-            self._ending.add(task)
 
     def _leave(self, device: Device) -> None:
         for timer in tuple(device._timers or ()):
@@ -300,6 +326,7 @@ class Attachments:
         self._cancel(device)
         device._loop = None
         device._timers = None
+        device._failed = None
 
 
 class _Doorbell:
@@ -308,24 +335,39 @@ class _Doorbell:
     def __init__(
         self,
         loop: Loop,
+        spawn: Callable[[Callable[[], Awaitable[None]], str], Task],
         attachment: Attachment,
         offset: int,
         fd: int,
         on_failed: Callable[[Attachment, str, Exception], None],
     ) -> None:
-        self._loop = loop
+        self._spawn = spawn
         self._attachment = attachment
         self._offset = offset
         self._fd = fd
         self._on_failed = on_failed
         self._task: Task | None = None
+        # What the task has not begun to await.
+        self._work: Awaitable[None] | None = None
         self._again = 0
+        self._open = True
         self._watch = loop.watch(fd, self._on_rung)
 
+    def end(self) -> None:
+        """The machine has ended: what the guest wrote before that is the last. Idempotent."""
+        if self._open:
+            self._on_rung()
+        self.close()
+
     def close(self) -> None:
+        """Idempotent."""
+        self._open = False
         self._watch.cancel()
         if self._task:
             self._task.cancel()
+        if self._work is not None and hasattr(self._work, "close"):
+            self._work.close()
+            self._work = None
 
     def _on_rung(self) -> None:
         try:
@@ -343,13 +385,17 @@ class _Doorbell:
             self._on_failed(self._attachment, "doorbell", error)
             return
         if work is not None:
-            self._task = self._loop.spawn(lambda: self._finish(work), "aiokvm doorbell")
+            self._work = work
+            self._task = self._spawn(self._finish, "aiokvm doorbell")
 
-    async def _finish(self, work: Awaitable[None]) -> None:
+    async def _finish(self) -> None:
+        work, self._work = self._work, None
+        if work is None:
+            return  # closed before it began
         try:
             await work
         except Exception as error:
             self._on_failed(self._attachment, "doorbell", error)
         self._task = None
-        if self._again and self._attachment.attached:
+        if self._again and self._open:
             self._call()

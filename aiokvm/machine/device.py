@@ -62,6 +62,7 @@ class Device:
 
     _loop: Loop | None = None
     _timers: set[Timer] | None = None
+    _failed: Callable[[str, Exception], None] | None = None
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:  # noqa: ARG002
         """What the guest reads at an offset: ``size`` is 1, 2, 4 or 8 bytes; more than fit is cut off."""
@@ -156,6 +157,7 @@ class Timer:
         self._period_ns = period_ns
         self.deadline_ns = deadline_ns
         self._timers = device._timers
+        self._failed = device._failed
         self._handle: Handle | None = None
         if self._timers is not None:
             self._timers.add(self)
@@ -179,4 +181,9 @@ class Timer:
             self._arm()
         else:
             self.cancel()
-        self._callback()
+        try:
+            self._callback()
+        except Exception as error:
+            if self._failed is None:
+                raise
+            self._failed("timer", error)

@@ -7,15 +7,14 @@ and replies, or gives the coroutine that will. What is not an access to a device
 
 from __future__ import annotations
 
-import logging
 import os
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import anyio
+from anyio import get_cancelled_exc_class
 
 from aiokvm._core import ffi, lib
-from aiokvm.errors import AiokvmError, StateError
+from aiokvm.errors import AiokvmError, DeviceError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
 from aiokvm.kvm import KvmExit
 from aiokvm.machine.turn import News, Turn
@@ -42,8 +41,6 @@ _reply = lib.aiokvm_vcpu_reply
 _skip = lib.aiokvm_vcpu_skip
 
 _LATCH = f"uint32_t[{lib.AIOKVM_FAST_OFFSETS}]"
-# How long leaving a machine waits for handlers that were cancelled.
-_HANDLERS_S = 10.0
 
 
 class Listener(Protocol):
@@ -134,9 +131,10 @@ class Exits:
         self._latches: dict[PostedWrites, Pointer] = {}
         self._vcpus: Sequence[Pointer] = ()
         self._listener = listener
-        self._logger = logging.LoggerAdapter(logging.getLogger(__name__), {"machine": name})
         self._suspended: set[Task] = set()
         self._open = True
+        self._cancelled = False
+        self._loop = loop
         self._turn = Turn.of(loop)
         self._watch = loop.watch(lib.aiokvm_machine_doorbell(core), self._on_doorbell)
 
@@ -190,16 +188,14 @@ class Exits:
 
     def cancel(self) -> None:
         """Cancel the handlers that have not answered: nobody waits for their answers any more."""
+        self._cancelled = True
         for task in self._suspended:
             task.cancel()
 
     async def finished(self) -> None:
-        """Waits until the handlers that were cancelled have ended, for a bounded time."""
-        with anyio.move_on_after(_HANDLERS_S):
-            for task in tuple(self._suspended):
-                await task.wait()
-            return
-        self._logger.error("%d device handlers do not end though cancelled", len(self._suspended))
+        """Waits until the handlers that were cancelled have ended."""
+        for task in tuple(self._suspended):
+            await task.wait()
 
     def close(self) -> None:
         """No vCPU thread may be left. Idempotent."""
@@ -214,6 +210,9 @@ class Exits:
     def on_suspended(self, task: Task) -> None:
         """A handler of a device goes on in this task."""
         self._suspended.add(task)
+        # Of an exit that was on its way when the machine ended.
+        if self._cancelled:
+            task.cancel()
 
     def on_finished(self, task: Task | None) -> None:
         """It has ended."""
@@ -297,6 +296,8 @@ class Exits:
             answer = index(await value) & ones
         except Exception as error:
             self._failed(target, _describe(False, size, offset), error)
+        except get_cancelled_exc_class() as error:
+            self._cut_off(target, _describe(False, size, offset), error)
         finally:
             if self._open:
                 _reply(vcpu, seq, answer)
@@ -308,6 +309,8 @@ class Exits:
             await done
         except Exception as error:
             self._failed(target, _describe(True, size, offset), error)
+        except get_cancelled_exc_class() as error:
+            self._cut_off(target, _describe(True, size, offset), error)
         finally:
             if self._open:
                 _skip(vcpu, seq)
@@ -323,16 +326,27 @@ class Exits:
         target.exits += item.count
         offset, size = item.offset, item.size
         device = target.device
+        whole = getattr(device, "write_string", None)
         try:
             if isinstance(device, PostedWrites):
                 device.write_posted(offset, data)
                 return
-            work = _write_string(target, offset, size, data)
-            if work is not None:
-                work.close()
-                raise TypeError("a posted write cannot be served by a coroutine")
+            if whole is not None:
+                _refuse_coroutine(whole(offset, size, data))
+                return
         except Exception as error:
             self._failed(target, f"posted {_describe(True, size, offset)}", error)
+            return
+        for at in range(0, len(data), size):
+            try:
+                done: Any = target.write(offset, size, int.from_bytes(data[at : at + size], "little"))
+                if done is not None:
+                    _refuse_coroutine(done)
+            except Exception as error:
+                # Each is an access of its own: the next ones follow, unless the device has been detached.
+                self._failed(target, f"posted {_describe(True, size, offset)}", error)
+                if self._targets.get((item.bus, item.region)) is not target:
+                    return
 
     def _string(self, target: _Target, vcpu: Pointer, item: News) -> Work | None:
         """Rep ins or outs: count accesses to one address."""
@@ -365,9 +379,11 @@ class Exits:
     ) -> None:
         data = None if is_write else b"\xff" * length
         try:
-            data = await answer
+            data = _bytes(await answer) if not is_write else await answer
         except Exception as error:
             self._failed(target, what, error)
+        except get_cancelled_exc_class() as error:
+            self._cut_off(target, what, error)
         finally:
             if self._open:
                 self._answer_string(vcpu, seq, length, data)
@@ -378,12 +394,27 @@ class Exits:
             ffi.memmove(lib.aiokvm_vcpu_data(vcpu), data.ljust(length, b"\xff")[:length], length)
         _skip(vcpu, seq)
 
+    def _cut_off(self, target: _Target, access: str, error: BaseException) -> None:
+        """A handler was cancelled, or what it awaited was: then the guest has still to be answered."""
+        if self._loop.being_cancelled():
+            raise error
+        lost = DeviceError("what the device waited for was cancelled")
+        lost.__cause__ = error
+        self._failed(target, access, lost)
+
     def _failed(self, target: _Target, access: str, error: Exception) -> None:
         self._listener.on_failed(target.device, f"{access} of the region at {target.region}", error)
 
 
 def _describe(is_write: int, size: int, offset: int) -> str:
     return f"{'write' if is_write else 'read'} of {size} bytes at offset {offset:#x}"
+
+
+def _refuse_coroutine(done: Any) -> None:
+    if hasattr(done, "__await__"):
+        if hasattr(done, "close"):
+            done.close()
+        raise TypeError("a posted write cannot be served by a coroutine")
 
 
 def _write_string(target: _Target, offset: int, size: int, data: bytes) -> Coroutine[Any, Any, None] | None:
@@ -415,7 +446,7 @@ def _read_string(target: _Target, offset: int, size: int, count: int) -> bytes |
     whole = getattr(target.device, "read_string", None)
     if whole is not None:
         data = whole(offset, size, count)
-        return _last(data) if hasattr(data, "__await__") else bytes(data)
+        return _last(data) if hasattr(data, "__await__") else _bytes(data)
     pieces = bytearray()
     for _ in range(count):
         value = target.read(offset, size)
@@ -437,6 +468,11 @@ async def _read_rest(
 
 def _piece(value: int, size: int) -> bytes:
     return (index(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+
+
+def _bytes(data: Any) -> bytes:
+    # bytes() alone makes that many zeros of a number.
+    return bytes(memoryview(data))
 
 
 async def _last(work: Awaitable[T]) -> T:

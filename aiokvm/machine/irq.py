@@ -78,6 +78,8 @@ class MsiIrq(Irq):
     def __init__(self, vm: kvm.Vm, address: int, data: int) -> None:
         from aiokvm.kvm.vm_structs import Msi
 
+        if not 0 <= address < 1 << 64 or not 0 <= data < 1 << 32:
+            raise ConfigError(f"msi: address {address:#x} has 64 bits and data {data:#x} has 32")
         self._vm: kvm.Vm | None = vm
         self._msi = Msi(address & 0xFFFF_FFFF, address >> 32, data)
 

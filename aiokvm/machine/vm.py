@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 KICK_AGAIN_NS = 20_000_000
 # A thread that a kick does not get out of KVM_RUN for so long is stuck in the kernel.
 STUCK_SECONDS = 10.0
+# How long the end waits for what devices run on the loop, when that was told to end, too.
+DEVICES_SECONDS = 10.0
 # Errors of devices that are logged one by one; after that those whose number is a power of two.
 LOGGED_ERRORS = 10
 
@@ -553,8 +555,7 @@ class VM:
             await self.kill()
             # A reset under way writes to what is freed here, until it sees that the machine has ended.
             async with self._changing:
-                await self._exits.finished()
-                await self._attachments.finished()
+                await self._devices_finished()
                 self._attachments.close()
                 if self._kvm_stats:
                     self._kvm_stats.close()
@@ -566,6 +567,17 @@ class VM:
         finally:
             self._state = VmState.CLOSED
             self._closed.set()
+
+    async def _devices_finished(self) -> None:
+        with anyio.move_on_after(DEVICES_SECONDS):
+            await self._exits.finished()
+            await self._attachments.finished()
+            return
+        self._logger.error(
+            "%s: what a device runs has been cancelled and does not end in %g s: it is left to itself",
+            self.name,
+            DEVICES_SECONDS,
+        )
 
 
 def _name(device: BusDevice) -> str:

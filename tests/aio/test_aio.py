@@ -57,6 +57,42 @@ async def test_watch_is_silent_after_cancel_even_if_the_descriptor_is_closed(eve
     assert calls == []
 
 
+async def test_a_watch_may_cancel_itself_and_close_its_descriptor(eventfd: int) -> None:
+    fd = os.dup(eventfd)
+    closed = anyio.Event()
+
+    def readable() -> None:
+        watch.cancel()
+        os.close(fd)
+        closed.set()
+
+    watch = current_loop().watch(fd, readable)
+    os.eventfd_write(eventfd, 1)
+    with anyio.fail_after(5):
+        await closed.wait()
+    await anyio.wait_all_tasks_blocked()
+
+
+async def test_being_cancelled_is_told_from_awaiting_what_was() -> None:
+    seen: list[bool] = []
+    entered = anyio.Event()
+
+    async def work() -> None:
+        seen.append(current_loop().being_cancelled())
+        entered.set()
+        try:
+            await anyio.sleep_forever()
+        except BaseException:
+            seen.append(current_loop().being_cancelled())
+            raise
+
+    task = current_loop().spawn(work, "work")
+    await entered.wait()
+    task.cancel()
+    await task.wait()
+    assert seen == [False, True]
+
+
 async def test_a_watch_may_cancel_itself(eventfd: int) -> None:
     calls: list[None] = []
     done = anyio.Event()

@@ -202,3 +202,79 @@ async def cancelled_task(turns: int, call: Callable[[], Awaitable[object]]) -> b
 @pytest.fixture(params=[cancelled_scope, cancelled_task])
 def cancelled(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+class Program:
+    """A guest in protected mode, access by access: what it reads goes to `results`, then it exits with 0."""
+
+    RESULTS = 0x10_0000
+
+    def __init__(self) -> None:
+        self._code = ""
+        self._reads = 0
+
+    def read(self, address: int, size: int = 1, *, bus: str = "mmio") -> Program:
+        self._access(bus, address, size, 0, False)
+        self._code += "a3" + _le(self.RESULTS + 4 * self._reads, 4)  # mov [result], eax
+        self._reads += 1
+        return self
+
+    def write(self, address: int, value: int, size: int = 1, *, bus: str = "mmio") -> Program:
+        self._access(bus, address, size, value, True)
+        return self
+
+    def _access(self, bus: str, address: int, size: int, value: int, is_write: bool) -> None:
+        prefix = "66" if size == 2 else ""
+        # The opcode's lowest bit says whether the operand is wider than a byte.
+        wide = size != 1
+        self._code += "b8" + _le(value, 4)  # mov eax, value
+        if bus == "pio":
+            opcode = (0xEE if is_write else 0xEC) | wide  # out dx, eax; in eax, dx
+            self._code += f"66 ba {_le(address, 2)} {prefix} {opcode:02x}"  # mov dx, address
+        else:
+            opcode = (0xA2 if is_write else 0xA0) | wide  # mov [moffs], eax; mov eax, [moffs]
+            self._code += f"{prefix} {opcode:02x} {_le(address, 4)}"
+
+    def strings(self, address: int, count: int, size: int = 1, *, out: bool) -> Program:
+        """Rep outs from, or rep ins to, ``RESULTS``."""
+        prefix = "66" if size == 2 else ""
+        opcode = (0x6E if out else 0x6C) | (size != 1)
+        pointer = "be" if out else "bf"
+        self._code += (
+            f"66 ba {_le(address, 2)}"  # mov dx, address
+            f"{pointer} {_le(self.RESULTS, 4)}"  # mov esi, RESULTS; mov edi, RESULTS
+            f"b9 {_le(count, 4)}"  # mov ecx, count
+            f"f3 {prefix} {opcode:02x}"
+        )
+        return self
+
+    def times(self, count: int) -> Program:
+        """What there is so far, so many times."""
+        body = len(bytes.fromhex(self._code))
+        # mov ebp, count; again: ...; dec ebp; jz on; jmp again
+        self._code = f"bd {_le(count, 4)} {self._code} 4d 74 05 e9 {_le(-body - 8, 4)}"
+        return self
+
+    def for_ever(self) -> bytes:
+        body = len(bytes.fromhex(self._code))
+        return bytes.fromhex(f"{self._code} e9 {_le(-body - 5, 4)}")
+
+    def halt(self) -> bytes:
+        return bytes.fromhex(self._code + "f4 eb fd")  # again: hlt; jmp again
+
+    def end(self) -> bytes:
+        return bytes.fromhex(self._code + "b0 00 e6 f4 f4")  # mov al, 0; out 0xf4, al; hlt
+
+    @classmethod
+    def results(cls, vm: VM, count: int) -> list[int]:
+        data = vm.memory.read(cls.RESULTS, 4 * count)
+        return [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+
+
+def _le(value: int, size: int) -> str:
+    return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little").hex()
+
+
+@pytest.fixture
+def program() -> type[Program]:
+    return Program
