@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("aiokvm.aio")
 
 
 class _Watch:
@@ -70,6 +70,10 @@ class AsyncioLoop:
 
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         return _Task(work, name)
+
+    def running_task(self) -> str:
+        task = asyncio.current_task(self._loop)
+        return task.get_name() if task else ""
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)

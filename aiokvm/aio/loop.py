@@ -48,6 +48,9 @@ class Loop(Protocol):
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         """Runs a coroutine function on its own until it ends or is cancelled; an exception is logged."""
 
+    def running_task(self) -> str:
+        """From any thread: the name of the task that runs at this moment; empty if none does."""
+
     async def sleep_until(self, deadline_ns: int) -> None:
         """Returns when `now_ns` has reached the deadline."""
 
