@@ -7,7 +7,6 @@ and replies, or gives the coroutine that will. What is not an access to a device
 
 from __future__ import annotations
 
-import logging
 import os
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -18,6 +17,7 @@ from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
 from aiokvm.kvm import KvmExit
+from aiokvm.machine.log import machine_logger
 from aiokvm.machine.turn import Turn
 
 if TYPE_CHECKING:
@@ -67,10 +67,13 @@ class Listener(Protocol):
 
 
 class Tracer(Protocol):
-    """Who is shown every access that reaches the loop, before it is answered."""
+    """Who is shown every exit that reaches the loop, before it is answered."""
 
     def __call__(self, item: Pointer, region: Region | None, data: bytes) -> None:
-        """``item`` is a ``struct aiokvm_news``; ``data`` what was written, empty for a read."""
+        """``item`` is a ``struct aiokvm_news``; ``data`` what was written, empty for a read.
+
+        ``region`` is None where nothing is, and for what is not an access.
+        """
 
 
 def check(result: int, what: str) -> int:
@@ -131,8 +134,9 @@ class Exits:
         # What the vCPU threads read belongs to cffi objects: they must live as long as the machine.
         self._latches: dict[PostedWrites, Pointer] = {}
         self._vcpus: Sequence[Pointer] = ()
+        self._tell_unclaimed = False
         self._listener = listener
-        self._logger = logging.LoggerAdapter(logging.getLogger(__name__), {"machine": name})
+        self._logger = machine_logger(name)
         self._suspended: set[Task] = set()
         self._open = True
         self._turn = Turn.of(loop)
@@ -164,6 +168,22 @@ class Exits:
 
     def ask_unclaimed(self, ask: bool) -> None:
         """Whether the listener is told of accesses that no device claims: each then waits for the loop."""
+        self._tell_unclaimed = ask
+        self._ask_unclaimed()
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Show all exits to ``tracer`` from now on, accesses that no device claims too; None ends it.
+
+        Raises StateError if there is one already, or the machine is closed.
+        """
+        if tracer is not None and (self.tracer is not None or not self._open):
+            raise StateError("the machine is " + ("traced already" if self._open else "closed"))
+        self.tracer = tracer
+        if self._open:
+            self._ask_unclaimed()
+
+    def _ask_unclaimed(self) -> None:
+        ask = self._tell_unclaimed or self.tracer is not None
         check(lib.aiokvm_machine_ask_unclaimed(self.core, ask), "asking for unclaimed accesses")
 
     def counts(self) -> list[tuple[str, Region, int]]:
@@ -239,6 +259,8 @@ class Exits:
         vcpu = self._vcpus[item.vcpu]
         seq, reason = item.seq, item.reason
         if item.error or reason not in (_KVM_EXIT_IO, _KVM_EXIT_MMIO):
+            if self.tracer is not None:
+                self.tracer(item, None, b"")
             self._listener.on_exit(item.vcpu, reason, item.error)
             _skip(vcpu, seq)
             return None
@@ -275,7 +297,7 @@ class Exits:
 
     def _nothing_there(self, vcpu: Pointer, item: Pointer) -> None:
         """A device was detached while the exit was on its way, or there is none and that is to be told."""
-        if item.region == _NO_REGION:
+        if item.region == _NO_REGION and self._tell_unclaimed:
             value = item.value if item.is_write else None
             self._listener.on_unclaimed(item.vcpu, item.bus, item.offset, item.size, value)
         if not item.is_write:
