@@ -160,6 +160,7 @@ class Attachments:
         if new:
             device._loop = self._loop
             device._timers = set()
+            device._report = lambda access, error: self._on_failed(self._of(device), access, error)
             if self._running:
                 self._run(device)
         return attachment
@@ -306,6 +307,7 @@ class Attachments:
         self._cancel(device)
         device._loop = None
         device._timers = None
+        device._report = None
 
 
 class _Doorbell:
