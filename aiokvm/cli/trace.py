@@ -143,9 +143,10 @@ def trace(
 ) -> None:
     """Show what a machine did.
 
-    FILE is what aiokvm run --trace has written, - for standard input. A line is the time in seconds since the trace's start, when the loop got the exit; the vCPU, which posted
-    writes have none of; the reason; what was accessed, with how many bytes, and what was written; and the
-    device, - if nothing is there. Options that filter may be combined; --device and --reason may be repeated.
+    FILE is what aiokvm run --trace has written, - for standard input. A line is the time in seconds since
+    the trace's start, when the loop got the exit; the vCPU, which posted writes have none of; the reason;
+    what was accessed, with how many bytes; the device, - if nothing is there; and what was written. Options
+    that filter may be combined; --device and --reason may be repeated.
     """
     wanted = Filter(
         devices=devices,
