@@ -9,6 +9,7 @@ async with await VM.create(boot=boot.Linux("vmlinuz", cmdline="console=ttyS0")) 
 """
 
 from aiokvm import boot, kvm
+from aiokvm.aio.watchdog import HoldUp, Watchdog
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -20,6 +21,7 @@ from aiokvm.errors import (
     LabError,
     SerialClosedError,
     StateError,
+    TraceError,
 )
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
@@ -37,6 +39,7 @@ from aiokvm.machine.events import (
 )
 from aiokvm.machine.irq import Irq
 from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
+from aiokvm.machine.trace import Trace
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.machine.vm import VM, VmState
 from aiokvm.memory import GuestMemory, RamRegion
@@ -58,6 +61,7 @@ __all__ = [
     "Exited",
     "GuestMemory",
     "GuestMemoryError",
+    "HoldUp",
     "ImageError",
     "Irq",
     "KvmError",
@@ -72,12 +76,15 @@ __all__ = [
     "Started",
     "StateError",
     "Timer",
+    "Trace",
+    "TraceError",
     "VcpuState",
     "VcpuStats",
     "VirtualCpu",
     "VmState",
     "VmStats",
     "WasReset",
+    "Watchdog",
     "boot",
     "kvm",
 ]

@@ -33,6 +33,10 @@ class LabError(AiokvmError):
     """The lab could not be built or started."""
 
 
+class TraceError(AiokvmError):
+    """A file is no trace, is damaged or breaks off."""
+
+
 class KvmError(AiokvmError, OSError):
     """A KVM ioctl failed.
 

@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "hw": {"errors"},
     "boot": {"errors"},
     "proto": {"errors"},
-    "machine": {"_core", "aio", "boot", "errors", "hw", "kvm", "memory"},
+    "machine": {"_core", "aio", "boot", "errors", "hw", "kvm", "memory", "proto"},
     "images": {"boot", "errors", "proto"},
     "lab": {"errors", "images", "proto"},
-    "cli": {"", "boot", "errors", "images", "kvm", "lab"},
+    "cli": {"", "boot", "errors", "images", "kvm", "lab", "proto"},
     "__main__": {"cli"},
-    "": {"boot", "errors", "kvm", "machine", "memory"},
+    "metrics": {""},
+    "": {"aio", "boot", "errors", "kvm", "machine", "memory"},
 }
 # Register models and parsers: a test drives them with no loop, no clock and no kernel.
 MODELS = {"hw", "boot", "proto"}

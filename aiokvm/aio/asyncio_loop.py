@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("aiokvm.aio")
 
 
 class _Watch:
@@ -77,6 +77,10 @@ class AsyncioLoop:
     def being_cancelled(self) -> bool:
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
+
+    def running_task(self) -> str:
+        task = asyncio.current_task(self._loop)
+        return task.get_name() if task else ""
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await asyncio.sleep((deadline_ns - self.now_ns()) / 1e9)

@@ -54,6 +54,9 @@ class Loop(Protocol):
     def being_cancelled(self) -> bool:
         """Whether the task that runs is cancelled, as opposed to something that it awaits."""
 
+    def running_task(self) -> str:
+        """From any thread: the name of the task that runs at this moment; empty if none does."""
+
     async def sleep_until(self, deadline_ns: int) -> None:
         """Returns when `now_ns` has reached the deadline."""
 

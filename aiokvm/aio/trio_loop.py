@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("aiokvm.aio")
 
 
 def _call(callback: Callable[[], object]) -> None:
@@ -102,6 +102,7 @@ class TrioLoop:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        self._root = trio.lowlevel.current_root_task()
 
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
         return _Watch(fd, callback)
@@ -127,6 +128,18 @@ class TrioLoop:
     def being_cancelled(self) -> bool:
         # trio has no other cancellation than that of a scope around the task.
         return trio.current_effective_deadline() == -inf
+
+    def running_task(self) -> str:
+        # trio tells the current task to its own thread only.
+        tasks = [self._root] if self._root else []
+        try:
+            for task in tasks:
+                if getattr(task.coro, "cr_running", False):
+                    return task.name
+                tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        except RuntimeError:  # tasks came or went meanwhile
+            pass
+        return ""
 
     async def sleep_until(self, deadline_ns: int) -> None:
         await trio.sleep_until(deadline_ns / 1e9)

@@ -1,4 +1,4 @@
-"""The command line: ``aiokvm run``, ``doctor``, ``lab`` and ``images``."""
+"""The command line: ``aiokvm run``, ``trace``, ``doctor``, ``lab`` and ``images``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import click
 
 # Modules of this package. Each is imported when it is used: an import costs seconds on an emulated CPU.
-_COMMANDS = ("run", "doctor", "lab", "images")
+_COMMANDS = ("run", "trace", "doctor", "lab", "images")
 
 
 class _Group(click.Group):

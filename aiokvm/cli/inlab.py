@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import suppress
@@ -54,7 +55,7 @@ class InLab:
             try:
                 with self._report.step("lab"), Fetching() as progress:
                     status = await lab.run(
-                        ["sh", "-c", _SCRIPT, name, *self._command()],
+                        ["sh", "-c", _SCRIPT, name, *self._command(folder)],
                         config,
                         output=console.show,
                         progress=progress,
@@ -62,6 +63,8 @@ class InLab:
                 await console.end()
             finally:
                 self._input = None
+                if self._options.trace is not None and (folder / "trace").exists():
+                    shutil.copyfile(folder / "trace", self._options.trace)
                 with suppress(OSError, ValueError):
                     self._take_over(json.loads((folder / "report").read_bytes()))
         return status
@@ -71,7 +74,7 @@ class InLab:
             async with await anyio.open_file(self._input, "ab") as file:
                 await file.write(data)
 
-    def _command(self) -> list[str]:
+    def _command(self, folder: Path) -> list[str]:
         options = self._options
         # The command line has what --append adds to; the same is added to in there.
         argv = [sys.executable, "-P", "-m", "aiokvm", "run", "--lab", "never", "--json"]
@@ -81,6 +84,8 @@ class InLab:
             argv += ["--initrd", str(self._initrd)]
         if options.timeout is not None:
             argv += ["--timeout", str(options.timeout)]
+        if options.trace is not None:
+            argv += ["--trace", str(folder / "trace")]
         return argv
 
     def _take_over(self, inner: dict[str, object]) -> None:

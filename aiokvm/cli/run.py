@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 import anyio
 import click
@@ -21,7 +21,7 @@ from aiokvm.cli import common
 from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal, takes_input
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from aiokvm.cli.common import Interrupts
     from aiokvm.cli.console import File
@@ -57,6 +57,7 @@ class Options:
     timeout: float | None
     lab: Literal["auto", "always", "never"]
     log: Path | None
+    trace: Path | None
     command: tuple[str, ...]
 
     @property
@@ -150,6 +151,12 @@ Exit status:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the console's output to a file, too.",
 )
+@click.option(
+    "--trace",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Record what the guest does at devices; aiokvm trace FILE shows it.",
+)
 @click.argument("command", metavar="[-- CMD [ARG]...]", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(ctx: click.Context, /, **given: object) -> None:
@@ -228,6 +235,7 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
                 data = await to_thread.run_sync(_with_command, initrd, options.command)
                 initrd = stack.enter_context(_temporary(data))
         linux = aiokvm.boot.Linux(kernel, initrd, options.cmdline)
+        trace = _writer(stack.enter_context(options.trace.open("wb"))) if options.trace else None
         machine: Machine
         report.lab = _use_lab(options)
         if report.lab:
@@ -235,7 +243,7 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
 
             machine = InLab(options, kernel, initrd, report)
         else:
-            machine = Here(options, linux, report, interrupts)
+            machine = Here(options, linux, report, interrupts, trace)
         log = None
         if options.log:
             import aiofiles  # type: ignore[import-untyped]
@@ -290,6 +298,16 @@ def _with_command(initrd: Path, command: tuple[str, ...]) -> bytes:
     return data + bytes(-len(data) % 4) + archive
 
 
+def _writer(file: IO[bytes]) -> Callable[[bytes], object]:
+    """Return what writes a chunk, so that it is in the file even if this process is killed."""
+
+    def write(chunk: bytes) -> None:
+        file.write(chunk)
+        file.flush()
+
+    return write
+
+
 def _use_lab(options: Options) -> bool:
     if options.lab != "auto":
         return options.lab == "always"
@@ -305,12 +323,18 @@ class Here:
     """The machine in this process."""
 
     def __init__(
-        self, options: Options, linux: aiokvm.boot.Linux, report: Report, interrupts: Interrupts
+        self,
+        options: Options,
+        linux: aiokvm.boot.Linux,
+        report: Report,
+        interrupts: Interrupts,
+        trace: Callable[[bytes], object] | None,
     ) -> None:
         self._options = options
         self._linux = linux
         self._report = report
         self._interrupts = interrupts
+        self._trace = trace
         self._vm: VM | None = None
 
     async def run(self, console: Console) -> int:
@@ -321,8 +345,10 @@ class Here:
             )
         report.name = vm.name
         try:
-            async with vm:
+            async with vm, AsyncExitStack() as stack:
                 self._vm = vm
+                if self._trace is not None:
+                    await stack.enter_async_context(vm.trace(self._trace))
                 with report.step("run"):
                     return await self._run(vm, console)
         finally:

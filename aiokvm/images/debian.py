@@ -31,7 +31,7 @@ _PROGRESS = re.compile(rb"dlstatus:\d+:([0-9.]+):")
 # No package of interest has a file near it: a damaged archive shall not fill the memory.
 _MEMBER_MAX_BYTES = 256 << 20
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("aiokvm.images")
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,13 @@ class Listener(Protocol):
 
 
 class Tracer(Protocol):
-    """Who is shown every access that reaches the loop, before it is answered."""
+    """Who is shown every exit that reaches the loop, before it is answered."""
 
     def __call__(self, item: News, region: Region | None, data: bytes) -> None:
-        """``data`` is what was written, empty for a read."""
+        """``data`` is what was written, empty for a read.
+
+        ``region`` is None where nothing is, and for what is not an access.
+        """
 
 
 def check(result: int, what: str) -> int:
@@ -130,6 +133,7 @@ class Exits:
         # What the vCPU threads read belongs to cffi objects: they must live as long as the machine.
         self._latches: dict[PostedWrites, Pointer] = {}
         self._vcpus: Sequence[Pointer] = ()
+        self._tell_unclaimed = False
         self._listener = listener
         self._suspended: set[Task] = set()
         self._open = True
@@ -164,6 +168,22 @@ class Exits:
 
     def ask_unclaimed(self, ask: bool) -> None:
         """Whether the listener is told of accesses that no device claims: each then waits for the loop."""
+        self._tell_unclaimed = ask
+        self._ask_unclaimed()
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Show all exits to ``tracer`` from now on, accesses that no device claims too; None ends it.
+
+        Raises StateError if there is one already, or the machine is closed.
+        """
+        if tracer is not None and (self.tracer is not None or not self._open):
+            raise StateError("the machine is " + ("traced already" if self._open else "closed"))
+        self.tracer = tracer
+        if self._open:
+            self._ask_unclaimed()
+
+    def _ask_unclaimed(self) -> None:
+        ask = self._tell_unclaimed or self.tracer is not None
         check(lib.aiokvm_machine_ask_unclaimed(self.core, ask), "asking for unclaimed accesses")
 
     def counts(self) -> list[tuple[str, Region, int]]:
@@ -241,6 +261,8 @@ class Exits:
         number, _, seq, error, reason, region, offset, value, size, count, is_write, bus = news
         vcpu = self._vcpus[number]
         if error or (reason != _KVM_EXIT_IO and reason != _KVM_EXIT_MMIO):
+            if self.tracer is not None:
+                self.tracer(News(*news), None, b"")
             self._listener.on_exit(number, reason, error)
             _skip(vcpu, seq)
             return None
@@ -274,7 +296,7 @@ class Exits:
 
     def _nothing_there(self, vcpu: Pointer, item: News) -> None:
         """A device was detached while the exit was on its way, or there is none and that is to be told."""
-        if item.region == _NO_REGION:
+        if item.region == _NO_REGION and self._tell_unclaimed:
             value = item.value if item.is_write else None
             self._listener.on_unclaimed(item.vcpu, item.bus, item.offset, item.size, value)
         if not item.is_write:

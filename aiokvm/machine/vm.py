@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import logging
 import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -21,16 +20,18 @@ from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.kvm import KvmExit
 from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from aiokvm.machine import events
-from aiokvm.machine.attachments import Attachment, Attachments
+from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.config import POLL_NS, Config, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.files import read_files
 from aiokvm.machine.hardware import Hardware
+from aiokvm.machine.log import machine_logger
 from aiokvm.machine.platform import Platform, acpi_platform
 from aiokvm.machine.postmortem import describe
 from aiokvm.machine.stats import DeviceStats, VmStats
+from aiokvm.machine.trace import Trace
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.memory import ram_ranges
 
@@ -81,7 +82,7 @@ class VM:
         self._config = config
         self._loop = loop
         self._state = VmState.CREATED
-        self._logger = logging.LoggerAdapter(logging.getLogger(__name__), {"machine": config.name})
+        self._logger = machine_logger(config.name)
         self._hub = events.EventHub()
         self._changing = anyio.Lock()
         self._parked = anyio.Event()
@@ -258,7 +259,7 @@ class VM:
         return VmStats(
             vcpus=tuple(vcpu.stats() for vcpu in self.vcpus),
             devices=tuple(
-                DeviceStats(_name(region.device), bus, region.base, region.size, count)
+                DeviceStats(device_name(region.device), bus, region.base, region.size, count)
                 for bus, region, count in self._exits.counts()
             ),
             serving_ns=core.serving_ns,
@@ -268,6 +269,17 @@ class VM:
             device_errors=self._device_errors,
             kvm=self._kvm_stats.read() if self._kvm_stats else {},
         )
+
+    def trace(self, write: Callable[[bytes], object]) -> Trace:
+        """Record the exits that reach the loop, while the asynchronous context manager is entered.
+
+        ``write`` gets the trace in chunks, one after the other, in a worker thread: a file's own will do.
+        What it raises ends the trace, not the machine, and is raised when the context is left. If the guest
+        is faster than ``write``, exits are left out and counted. ``aiokvm trace`` reads what comes of it.
+
+        Accesses that no device claims are recorded, too; each then waits for the loop.
+        """
+        return Trace(self._loop, self._exits, self.name, write)
 
     async def start(self) -> None:
         """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
@@ -578,11 +590,6 @@ class VM:
             self.name,
             DEVICES_SECONDS,
         )
-
-
-def _name(device: BusDevice) -> str:
-    attachment = getattr(device, "attachment", None)
-    return type(attachment.device if attachment else device).__name__
 
 
 def _poll_ns(config: Config) -> int:

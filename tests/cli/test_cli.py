@@ -13,7 +13,7 @@ def test_help_names_all_commands() -> None:
     result = CliRunner().invoke(cli, ["--help"])
     assert result.exit_code == 0
     commands = result.stdout.split("Commands:\n")[1].split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in commands] == ["run", "doctor", "lab", "images"]
+    assert [line.split()[0] for line in commands] == ["run", "trace", "doctor", "lab", "images"]
     assert not any(line.endswith("...") for line in commands)
 
 

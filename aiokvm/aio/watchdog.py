@@ -1,0 +1,115 @@
+"""Who holds the event loop up: a thread that asks the loop for a sign of life, and looks when none comes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+from anyio import to_thread
+
+from aiokvm.aio import current_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from aiokvm.aio.loop import Loop
+
+logger = logging.getLogger("aiokvm.aio")
+
+
+@dataclass(frozen=True, slots=True)
+class HoldUp:
+    """The loop gave no sign of life for ``seconds``.
+
+    ``task`` is the name of the task that ran then, empty for a callback or the loop itself. ``stack`` is what
+    the loop's thread was doing, as a traceback has it, the innermost call last.
+    """
+
+    seconds: float
+    task: str
+    stack: str
+
+
+class Watchdog:
+    """Names the coroutine or callback that holds the event loop up; an asynchronous context manager.
+
+    A warning is logged, once a hold-up, when the loop has given no sign of life for ``threshold`` seconds;
+    ``callback`` is then called, too, in the watchdog's thread. What lasts twice as long is always noticed.
+    It costs the loop one callback every ``threshold`` seconds. Raises ValueError for a threshold that is not
+    above 0.
+
+    A C function that does not release Python's global lock keeps the watchdog waiting as well, and may be
+    over when it looks.
+    """
+
+    def __init__(self, threshold: float = 0.1, callback: Callable[[HoldUp], object] | None = None) -> None:
+        if not threshold > 0:
+            raise ValueError(f"a threshold of {threshold} seconds is not above 0")
+        self._threshold = threshold
+        self._callback = callback
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    async def __aenter__(self) -> Self:
+        await anyio.lowlevel.checkpoint()
+        self._stopped.clear()
+        self._thread = threading.Thread(
+            target=self._watch,
+            args=(current_loop(), threading.get_ident()),
+            name="aiokvm watchdog",
+            daemon=True,
+        )
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._thread is not None
+        self._stopped.set()
+        # The thread waits for the loop at most, which runs.
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(self._thread.join)
+
+    def _watch(self, loop: Loop, ident: int) -> None:
+        while not self._stopped.wait(self._threshold):
+            alive = threading.Event()
+            try:
+                loop.call_soon_threadsafe(alive.set)
+            except RuntimeError:  # the loop is closed
+                return
+            if alive.wait(self._threshold):
+                continue
+            frame = sys._current_frames().get(ident)
+            if frame is None:
+                return
+            task, stack = loop.running_task(), "".join(traceback.format_stack(frame))
+            # Else it went on before all this was read.
+            if not alive.is_set():
+                self._tell(HoldUp(self._threshold, task, stack))
+            while not (alive.wait(self._threshold) or self._stopped.is_set()):
+                pass
+
+    def _tell(self, hold_up: HoldUp) -> None:
+        logger.warning(
+            "%s has held the event loop up for %g s:\n%s",
+            f"task {hold_up.task}" if hold_up.task else "a callback",
+            hold_up.seconds,
+            hold_up.stack.rstrip(),
+        )
+        if self._callback is not None:
+            try:
+                self._callback(hold_up)
+            except Exception:
+                logger.exception("exception in the watchdog's callback")
