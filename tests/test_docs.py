@@ -23,32 +23,42 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TUTORIAL = (DOCS / "tutorial.md").read_text()
 CLI = (DOCS / "cli.md").read_text()
 
+# Documents whose every program is followed by what it prints.
+GUIDES = ("tutorial", "devices", "threading", "cancellation")
 # Language and content of each fenced block, in order.
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+BLOCKS = {
+    guide: re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / f"{guide}.md").read_text(), re.MULTILINE | re.DOTALL)
+    for guide in GUIDES
+}
 MODULE = re.compile(r"# (\w+)\.py\n")
-MODULES = {match[1]: text for _, text in BLOCKS if (match := MODULE.match(text))}
+MODULES = {
+    guide: {match[1]: text for _, text in blocks if (match := MODULE.match(text))}
+    for guide, blocks in BLOCKS.items()
+}
 PROGRAMS = [
     pytest.param(
+        guide,
         program,
         output,
         marks=pytest.mark.linux if "images.pull" in program else pytest.mark.kvm,
-        id=str(number),
+        id=f"{guide}-{number}",
     )
-    for number, ((language, program), (following, output)) in enumerate(itertools.pairwise(BLOCKS))
+    for guide, blocks in BLOCKS.items()
+    for number, ((language, program), (following, output)) in enumerate(itertools.pairwise(blocks))
     if language == "python" and following == "text"
 ]
 
 
 def test_every_program_shows_its_output() -> None:
-    assert len(PROGRAMS) + len(MODULES) == len([language for language, _ in BLOCKS if language == "python"])
+    there = [language for blocks in BLOCKS.values() for language, _ in blocks if language == "python"]
+    assert len(PROGRAMS) + sum(map(len, MODULES.values())) == len(there)
 
 
-@pytest.mark.parametrize(("program", "output"), PROGRAMS)
-def test_a_program_prints_what_is_shown(program: str, output: str, tmp_path: Path) -> None:
-    for name, text in MODULES.items():
+@pytest.mark.parametrize(("guide", "program", "output"), PROGRAMS)
+def test_a_program_prints_what_is_shown(guide: str, program: str, output: str, tmp_path: Path) -> None:
+    for name, text in MODULES[guide].items():
         (tmp_path / f"{name}.py").write_text(text)
     path = tmp_path / "program.py"
     path.write_text(program)

@@ -61,7 +61,7 @@ class VmStats:
 
     - ``vcpus``: by index; ``devices``: the regions that are attached, aiokvm's own among them
     - ``serving_ns``: time in nanoseconds that the loop spent with its exits
-    - ``poll_hits``: how often news of a vCPU came while the loop polled; ``poll_misses``: how often it stopped
+    - ``poll_hits``: how often news came while the loop polled; ``poll_misses``: how often it stopped
       since none had come; ``rings``: how often the doorbell woke it
     - ``device_errors``: how often a device raised
     - ``kvm``: the kernel's own figures (KVM_GET_STATS_FD) by name; empty where it has none
