@@ -3,7 +3,7 @@
 The machine is one more resource of the request: it ends with its guest, with its time, or when the client
 disconnects. Any ASGI server runs it, for instance uvicorn:
 
-    uvicorn --factory examples.asgi_service:create_app
+    uvicorn --app-dir examples --factory asgi_service:create_app
     curl -N 'localhost:8000/?lines=5'
 
 By default the guest is a few bytes of code that print a line as often as asked, 0: without end. With
