@@ -19,7 +19,7 @@ def programs(document: Path) -> list[str]:
 
 @pytest.mark.linux
 def test_the_first_program_runs() -> None:
-    (program,) = programs(ROOT / "README.md")
+    program, _ = programs(ROOT / "README.md")
     assert len([line for line in program.splitlines() if line]) <= 15
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
@@ -28,6 +28,20 @@ def test_the_first_program_runs() -> None:
     assert "Linux (none) 6." in result.stdout
     assert "\n2\n" in result.stdout
     assert "ExitReason.SHUTDOWN" in result.stdout
+
+
+@pytest.mark.kvm
+def test_the_device_answers() -> None:
+    _, program = programs(ROOT / "README.md")
+    assert len([line for line in program.splitlines() if line]) <= 12
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "21\n", "")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

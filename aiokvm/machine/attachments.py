@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class Attachment:
-    """A region of a device in a machine; made by `VM.attach`.
+    """A region of a device in a machine, for `VM.detach`; made by `VM.attach`.
 
-    ``base`` and ``size`` are in bytes on the bus, ``pio`` tells which. ``memory`` is the RAM of a MEMORY
-    region, None in other modes.
+    It has ``size`` bytes from ``base`` on, which is a port if ``pio`` is set and else a guest physical
+    address. ``memory`` is the RAM of a MEMORY region, None in other modes. ``attached`` tells whether it is
+    still in the machine.
     """
 
     def __init__(

@@ -19,82 +19,91 @@ if TYPE_CHECKING:
 
 
 class RegionMode(enum.Enum):
-    """What happens when the guest writes to a region of a device."""
+    """What an access of the guest to a region of a device does; docs/devices.md has what each guarantees."""
 
     EXIT = "exit"
-    """The vCPU waits until the device has answered. Reads do in every mode but MEMORY."""
+    """The vCPU waits until ``read`` or ``write`` has answered."""
     POSTED = "posted"
-    """The write is queued and the vCPU runs on. The device gets the writes of all vCPUs to the machine's
-    posted regions in the guest's order, and before any later access that the vCPU waits for. When more than
-    4096 are outstanding the vCPU waits. ``write`` has to be a plain function."""
+    """A write is queued and the vCPU runs on; a read is as in EXIT. The device gets the writes of all vCPUs
+    to the machine's posted regions in the guest's order, and before any later access that a vCPU waits for.
+    With 4096 outstanding the vCPU waits. ``write`` has to be a plain function."""
     DOORBELL = "doorbell"
-    """The write wakes `Device.doorbell` and the vCPU never leaves the guest's side of the kernel (an
-    ioeventfd). The value is not seen, and several writes before the device looks may become one call."""
+    """A write of the region's size, which is 1, 2, 4 or 8 bytes, wakes `Device.doorbell` and the vCPU never
+    leaves the kernel (an ioeventfd). The value is not seen, and writes that come before the device looks
+    become one call. Reads, and writes of other sizes, are as in EXIT."""
     MEMORY = "memory"
-    """The region is RAM that the device shares: no access of the guest is noticed (`Attachment.memory`)."""
+    """The region is RAM that the device shares, `Attachment.memory`: no access of the guest is noticed."""
 
 
 class ErrorPolicy(enum.Enum):
-    """What follows when a device raises; the guest reads ones, and `DeviceFailed` is emitted in any case."""
+    """What follows when a device raises. In any case the guest reads ones and `DeviceFailed` is emitted."""
 
     KEEP = "keep"
     """The device goes on."""
     STOP_DEVICE = "stop-device"
-    """The device is detached."""
+    """All regions of the device are detached."""
     STOP_MACHINE = "stop-machine"
-    """The machine ends, with `ExitReason.ERROR`."""
+    """The machine ends, with the `ExitReason` ERROR."""
 
 
 class Device:
-    """A device: override what it has.
+    """A device of the program's own: derive from it and override what the device has.
 
-    ``read`` and ``write`` are plain functions or coroutines. A coroutine holds up the vCPU whose access it
-    serves and no other; those of several vCPUs run at the same time. ``run``, if there is one, is a task that
-    lives as long as the machine runs. Two more may be defined, for string instructions (``rep ins``, ``rep
-    outs``) and runs of posted writes, which otherwise come piece by piece:
+    `read`, `write` and `doorbell` are plain functions or coroutines. A coroutine holds up the vCPU whose
+    access it serves and no other; those of several vCPUs run at the same time. Two more may be defined, for
+    string instructions (``rep ins``, ``rep outs``) and runs of posted writes, which otherwise come piece by
+    piece; ``size`` is that of a piece, in bytes:
 
-    - ``read_string(offset, size, count) -> bytes``
-    - ``write_string(offset, size, data)``
+    - ``read_string(offset, size, count) -> bytes``, of ``size * count`` bytes
+    - ``write_string(offset, size, data)``, where ``data`` is a multiple of ``size`` bytes
     """
 
     irq: Irq
-    """The device's interrupt, if it was attached with one."""
+    """The device's interrupt; there is none unless it was attached with one."""
 
     _loop: Loop | None = None
     _timers: set[Timer] | None = None
     _failed: Callable[[str, Exception], None] | None = None
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:  # noqa: ARG002
-        """What the guest reads at an offset: ``size`` is 1, 2, 4 or 8 bytes; more than fit is cut off."""
+        """What the guest reads: ``size`` bytes (1, 2, 4 or 8) at ``offset``, as an unsigned number.
+
+        Of a number that is too large the low bytes count. Unless overridden it reads as ones.
+        """
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> Awaitable[None] | None:  # noqa: ARG002
-        """The guest wrote ``value``, of ``size`` bytes, at an offset."""
+        """The guest wrote ``value``, unsigned, of ``size`` bytes (1, 2, 4 or 8), at ``offset``."""
         return None
 
     def doorbell(self, offset: int, count: int) -> Awaitable[None] | None:  # noqa: ARG002
-        """The guest wrote ``count`` times, at least, to the DOORBELL region that begins at ``offset``.
+        """The guest has written to the DOORBELL region at ``offset``, ``count`` times since the last call.
 
-        A coroutine is not called again before it has returned; what is written meanwhile is in the next
+        It is not called again before a coroutine has returned; what is written meanwhile is in the next
         count.
         """
         return None
 
     async def run(self) -> None:
-        """A task that runs beside the guest; cancelled when the machine ends or the device is detached."""
+        """A task beside the guest, from the machine's start until it ends or the device is detached.
+
+        It is cancelled then. While the machine is paused or reset it goes on.
+        """
 
     def reset(self) -> None:
-        """The machine is reset."""
+        """The machine is reset: be as new."""
 
     def now_ns(self) -> int:
-        """The clock of the event loop, in nanoseconds. Raises DeviceError unless attached."""
+        """The monotonic clock of the event loop, in nanoseconds. Raises DeviceError unless attached."""
         return self._attached().now_ns()
 
     def timer(self, deadline_ns: int, callback: Callable[[], object], period_ns: int = 0) -> Timer:
-        """Call back when `now_ns` has reached the deadline, and with a period again at each multiple from it.
+        """Call back when `now_ns` has reached ``deadline_ns``, and with a period after each period from then.
 
-        A periodic timer does not drift. If the loop was held up for several periods, it is called once and
-        goes on in step. It ends with the device or by its ``cancel``. Raises DeviceError unless attached.
+        A periodic timer does not drift: its deadlines are ``deadline_ns`` plus multiples of the period. After
+        the loop was held up for several periods it calls back once. It ends by `Timer.cancel`, with the
+        machine, or when the device is detached. Raises DeviceError unless the device is attached, ValueError
+        for a negative period.
         """
         return Timer(self._attached(), self, deadline_ns, callback, period_ns)
 
@@ -110,7 +119,7 @@ class Device:
         offset: int = 0,
         on_error: ErrorPolicy | str = ErrorPolicy.KEEP,
     ) -> Placement:
-        """Where it is to be in a machine, for the ``devices`` of `VM.create`; as `VM.attach` has it."""
+        """Where the device is to be, for the ``devices`` of `VM.create`. The arguments are `VM.attach`'s."""
         return Placement(
             self,
             {
@@ -133,14 +142,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Placement:
-    """A device and the arguments of `VM.attach`; made by `Device.at`."""
+    """A device and the arguments that `VM.attach` gets with it; made by `Device.at`."""
 
     device: Device
     where: dict[str, Any]
 
 
 class Timer:
-    """A timer of a device; made by `Device.timer`."""
+    """A timer of a device; made by `Device.timer`. ``deadline_ns`` is when it calls back next."""
 
     def __init__(
         self,
@@ -165,7 +174,7 @@ class Timer:
         self._arm()
 
     def cancel(self) -> None:
-        """It does not call back any more. Idempotent."""
+        """End it: it does not call back any more. Idempotent."""
         if self._handle:
             self._handle.cancel()
             self._handle = None

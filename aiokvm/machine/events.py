@@ -76,7 +76,7 @@ class WasReset(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceFailed(Event):
-    """A device raised ``error`` while serving ``access``, what the guest did; a read gave ones."""
+    """A device raised ``error``. ``device`` is its class, ``access`` what it was doing; a read gave ones."""
 
     device: str
     access: str

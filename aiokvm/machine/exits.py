@@ -35,8 +35,8 @@ _KVM_EXIT_MMIO = int(KvmExit.KVM_EXIT_MMIO)
 _EXIT = lib.AIOKVM_VCPU_EXIT
 _POSTED = lib.AIOKVM_POSTED
 _NO_REGION = lib.AIOKVM_NO_REGION
-# By the size of an access in bytes.
-_ONES = (0, 0xFF, 0xFFFF, 0, 0xFFFF_FFFF, 0, 0, 0, 0xFFFF_FFFF_FFFF_FFFF)
+# By the size of an access in bytes: any up to 8, for KVM splits what crosses a page.
+_ONES = tuple((1 << 8 * size) - 1 for size in range(9))
 _reply = lib.aiokvm_vcpu_reply
 _skip = lib.aiokvm_vcpu_skip
 
@@ -289,8 +289,12 @@ class Exits:
                         return self._finish_read(target, vcpu, seq, offset, size, answer)
                     answer = index(answer)
                 _reply(vcpu, seq, answer & _ONES[size])
-        except Exception as problem:
-            self._failed(target, _describe(is_write, size, offset), problem)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as problem:
+            # A plain function cannot be cancelled: what it raises is about something else.
+            failure = problem if isinstance(problem, Exception) else _lost(problem)
+            self._failed(target, _describe(is_write, size, offset), failure)
             self._no_answer(vcpu, seq, size, is_write)
         return None
 
@@ -420,12 +424,16 @@ class Exits:
         """A handler was cancelled, or what it awaited was: then the guest has still to be answered."""
         if self._loop.being_cancelled():
             raise error
-        lost = DeviceError("what the device waited for was cancelled")
-        lost.__cause__ = error
-        self._failed(target, access, lost)
+        self._failed(target, access, _lost(error))
 
     def _failed(self, target: _Target, access: str, error: Exception) -> None:
         self._listener.on_failed(target.device, f"{access} of the region at {target.region}", error)
+
+
+def _lost(error: BaseException) -> DeviceError:
+    lost = DeviceError("what the device waited for was cancelled")
+    lost.__cause__ = error
+    return lost
 
 
 def _describe(is_write: int, size: int, offset: int) -> str:

@@ -16,16 +16,20 @@ _CASCADE = 2
 
 
 class Irq:
-    """An interrupt. ``gsi`` is the input of the interrupt controllers that it drives; None: a message."""
+    """A device's interrupt, `Device.irq`: an input of the interrupt controllers, or a message."""
 
     gsi: int | None = None
+    """The input (global system interrupt) that it drives; None for a message."""
 
     def pulse(self) -> None:
-        """Interrupt once: an edge, or a message. Raises StateError when the device is no longer attached."""
+        """Interrupt once: an edge, or a message. Raises StateError when the device is detached."""
         raise NotImplementedError
 
     def set(self, level: bool) -> None:
-        """Drive the line, which stays so until it is driven again. ConfigError: a message has no level."""
+        """Drive the line high or low, where it stays until it is driven again; a detached one is low.
+
+        Raises ConfigError for a message, which has no level, and StateError as `pulse` does.
+        """
         raise NotImplementedError
 
     def close(self) -> None:

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VcpuStats:
-    """One vCPU since its creation.
+    """What one vCPU has done since its creation; times are in nanoseconds.
 
-    ``exits`` are returns from KVM_RUN with something to do, ``reasons`` the same by the name of exit_reason.
-    Of those, ``posted`` were queued or answered in C, and ``unclaimed`` hit addresses where nothing is.
-    ``guest_ns`` were spent in KVM_RUN, ``wait_ns`` waiting for the loop; ``poll_hits`` of the replies came
-    while the thread polled. ``kvm`` has the kernel's own figures (KVM_GET_STATS_FD), empty where it has none.
+    - ``exits``: returns from KVM_RUN with something to do; ``reasons`` has them by the name of exit_reason
+    - ``posted``: how many of them were queued for the loop, or answered in C
+    - ``unclaimed``: how many of them hit an address where nothing is
+    - ``kicks``: returns from KVM_RUN because the loop wanted something
+    - ``guest_ns``: time in KVM_RUN, the guest's and the kernel's on its behalf
+    - ``wait_ns``: time waiting for the loop's replies; ``poll_hits``: how many of these came while it polled
+    - ``kvm``: the kernel's own figures (KVM_GET_STATS_FD) by name; empty where it has none, and before start
     """
 
     exits: int
@@ -39,7 +42,11 @@ class VcpuStats:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStats:
-    """One region: the device's class, where it is, and how many accesses the loop has served."""
+    """One region: the name of the device's class, where it is, and its ``exits``.
+
+    ``bus`` is "pio" or "mmio", ``base`` a port or a guest physical address, ``size`` in bytes. ``exits``
+    counts the accesses that the loop has served, posted ones included; doorbells are not among them.
+    """
 
     device: str
     bus: str
@@ -50,11 +57,14 @@ class DeviceStats:
 
 @dataclass(frozen=True, slots=True)
 class VmStats:
-    """One machine since its creation.
+    """What one machine has done since its creation.
 
-    ``serving_ns`` were spent in Python with its exits. Of what came from the vCPUs, ``poll_hits`` came
-    while the loop polled, ``poll_misses`` polls were in vain, and ``rings`` times the loop was woken by the
-    doorbell. ``device_errors`` counts what devices raised.
+    - ``vcpus``: by index; ``devices``: the regions that are attached, aiokvm's own among them
+    - ``serving_ns``: time in nanoseconds that the loop spent with its exits
+    - ``poll_hits``: how often news came while the loop polled; ``poll_misses``: how often it stopped
+      since none had come; ``rings``: how often the doorbell woke it
+    - ``device_errors``: how often a device raised
+    - ``kvm``: the kernel's own figures (KVM_GET_STATS_FD) by name; empty where it has none
     """
 
     vcpus: tuple[VcpuStats, ...]

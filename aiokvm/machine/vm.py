@@ -240,7 +240,7 @@ class VM:
     def detach(self, attachment: Attachment) -> None:
         """Take a region away: accesses to it find nothing from now on. DeviceError if it is not attached.
 
-        With its last region a device loses its interrupt, its timers and its task.
+        A device loses its interrupt with the region that it was attached with, timers and task with the last.
         """
         self._exits.check_owner()
         self._attachments.detach(attachment)

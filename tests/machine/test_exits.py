@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -302,6 +303,44 @@ async def test_what_a_device_reads_as_is_cut_to_the_access(
         await vm.start()
         assert await vm.wait() == DONE
         assert results(vm, 3) == [0x12, 0xFFFF, 0xFE34]
+
+
+async def test_an_access_that_crosses_a_page_comes_in_pieces_of_any_size(
+    guest: Guest, attach: Attach, recorder: Callable[..., Recorder]
+) -> None:
+    code = access_code("mmio", True, 0xFFD, 4, 0x4433_2211, 0) + access_code("mmio", False, 0xFFD, 4, 0, 0)
+    device = recorder([0x77_6655, 0x88])
+    async with guest(bytes.fromhex(code + EXIT), mode="protected", start=False) as vm:
+        attach(vm, device, mmio=MMIO, size=0x2000)
+        await vm.start()
+        assert await vm.wait() == DONE
+        assert results(vm, 1) == [0x8877_6655]
+    assert device.accesses == [
+        ("write", 0xFFD, 3, 0x33_2211),
+        ("write", 0x1000, 1, 0x44),
+        ("read", 0xFFD, 3, 0x77_6655),
+        ("read", 0x1000, 1, 0x88),
+    ]
+
+
+async def test_a_plain_device_that_lets_a_cancellation_of_something_else_through_has_failed(
+    guest: Guest, attach: Attach, caplog: pytest.LogCaptureFixture
+) -> None:
+    class CutOff(Broken):
+        def read(self, offset: int, size: int) -> int:
+            raise asyncio.CancelledError
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            raise asyncio.CancelledError
+
+    code = access_code("pio", True, 0, 1, 0, 0) + access_code("pio", False, 0, 2, 0, 0)
+    async with guest(bytes.fromhex(code + EXIT), mode="protected", start=False) as vm:
+        attach(vm, CutOff(), pio=PIO)
+        await vm.start()
+        assert await vm.wait() == DONE
+        assert results(vm, 1) == [0xFFFF]
+    assert "CutOff: write of 1 bytes at offset 0x0 of the region at 0x300-" in caplog.text
+    assert "CutOff: read of 2 bytes at offset 0x0 of the region at 0x300-" in caplog.text
 
 
 # What a machine is attached to may change while it runs.
