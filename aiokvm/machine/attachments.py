@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from aiokvm.errors import ConfigError, DeviceError, GuestMemoryError
@@ -160,7 +161,7 @@ class Attachments:
         if new:
             device._loop = self._loop
             device._timers = set()
-            device._report = lambda access, error: self._on_failed(self._of(device), access, error)
+            device._failed = partial(self._device_failed, device)
             if self._running:
                 self._run(device)
         return attachment
@@ -187,7 +188,7 @@ class Attachments:
             try:
                 device.reset()
             except Exception as error:
-                self._on_failed(self._of(device), "reset", error)
+                self._device_failed(device, "reset", error)
 
     def stop(self) -> None:
         """The machine has ended: tasks are cancelled, timers gone. Idempotent."""
@@ -218,8 +219,14 @@ class Attachments:
     def _devices(self) -> list[Device]:
         return list(dict.fromkeys(attachment.device for attachment in self._all))
 
-    def _of(self, device: Device) -> Attachment:
-        return next(attachment for attachment in self._all if attachment.device is device)
+    def _device_failed(self, device: Device, access: str, error: Exception) -> None:
+        """Not in an access to one of its regions."""
+        for attachment in self._all:
+            if attachment.device is device:
+                self._on_failed(attachment, access, error)
+                return
+        # It has been detached meanwhile.
+        raise error
 
     def _claim(self, attachment: Attachment, offset: int, undo: ExitStack) -> None:
         device = attachment.device
@@ -290,8 +297,7 @@ class Attachments:
             try:
                 await device.run()
             except Exception as error:
-                if any(attachment.device is device for attachment in self._all):
-                    self._on_failed(self._of(device), "run", error)
+                self._device_failed(device, "run", error)
 
         self._tasks[device] = self._loop.spawn(run, f"{type(device).__name__}.run")
 
@@ -307,7 +313,7 @@ class Attachments:
         self._cancel(device)
         device._loop = None
         device._timers = None
-        device._report = None
+        device._failed = None
 
 
 class _Doorbell:

@@ -62,7 +62,7 @@ class Device:
 
     _loop: Loop | None = None
     _timers: set[Timer] | None = None
-    _report: Callable[[str, Exception], None] | None = None
+    _failed: Callable[[str, Exception], None] | None = None
 
     def read(self, offset: int, size: int) -> int | Awaitable[int]:  # noqa: ARG002
         """What the guest reads at an offset: ``size`` is 1, 2, 4 or 8 bytes; more than fit is cut off."""
@@ -153,11 +153,11 @@ class Timer:
         if period_ns < 0:
             raise ValueError(f"a period of {period_ns} ns is negative")
         self._loop = loop
-        self._device = device
         self._callback = callback
         self._period_ns = period_ns
         self.deadline_ns = deadline_ns
         self._timers = device._timers
+        self._failed = device._failed
         self._handle: Handle | None = None
         if self._timers is not None:
             self._timers.add(self)
@@ -184,6 +184,6 @@ class Timer:
         try:
             self._callback()
         except Exception as error:
-            if self._device._report is None:
+            if self._failed is None:
                 raise
-            self._device._report("timer", error)
+            self._failed("timer", error)
