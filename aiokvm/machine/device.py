@@ -162,7 +162,6 @@ class Timer:
         if period_ns < 0:
             raise ValueError(f"a period of {period_ns} ns is negative")
         self._loop = loop
-        self._device = device
         self._callback = callback
         self._period_ns = period_ns
         self.deadline_ns = deadline_ns

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from anyio.lowlevel import RunVar
 
@@ -121,12 +122,12 @@ class Turn:
     @staticmethod
     def of(loop: Loop) -> Turn:
         """The turn of the loop that runs the caller."""
-        try:
-            return _turn.get()
-        except LookupError:
+        reference = _turn.get(None)
+        turn = reference() if reference else None
+        if turn is None:
             turn = Turn(loop)
-            _turn.set(turn)
-            return turn
+            _turn.set(ref(turn))
+        return turn
 
     def watch(self, exits: Exits) -> None:
         """A machine's doorbell has rung."""
@@ -231,4 +232,5 @@ class Turn:
             self._cores[index] = exits.core
 
 
-_turn: RunVar[Turn] = RunVar("aiokvm_turn")
+# Its machines keep it. Kept here it would keep the loop, by which alone anyio knows when to forget it.
+_turn: RunVar[ref[Turn] | None] = RunVar("aiokvm_turn")
