@@ -64,9 +64,7 @@ class Hardware:
             _check_limits(system, config)
             self.memory = GuestMemory(config.memory_bytes, config.hugepage_bytes)
             stack.callback(self.memory.close)
-            self.vm = stack.enter_context(_create_vm(system, config))
-            for slot, region in enumerate(self.memory.regions):
-                self.vm.set_user_memory_region(slot, region.gpa, region.size, region.host_address)
+            self.vm = stack.enter_context(_create_vm(system, config, self.memory))
             self.vcpus = tuple(stack.enter_context(vcpu) for vcpu in _create_vcpus(system, self.vm, config))
             system.close()
             self._stack = stack.pop_all()
@@ -82,7 +80,7 @@ class Hardware:
     def reset(self) -> None:
         """Chips and vCPUs are as they were when they were created."""
         # KVM has no reset of a vCPU, so take the state of one that was just made.
-        with kvm.System() as system, _create_vm(system, self._config) as vm:
+        with kvm.System() as system, _create_vm(system, self._config, None) as vm:
             # First, for a timer that still runs interrupts.
             self.vm.set_pit2(vm.get_pit2())
             for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
@@ -100,10 +98,13 @@ def _check_limits(system: kvm.System, config: Config) -> None:
         raise ConfigError(f"cpus is {config.cpus}: KVM on this host allows at most {most}")
 
 
-def _create_vm(system: kvm.System, config: Config) -> kvm.Vm:
-    """A VM with the chips that live in the kernel."""
+def _create_vm(system: kvm.System, config: Config, memory: GuestMemory | None) -> kvm.Vm:
+    """A VM with its RAM, if it is given any, and the chips that live in the kernel."""
     vm = system.create_vm()
     try:
+        # Before the chips: in a VM whose buses have changed, the kernel takes milliseconds for a region.
+        for slot, region in enumerate(memory.regions if memory else ()):
+            vm.set_user_memory_region(slot, region.gpa, region.size, region.host_address)
         vm.set_tss_addr(TSS_ADDRESS)
         vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         if config.cpus > XAPIC_IDS:
