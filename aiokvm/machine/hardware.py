@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiokvm import kvm
 from aiokvm.errors import ConfigError, KvmError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from aiokvm.boot.cpu import CpuState
     from aiokvm.machine.config import Config
+
+T = TypeVar("T")
 
 # Three pages for VT-x to run real mode in, and one for its identity map: below the firmware's area at the end
 # of 4 GiB, where a PC has no RAM (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
@@ -169,11 +171,17 @@ def _set_cpu_state(vcpu: kvm.Vcpu, state: CpuState) -> None:
     """The registers that a boot protocol asks for; all other general registers become zero."""
     sregs = vcpu.get_sregs()
     changes: dict[str, Any] = {name: getattr(state, name) for name in ("cr0", "cr3", "cr4", "efer")}
-    changes |= {name: kvm.Segment(**asdict(getattr(state, name))) for name in _SEGMENTS}
-    changes |= {name: kvm.DTable(**asdict(getattr(state, name))) for name in ("gdt", "idt")}
+    changes |= {name: _like(kvm.Segment, getattr(state, name)) for name in _SEGMENTS}
+    changes |= {name: _like(kvm.DTable, getattr(state, name)) for name in ("gdt", "idt")}
     vcpu.set_sregs(replace(sregs, **changes))
     general = ("rip", "rsp", "rbx", "rsi", "rflags")
     vcpu.set_regs(kvm.Regs(**{name: getattr(state, name) for name in general}))
+
+
+def _like(struct: type[T], value: Any) -> T:
+    """A structure with the fields of ``value``, which are a part of its own."""
+    # As asdict, which would copy every number deeply.
+    return struct(**{field.name: getattr(value, field.name) for field in fields(value)})
 
 
 def _copy_vcpu(source: kvm.Vcpu, target: kvm.Vcpu, msrs: Iterable[int]) -> None:
