@@ -15,7 +15,11 @@
 #include "ioctl.h"
 
 /* A thread of ours needs little stack: KVM_RUN, a look-up, a futex. */
+#ifdef __SANITIZE_THREAD__
+#define STACK_SIZE (2048 * 1024) /* ThreadSanitizer keeps its own on it */
+#else
 #define STACK_SIZE (128 * 1024)
+#endif
 #define STACK_GUARD 4096
 
 static int kick_signal;
@@ -246,7 +250,6 @@ static void *vcpu_main(void *argument)
     sigaddset(&kick, kick_signal);
     pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
     pthread_setname_np(pthread_self(), vcpu->name);
-    set_state(vcpu, AIOKVM_VCPU_RUNNING);
     atomic_store(&vcpu->tid, (uint32_t)syscall(SYS_gettid));
     futex_wake(&vcpu->tid);
 
@@ -345,10 +348,12 @@ int aiokvm_vcpu_start(struct aiokvm_vcpu *vcpu)
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
+    set_state(vcpu, AIOKVM_VCPU_RUNNING);
     int error = pthread_create(&vcpu->thread, &attributes, vcpu_main, vcpu);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attributes);
     if (error) {
+        set_state(vcpu, AIOKVM_VCPU_NEW);
         free_stack(vcpu);
         return -error;
     }
