@@ -36,6 +36,7 @@ from aiokvm.machine.events import (
     WasReset,
 )
 from aiokvm.machine.irq import Irq
+from aiokvm.machine.limits import Limit, check_limits, host_limits
 from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.machine.vm import VM, VmState
@@ -62,6 +63,7 @@ __all__ = [
     "Irq",
     "KvmError",
     "LabError",
+    "Limit",
     "Paused",
     "Placement",
     "RamRegion",
@@ -79,5 +81,7 @@ __all__ = [
     "VmStats",
     "WasReset",
     "boot",
+    "check_limits",
+    "host_limits",
     "kvm",
 ]

@@ -80,7 +80,8 @@ def check(result: int, what: str) -> int:
     error = -result
     if error == _EOWNERDEAD:
         raise StateError(NOT_INHERITED)
-    raise AiokvmError(f"{what}: {os.strerror(error)} (errno {error})")
+    # The cause has the number, for who wants to know.
+    raise AiokvmError(f"{what}: {os.strerror(error)} (errno {error})") from OSError(error, os.strerror(error))
 
 
 _EOWNERDEAD = 130
@@ -123,7 +124,7 @@ class Exits:
         code = ffi.new("int *")
         core = lib.aiokvm_machine_new(code)
         if not core:
-            raise AiokvmError(f"cannot create machine {name}: {os.strerror(code[0])} (errno {code[0]})")
+            check(-code[0], f"cannot create machine {name}")
         self.core = core
         self.pio = Bus(PIO_LIMIT)
         self.mmio = Bus(MMIO_LIMIT)
