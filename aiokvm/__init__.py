@@ -38,6 +38,7 @@ from aiokvm.machine.events import (
     WasReset,
 )
 from aiokvm.machine.irq import Irq
+from aiokvm.machine.limits import Limit, check_limits, host_limits
 from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
 from aiokvm.machine.trace import Trace
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
@@ -66,6 +67,7 @@ __all__ = [
     "Irq",
     "KvmError",
     "LabError",
+    "Limit",
     "Paused",
     "Placement",
     "RamRegion",
@@ -86,5 +88,7 @@ __all__ = [
     "WasReset",
     "Watchdog",
     "boot",
+    "check_limits",
+    "host_limits",
     "kvm",
 ]

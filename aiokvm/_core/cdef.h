@@ -90,7 +90,7 @@ int aiokvm_vcpu_resume(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_stop(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_kick(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_join(struct aiokvm_vcpu *vcpu);
-int aiokvm_vcpu_tid(const struct aiokvm_vcpu *vcpu);
+int aiokvm_vcpu_tid(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_reply(struct aiokvm_vcpu *vcpu, uint32_t seq, uint64_t value);
 int aiokvm_vcpu_skip(struct aiokvm_vcpu *vcpu, uint32_t seq);
 void *aiokvm_vcpu_data(struct aiokvm_vcpu *vcpu);

@@ -15,7 +15,12 @@
 #include "ioctl.h"
 
 /* A thread of ours needs little stack: KVM_RUN, a look-up, a futex. */
+#ifdef __SANITIZE_THREAD__
+#define STACK_SIZE (2048 * 1024) /* ThreadSanitizer keeps its own on it */
+#else
 #define STACK_SIZE (128 * 1024)
+#endif
+#define STACK_GUARD 4096
 
 static int kick_signal;
 static int kick_signal_error;
@@ -248,7 +253,6 @@ static void *vcpu_main(void *argument)
     sigaddset(&kick, kick_signal);
     pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
     pthread_setname_np(pthread_self(), vcpu->name);
-    set_state(vcpu, AIOKVM_VCPU_RUNNING);
     atomic_store(&vcpu->tid, (uint32_t)syscall(SYS_gettid));
     futex_wake(&vcpu->tid);
 
@@ -279,6 +283,28 @@ static void wake(struct aiokvm_vcpu *vcpu)
         futex_wake(&vcpu->wake);
 }
 
+/* Our own, for the C library keeps the stacks of hundreds of threads that have ended. NULL: errno says why. */
+static char *new_stack(void)
+{
+    char *stack = mmap(NULL, STACK_GUARD + STACK_SIZE, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (stack == MAP_FAILED)
+        return NULL;
+    if (mprotect(stack + STACK_GUARD, STACK_SIZE, PROT_READ | PROT_WRITE) == 0)
+        return stack;
+    int error = errno;
+    munmap(stack, STACK_GUARD + STACK_SIZE);
+    errno = error;
+    return NULL;
+}
+
+static void free_stack(struct aiokvm_vcpu *vcpu)
+{
+    if (vcpu->stack)
+        munmap(vcpu->stack, STACK_GUARD + STACK_SIZE);
+    vcpu->stack = NULL;
+}
+
 struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t index, int fd, void *run,
                                     size_t run_size, const char *name, int *error)
 {
@@ -301,6 +327,7 @@ struct aiokvm_vcpu *aiokvm_vcpu_new(struct aiokvm_machine *machine, uint32_t ind
 void aiokvm_vcpu_free(struct aiokvm_vcpu *vcpu)
 {
     aiokvm_machine_forget(vcpu->machine, vcpu);
+    free_stack(vcpu); /* a child of fork has a copy */
     free(vcpu);
 }
 
@@ -314,21 +341,26 @@ int aiokvm_vcpu_start(struct aiokvm_vcpu *vcpu)
     if (kick_signal_error)
         return -kick_signal_error;
 
+    vcpu->stack = new_stack();
+    if (!vcpu->stack)
+        return -errno;
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK_SIZE);
+    pthread_attr_setstack(&attributes, vcpu->stack + STACK_GUARD, STACK_SIZE);
     /* The thread inherits the mask: the host program's signals are for the host program's threads. */
     sigset_t all, old;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
+    set_state(vcpu, AIOKVM_VCPU_RUNNING);
     int error = pthread_create(&vcpu->thread, &attributes, vcpu_main, vcpu);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attributes);
-    if (error)
+    if (error) {
+        set_state(vcpu, AIOKVM_VCPU_NEW);
+        free_stack(vcpu);
         return -error;
+    }
     vcpu->joinable = true;
-    while (!atomic_load(&vcpu->tid))
-        futex_wait(&vcpu->tid, 0);
     return 0;
 }
 
@@ -378,14 +410,19 @@ int aiokvm_vcpu_join(struct aiokvm_vcpu *vcpu)
     if (status_state(atomic_load(&vcpu->status)) != AIOKVM_VCPU_STOPPED)
         return -EBUSY;
     pthread_join(vcpu->thread, NULL);
+    free_stack(vcpu);
     vcpu->joinable = false;
     atomic_store(&vcpu->tid, 0);
     return 0;
 }
 
-int aiokvm_vcpu_tid(const struct aiokvm_vcpu *vcpu)
+int aiokvm_vcpu_tid(struct aiokvm_vcpu *vcpu)
 {
-    return vcpu->machine->alive ? (int)atomic_load(&vcpu->tid) : 0;
+    if (!vcpu->machine->alive)
+        return 0;
+    while (vcpu->joinable && !atomic_load(&vcpu->tid))
+        futex_wait(&vcpu->tid, 0);
+    return (int)atomic_load(&vcpu->tid);
 }
 
 int aiokvm_vcpu_skip(struct aiokvm_vcpu *vcpu, uint32_t seq)

@@ -59,6 +59,7 @@ struct aiokvm_vcpu {
 
     bool incomplete; /* the thread's: KVM has still to finish what the last exit began */
     pthread_t thread;
+    char *stack;   /* the loop's: of the thread, with its guard in front */
     bool joinable; /* the loop's */
     uint32_t window_ns; /* the thread's: how long it polls for a reply now */
     _Atomic uint64_t exits, unclaimed, kicks, posted, guest_ns, wait_ns, poll_hits, reasons[AIOKVM_REASONS];
@@ -80,8 +81,8 @@ int aiokvm_vcpu_stop(struct aiokvm_vcpu *vcpu);
 int aiokvm_vcpu_kick(struct aiokvm_vcpu *vcpu);
 /* Waits for the end of a thread that has told AIOKVM_VCPU_STOPPED: a few instructions. -EBUSY before that. */
 int aiokvm_vcpu_join(struct aiokvm_vcpu *vcpu);
-/* The kernel's thread id; 0 if there is no thread. */
-int aiokvm_vcpu_tid(const struct aiokvm_vcpu *vcpu);
+/* The kernel's thread id; 0 if there is no thread. Waits until a new thread has begun. */
+int aiokvm_vcpu_tid(struct aiokvm_vcpu *vcpu);
 /* The loop: answers exit seq; value is what a read of one datum returns. 0 if nobody waits for it any more. */
 int aiokvm_vcpu_reply(struct aiokvm_vcpu *vcpu, uint32_t seq, uint64_t value);
 /* The same, leaving the data as it is: for writes, and for reads whose data was put into aiokvm_vcpu_data. */

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from aiokvm import KvmError, kvm
+from aiokvm import KvmError, host_limits, kvm
 from aiokvm.kvm import Cap
 from aiokvm.kvm.probe import HARDWARE_RING0
 
@@ -46,6 +46,7 @@ _USEFUL = {
 # Descriptors and threads of a program with a few dozen machines.
 _ENOUGH_FILES = 1024
 _ENOUGH_THREADS = 1024
+_ENOUGH_MACHINES = 50
 _ENOUGH_MEMORY_BYTES = 1 << 30
 # linux/capability.h
 _CAP_NET_ADMIN = 12
@@ -70,7 +71,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     Exit status: 0 if they can, be it in the lab only; 1 if not.
     """
-    checks = [*check_kvm(), *check_host(), *check_limits()]
+    checks = [*check_kvm(), *check_host(), *check_limits(), check_machines()]
     native = not any(check.status == "fail" for check in checks)
     lab = check_lab(needed=not native)
     checks.append(lab)
@@ -228,6 +229,14 @@ def check_limits() -> Iterator[Check]:
     yield _check_limit("processes and threads", resource.RLIMIT_NPROC, _ENOUGH_THREADS, "ulimit -u 65536")
     # Nothing is locked unless a program asks for it, so no value is too low.
     yield _check_limit("locked memory", resource.RLIMIT_MEMLOCK, 0, "")
+
+
+def check_machines() -> Check:
+    """Look at how many machines all limits together leave room for."""
+    limit = min(host_limits(), key=lambda limit: limit.machines)
+    detail = f"the limits allow {limit.machines} of one vCPU in a process; {limit.name} is {limit.value}"
+    few = limit.machines < _ENOUGH_MACHINES
+    return Check("machines", "warn" if few else "ok", detail, limit.advice if few else "")
 
 
 def _check_limit(name: str, limit: int, enough: int, advice: str) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from dataclasses import dataclass
 from enum import IntEnum
@@ -62,12 +63,9 @@ class Stats(Handle):
         self.id: str = _text(self._read(header.name_size, header.id_offset))
         """Whose they are: "kvm-" and the process, then "/vcpu-" and the vCPU's id."""
         self._data_offset: int = header.data_offset
-        fixed = ffi.sizeof("struct kvm_stats_desc")
-        step = fixed + header.name_size
+        step = ffi.sizeof("struct kvm_stats_desc") + header.name_size
         block = self._read(step * header.num_desc, header.desc_offset)
-        self.descriptors: tuple[StatDescriptor, ...] = tuple(
-            _descriptor(block[at : at + step], fixed) for at in range(0, len(block), step)
-        )
+        self.descriptors: tuple[StatDescriptor, ...] = _descriptors(block, step)
         self._data_bytes = max((d.offset + 8 * d.size for d in self.descriptors), default=0)
 
     def read(self) -> dict[str, int | tuple[int, ...]]:
@@ -88,6 +86,13 @@ class Stats(Handle):
 
 def _text(raw: bytes) -> str:
     return raw.split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+# All vCPUs of a host have the same, and so have all VMs.
+@functools.lru_cache(4)
+def _descriptors(block: bytes, step: int) -> tuple[StatDescriptor, ...]:
+    fixed = ffi.sizeof("struct kvm_stats_desc")
+    return tuple(_descriptor(block[at : at + step], fixed) for at in range(0, len(block), step))
 
 
 def _descriptor(raw: bytes, fixed: int) -> StatDescriptor:

@@ -82,7 +82,8 @@ def check(result: int, what: str) -> int:
     error = -result
     if error == _EOWNERDEAD:
         raise StateError(NOT_INHERITED)
-    raise AiokvmError(f"{what}: {os.strerror(error)} (errno {error})")
+    # The cause has the number, for who wants to know.
+    raise AiokvmError(f"{what}: {os.strerror(error)} (errno {error})") from OSError(error, os.strerror(error))
 
 
 _EOWNERDEAD = 130
@@ -102,11 +103,13 @@ class _Latch:
 class _Target:
     """A region of a bus as an exit finds it."""
 
-    __slots__ = ("device", "exits", "read", "region", "write")
+    __slots__ = ("device", "exits", "posts", "read", "region", "write")
 
     def __init__(self, region: Region) -> None:
         self.region = region
         self.device = region.device
+        # Asked once: a protocol's isinstance takes as long as an exit.
+        self.posts = region.device if isinstance(region.device, PostedWrites) else None
         self.read = region.device.read
         self.write = region.device.write
         self.exits = 0
@@ -123,7 +126,7 @@ class Exits:
         code = ffi.new("int *")
         core = lib.aiokvm_machine_new(code)
         if not core:
-            raise AiokvmError(f"cannot create machine {name}: {os.strerror(code[0])} (errno {code[0]})")
+            check(-code[0], f"cannot create machine {name}")
         self.core = core
         self.pio = Bus(PIO_LIMIT)
         self.mmio = Bus(MMIO_LIMIT)
@@ -149,16 +152,16 @@ class Exits:
             regions: list[Region] = list(bus)
             table = ffi.new("struct aiokvm_region[]", len(regions))
             for entry, region in zip(table, regions, strict=True):
-                device = region.device
+                key = number, region.id
+                target = targets[key] = self._targets.get(key) or _Target(region)
+                device = target.posts
                 entry.base, entry.size, entry.id = region.base, region.size, region.id
-                if isinstance(device, PostedWrites):
+                if device is not None:
                     entry.posted = sum(1 << offset for offset in device.posted_offsets)
                     entry.latch = self._latches.setdefault(device, ffi.new(_LATCH))
                     device.connect_latch(_Latch(entry.latch))
                 elif region.posted:
                     entry.posted = lib.AIOKVM_POSTED_ALL
-                key = number, region.id
-                targets[key] = self._targets.get(key) or _Target(region)
             check(lib.aiokvm_machine_publish(self.core, number, table, len(regions)), "publishing the bus")
         self._targets = targets
 
@@ -351,11 +354,10 @@ class Exits:
             return  # detached meanwhile
         target.exits += item.count
         offset, size = item.offset, item.size
-        device = target.device
-        whole = getattr(device, "write_string", None)
+        whole = getattr(target.device, "write_string", None)
         try:
-            if isinstance(device, PostedWrites):
-                device.write_posted(offset, data)
+            if target.posts is not None:
+                target.posts.write_posted(offset, data)
                 return
             if whole is not None:
                 _refuse_coroutine(whole(offset, size, data))

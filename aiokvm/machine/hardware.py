@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiokvm import kvm
 from aiokvm.errors import ConfigError, KvmError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from aiokvm.boot.cpu import CpuState
     from aiokvm.machine.config import Config
+
+T = TypeVar("T")
 
 # Three pages for VT-x to run real mode in, and one for its identity map: below the firmware's area at the end
 # of 4 GiB, where a PC has no RAM (Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR).
@@ -64,9 +66,7 @@ class Hardware:
             _check_limits(system, config)
             self.memory = GuestMemory(config.memory_bytes, config.hugepage_bytes)
             stack.callback(self.memory.close)
-            self.vm = stack.enter_context(_create_vm(system, config))
-            for slot, region in enumerate(self.memory.regions):
-                self.vm.set_user_memory_region(slot, region.gpa, region.size, region.host_address)
+            self.vm = stack.enter_context(_create_vm(system, config, self.memory))
             self.vcpus = tuple(stack.enter_context(vcpu) for vcpu in _create_vcpus(system, self.vm, config))
             system.close()
             self._stack = stack.pop_all()
@@ -82,7 +82,7 @@ class Hardware:
     def reset(self) -> None:
         """Chips and vCPUs are as they were when they were created."""
         # KVM has no reset of a vCPU, so take the state of one that was just made.
-        with kvm.System() as system, _create_vm(system, self._config) as vm:
+        with kvm.System() as system, _create_vm(system, self._config, None) as vm:
             # First, for a timer that still runs interrupts.
             self.vm.set_pit2(vm.get_pit2())
             for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
@@ -100,10 +100,13 @@ def _check_limits(system: kvm.System, config: Config) -> None:
         raise ConfigError(f"cpus is {config.cpus}: KVM on this host allows at most {most}")
 
 
-def _create_vm(system: kvm.System, config: Config) -> kvm.Vm:
-    """A VM with the chips that live in the kernel."""
+def _create_vm(system: kvm.System, config: Config, memory: GuestMemory | None) -> kvm.Vm:
+    """A VM with its RAM, if it is given any, and the chips that live in the kernel."""
     vm = system.create_vm()
     try:
+        # Before the chips: in a VM whose buses have changed, the kernel takes milliseconds for a region.
+        for slot, region in enumerate(memory.regions if memory else ()):
+            vm.set_user_memory_region(slot, region.gpa, region.size, region.host_address)
         vm.set_tss_addr(TSS_ADDRESS)
         vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         if config.cpus > XAPIC_IDS:
@@ -168,11 +171,17 @@ def _set_cpu_state(vcpu: kvm.Vcpu, state: CpuState) -> None:
     """The registers that a boot protocol asks for; all other general registers become zero."""
     sregs = vcpu.get_sregs()
     changes: dict[str, Any] = {name: getattr(state, name) for name in ("cr0", "cr3", "cr4", "efer")}
-    changes |= {name: kvm.Segment(**asdict(getattr(state, name))) for name in _SEGMENTS}
-    changes |= {name: kvm.DTable(**asdict(getattr(state, name))) for name in ("gdt", "idt")}
+    changes |= {name: _like(kvm.Segment, getattr(state, name)) for name in _SEGMENTS}
+    changes |= {name: _like(kvm.DTable, getattr(state, name)) for name in ("gdt", "idt")}
     vcpu.set_sregs(replace(sregs, **changes))
     general = ("rip", "rsp", "rbx", "rsi", "rflags")
     vcpu.set_regs(kvm.Regs(**{name: getattr(state, name) for name in general}))
+
+
+def _like(struct: type[T], value: Any) -> T:
+    """A structure with the fields of ``value``, which are a part of its own."""
+    # As asdict, which would copy every number deeply.
+    return struct(**{field.name: getattr(value, field.name) for field in fields(value)})
 
 
 def _copy_vcpu(source: kvm.Vcpu, target: kvm.Vcpu, msrs: Iterable[int]) -> None:

@@ -27,6 +27,7 @@ from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.files import read_files
 from aiokvm.machine.hardware import Hardware
+from aiokvm.machine.limits import named
 from aiokvm.machine.log import machine_logger
 from aiokvm.machine.platform import Platform, acpi_platform
 from aiokvm.machine.postmortem import describe
@@ -139,7 +140,8 @@ class VM:
         before they sleep: an exit costs least while they do, 0 spares the CPU time. ``log_unclaimed`` logs
         accesses to addresses where nothing is; each then waits for the loop.
 
-        Raises ConfigError, BootError and KvmError, and leaves nothing behind.
+        Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
+        the host that is too low names it, its value and what to do; `check_limits` tells before.
         """
         config = Config(
             boot=boot,
@@ -150,6 +152,13 @@ class VM:
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
             poll_ns=poll_ns,
         )
+        try:
+            return await cls._create(config, devices, log_unclaimed)
+        except (AiokvmError, OSError, RuntimeError) as error:
+            raise named(error, f"cannot create machine {config.name}", config.cpus)  # noqa: B904
+
+    @classmethod
+    async def _create(cls, config: Config, devices: Iterable[Placement], log_unclaimed: bool) -> VM:
         plan = await _plan(config)
         loop = current_loop()
         async with AsyncExitStack() as undo:
@@ -290,9 +299,10 @@ class VM:
             for vcpu in self.vcpus:
                 vcpu.start()
                 self._threads.add(vcpu.index)
-        except BaseException as error:
-            self._end(Exit(ExitReason.ERROR, detail=str(error)))
-            raise
+        except Exception as error:
+            told = named(error, f"cannot start machine {self.name}", len(self.vcpus))
+            self._end(Exit(ExitReason.ERROR, detail=str(told)))
+            raise told  # noqa: B904
         self._attachments.start()
         for vcpu in self.vcpus:
             vcpu.resume()

@@ -10,7 +10,7 @@ from typing import Self
 import pytest
 from click.testing import CliRunner
 
-from aiokvm import KvmError, kvm, lab
+from aiokvm import KvmError, host_limits, kvm, lab
 from aiokvm.cli import cli, doctor
 from aiokvm.kvm import Cap
 from aiokvm.kvm.probe import HARDWARE_RING0
@@ -131,3 +131,13 @@ def test_limits(soft: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert (files.status, processes.status, locked.status) == (status, status, "ok")
     assert (files.advice == "ulimit -n 65536") == (status == "warn")
     assert "(at most unlimited)" in files.detail
+
+
+@pytest.mark.parametrize(("soft", "status"), [(100, "warn"), (1000, "ok")])
+def test_machines_that_the_limits_allow(soft: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, 5000))
+    check = doctor.check_machines()
+    most = min(limit.machines for limit in host_limits())
+    assert check.status == status
+    assert check.detail == f"the limits allow {most} of one vCPU in a process; RLIMIT_NOFILE is {soft}"
+    assert check.advice.startswith("raise it up to 5000" if status == "warn" else "")

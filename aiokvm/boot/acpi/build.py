@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ class Tables:
     rsdp: int
 
 
+# Machines of one kind have the same; a program that makes many makes them of few kinds.
+@functools.lru_cache(16)
 def build(platform: Platform, gpa: int = 0xE_0000, limit: int = 0x10_0000) -> Tables:
     """Build the tables of ``platform`` between guest physical addresses ``gpa`` and ``limit`` (exclusive).
 

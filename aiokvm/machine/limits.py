@@ -1,0 +1,208 @@
+"""The host's limits: how many machines they leave room for, and errors that name the one that is too low."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiokvm.errors import AiokvmError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# A machine's: RAM, VM, doorbell; a vCPU's: its own and its statistics'.
+DESCRIPTORS, DESCRIPTORS_VCPU = 3, 2
+# RAM and what the loop and the vCPUs share; a vCPU's kvm_run, stack and guard.
+MAPPINGS, MAPPINGS_VCPU = 2, 3
+# Newer kernels look after huge pages in a thread of the process, and the PIT has one of the kernel's.
+THREADS, KERNEL_THREADS = 1, 1
+# What creating and resetting take for a while, the loop's worker threads, and what the allocator maps.
+SPARE_DESCRIPTORS, SPARE_THREADS, SPARE_MAPPINGS = 8, 48, 256
+
+# linux/capability.h: who has one of them is not bound by RLIMIT_NPROC.
+_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit that machines come up against.
+
+    ``name`` is what the system calls it, ``unit`` what it counts. Of ``value``, ``used`` are taken now or
+    kept back for the program itself, and each machine takes ``each``. ``advice`` says how to raise it.
+    """
+
+    name: str
+    unit: str
+    value: int
+    used: int
+    each: int
+    advice: str
+
+    @property
+    def machines(self) -> int:
+        """How many more machines there is room for."""
+        return max(0, self.value - self.used) // self.each
+
+
+def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
+    """The limits of this process and host as they stand, for machines of ``cpus`` vCPUs each.
+
+    Devices with an interrupt or a doorbell take a descriptor each beyond that. Limits that are not set, or do
+    not bind this process, are left out.
+    """
+    return tuple(
+        limit
+        for source in (_descriptors, _open_files, _threads, _mappings)
+        for limit in source(cpus)
+        if limit.value >= 0
+    )
+
+
+def check_limits(machines: int, cpus: int = 1) -> None:
+    """Whether this process may have so many machines more, of ``cpus`` vCPUs each, before any is made.
+
+    Raises ConfigError with the name of the limit that is too low, its value and what to do.
+    """
+    if machines < 1 or cpus < 1:
+        raise ConfigError(f"{machines} machines of {cpus} vCPUs: give at least one of each")
+    tightest = min(host_limits(cpus), key=lambda limit: limit.machines)
+    if tightest.machines < machines:
+        what = f"{machines} machines of {cpus} vCPU{'s' if cpus > 1 else ''}"
+        raise ConfigError(
+            f"{what} need {machines * tightest.each} {tightest.unit}: {_state(tightest)}, "
+            f"which leaves room for {tightest.machines}; {tightest.advice}"
+        )
+
+
+def named(error: Exception, what: str, cpus: int) -> Exception:
+    """The error of something that failed, with the limit's name if the host refused because of one.
+
+    Else it is ``error``.
+    """
+    try:
+        full = [limit for limit in _refusing(_errno(error), cpus) if limit.value >= 0 and not limit.machines]
+    except OSError:
+        return error  # /proc can no longer be read either
+    if not full:
+        return error
+    tightest = min(full, key=lambda limit: limit.value - limit.used)
+    told = ConfigError(
+        f"{what}: {_state(tightest)}, and a machine takes {tightest.each} {tightest.unit}; {tightest.advice}"
+    )
+    told.__cause__ = error
+    return told
+
+
+def _refusing(number: int, cpus: int) -> Iterator[Limit]:
+    """The limits that the kernel may mean by an errno."""
+    match number:
+        case errno.EMFILE:
+            yield from _descriptors(cpus)
+        case errno.ENFILE:
+            yield from _open_files(cpus)
+        case errno.EAGAIN | errno.ENOMEM:
+            yield from _threads(cpus)
+            yield from _mappings(cpus)
+
+
+def _state(limit: Limit) -> str:
+    return f"{limit.name} is {limit.value}, of which {min(limit.used, limit.value)} are taken or kept back"
+
+
+def _errno(error: BaseException | None) -> int:
+    """What the kernel said."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno or 0
+        if isinstance(error, RuntimeError) and "start new thread" in str(error):
+            return errno.EAGAIN
+        error = error.__cause__ if isinstance(error, AiokvmError) else None
+    return 0
+
+
+def _descriptors(cpus: int) -> Iterator[Limit]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir("/proc/self/fd")) + SPARE_DESCRIPTORS
+    except OSError:  # there is none left to look with
+        used = soft
+    advice = (
+        f"raise it up to {hard} (ulimit -n, or resource.setrlimit in the program)"
+        if hard > soft
+        else "raise it (ulimit -n as root, LimitNOFILE= in systemd, --ulimit nofile= of a container)"
+    )
+    yield Limit("RLIMIT_NOFILE", "descriptors", soft, used, _descriptors_each(cpus), advice)
+
+
+def _open_files(cpus: int) -> Iterator[Limit]:
+    if not _is_capable(_CAP_SYS_ADMIN):
+        taken, _, most = map(int, Path("/proc/sys/fs/file-nr").read_text().split())
+        used = taken + SPARE_DESCRIPTORS
+        yield Limit("fs.file-max", "open files", most, used, _descriptors_each(cpus), "sysctl fs.file-max")
+
+
+def _descriptors_each(cpus: int) -> int:
+    return DESCRIPTORS + DESCRIPTORS_VCPU * cpus
+
+
+def _threads(cpus: int) -> Iterator[Limit]:
+    each = cpus + THREADS
+    if os.getuid() != 0 and not _is_capable(_CAP_SYS_RESOURCE) and not _is_capable(_CAP_SYS_ADMIN):
+        soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        advice = "raise it (ulimit -u, LimitNPROC= in systemd), or end other processes of the user"
+        yield Limit("RLIMIT_NPROC", "threads", soft, _threads_of_user() + SPARE_THREADS, each, advice)
+    for group in _pids_groups():
+        try:
+            value, used = (int((group / f"pids.{name}").read_text()) for name in ("max", "current"))
+        except (OSError, ValueError):  # the root group has none; "max" is none
+            continue
+        advice = "raise it (TasksMax= in systemd, --pids-limit of a container)"
+        yield Limit(f"{group / 'pids.max'}", "threads", value, used + SPARE_THREADS, each, advice)
+    used = int(Path("/proc/loadavg").read_text().split()[3].split("/")[1]) + SPARE_THREADS
+    for name in ("threads-max", "pid_max"):
+        value = int(Path("/proc/sys/kernel", name).read_text())
+        yield Limit(f"kernel.{name}", "threads", value, used, each + KERNEL_THREADS, f"sysctl kernel.{name}")
+
+
+def _mappings(cpus: int) -> Iterator[Limit]:
+    value = int(Path("/proc/sys/vm/max_map_count").read_text())
+    with open("/proc/self/maps", "rb") as maps:
+        used = sum(1 for _ in maps) + SPARE_MAPPINGS
+    each = MAPPINGS + MAPPINGS_VCPU * cpus
+    yield Limit("vm.max_map_count", "mappings", value, used, each, "sysctl vm.max_map_count")
+
+
+def _is_capable(bit: int) -> bool:
+    return bool(int(_status(Path("/proc/self"))["CapEff"], 16) >> bit & 1)
+
+
+def _threads_of_user() -> int:
+    """Threads of all processes of this process's real user, which is what RLIMIT_NPROC counts."""
+    user, count = str(os.getuid()), 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            status = _status(process)
+        except OSError:
+            continue  # it has ended
+        if status["Uid"].split()[0] == user:
+            count += int(status["Threads"])
+    return count
+
+
+def _status(process: Path) -> dict[str, str]:
+    lines = (process / "status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _pids_groups() -> Iterator[Path]:
+    """The control group that counts this process's threads, and those above it."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "pids"):
+            root = Path("/sys/fs/cgroup", controllers)
+            group = root / path.lstrip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
