@@ -61,8 +61,8 @@ class Config:
                 f"memory is {self.memory_bytes} bytes: it has to be a multiple of {PAGE_SIZE}, "
                 f"at least {MIN_MEMORY_BYTES >> 20}M"
             )
-        if not 0 <= self.poll_ns <= MAX_POLL_NS:
-            raise ConfigError(f"poll_ns is {self.poll_ns}: 0 to {MAX_POLL_NS} nanoseconds")
+        if not isinstance(self.poll_ns, int) or not 0 <= self.poll_ns <= MAX_POLL_NS:
+            raise ConfigError(f"poll_ns is {self.poll_ns!r}: 0 to {MAX_POLL_NS} nanoseconds")
         if not 1 <= self.serial_ports <= MAX_SERIAL_PORTS:
             raise ConfigError(f"serial_ports is {self.serial_ports}: a machine has 1 to {MAX_SERIAL_PORTS}")
         if self.hugepage_bytes not in (None, 2 << 20, 1 << 30):
