@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import uvloop
 
@@ -27,6 +28,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
 def pytest_configure() -> None:
     # Programs that tests start are to import what is installed, not the source tree that they stand in.
     os.environ["PYTHONSAFEPATH"] = "1"
+    # How long an example takes says more about the machine that runs it than about the code.
+    hypothesis.settings.register_profile("aiokvm", deadline=None)
+    hypothesis.settings.load_profile("aiokvm")
 
 
 def why_no_kvm() -> str:

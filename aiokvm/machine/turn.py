@@ -135,7 +135,12 @@ class Turn:
             self._watched.append(exits)
             self._publish()
         if self._leader is None:
-            self._first = self._step(lib.aiokvm_now_ns() + SLICE_NS)
+            try:
+                self._first = self._step(lib.aiokvm_now_ns() + SLICE_NS)
+            except BaseException:
+                # A device asked for the program's end: SystemExit, KeyboardInterrupt.
+                self._unwatch()
+                raise
             if self._first is not None or self._watched:
                 self._lead()
 
@@ -177,9 +182,13 @@ class Turn:
             if self._leader is me:
                 # At its end, or cancelled with the whole loop.
                 self._leader = None
-                for exits in self._watched:
-                    exits.unwatch()
-                self._watched.clear()
+                self._unwatch()
+
+    def _unwatch(self) -> None:
+        """Nobody looks any more: the doorbells are needed again."""
+        for exits in self._watched:
+            exits.unwatch()
+        self._watched.clear()
 
     def _suspended(self, task: Task | None, serving: Exits) -> None:
         assert task is not None
