@@ -283,6 +283,9 @@ class VM:
         self._state = VmState.RUNNING
         try:
             for vcpu in self.vcpus:
+                # They wait for each other, standing still, but nobody has to wait for the last.
+                if vcpu is self.vcpus[-1]:
+                    vcpu.resume()
                 vcpu.start()
                 self._threads.add(vcpu.index)
         except Exception as error:
@@ -290,7 +293,7 @@ class VM:
             self._end(Exit(ExitReason.ERROR, detail=str(told)))
             raise told  # noqa: B904
         self._attachments.start()
-        for vcpu in self.vcpus:
+        for vcpu in self.vcpus[:-1]:
             vcpu.resume()
         self._hub.emit(events.Started(self.name))
 
