@@ -3,8 +3,8 @@
 Each machine runs a guest that sleeps until its local APIC timer interrupts it, ten times a second, and then
 reads a device of the program's own: a plain Python function. Every round is a process of its own. The loop's
 lag is how late a task wakes up that sleeps for 5 ms again and again while all machines run. Then the device
-tells the guests to stop their timers, and the CPU time is taken that is left. Of the mappings that are left in
-the end, the allocators of C and Python hold a few.
+tells the guests to stop their timers, and the CPU time is taken that is left. Of the mappings left in the end
+a few are the allocators'.
 """
 
 from __future__ import annotations
