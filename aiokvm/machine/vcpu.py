@@ -60,9 +60,9 @@ class VirtualCpu:
         self._machine = core
         self.to_pause = False
         code = ffi.new("int *")
-        name = thread_name(machine, index).encode()
+        self._name = thread_name(machine, index)
         self.core: Pointer = lib.aiokvm_vcpu_new(
-            core, index, vcpu.fd, vcpu.run_pointer, vcpu.run_size, name, code
+            core, index, vcpu.fd, vcpu.run_pointer, vcpu.run_size, self._name.encode(), code
         )
         if not self.core:
             raise AiokvmError(f"cannot create vCPU {index}: out of memory")
@@ -128,12 +128,19 @@ class VirtualCpu:
             self._stats = self._vcpu.get_stats()
         except KvmError:
             self._stats = None
-        check(
-            lib.aiokvm_vcpu_start(self.core),
-            f"cannot create the thread of vCPU {self.index}; see RLIMIT_NPROC and the pids cgroup",
-        )
+        try:
+            check(
+                lib.aiokvm_vcpu_start(self.core),
+                f"cannot create the thread of vCPU {self.index}; see RLIMIT_NPROC and the pids cgroup",
+            )
+        except AiokvmError:
+            # One that was resumed before.
+            if not self.tid:
+                self.state = VcpuState.CREATED
+            raise
         # The thread uses what is unmapped when the machine is collected, so it has to end before that.
-        self._forgotten = weakref.finalize(self, _stop_forgotten, self.core, repr(self))
+        name = f"<VirtualCpu {self.index} {self._name}>"
+        self._forgotten = weakref.finalize(self, _stop_forgotten, self.core, name)
 
     def resume(self) -> None:
         """Let it run."""

@@ -6,6 +6,7 @@ import enum
 import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 # A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
 KICK_AGAIN_NS = 20_000_000
+# Each further one waits twice as long, up to this: a thousand machines that close at once keep a loop busy.
+KICK_AGAIN_MOST_NS = 640_000_000
 # A thread that a kick does not get out of KVM_RUN for so long is stuck in the kernel.
 STUCK_SECONDS = 10.0
 # How long the end waits for what devices run on the loop, when that was told to end, too.
@@ -297,6 +300,9 @@ class VM:
         self._state = VmState.RUNNING
         try:
             for vcpu in self.vcpus:
+                # They wait for each other, standing still, but nobody has to wait for the last.
+                if vcpu is self.vcpus[-1]:
+                    vcpu.resume()
                 vcpu.start()
                 self._threads.add(vcpu.index)
         except Exception as error:
@@ -304,7 +310,7 @@ class VM:
             self._end(Exit(ExitReason.ERROR, detail=str(told)))
             raise told  # noqa: B904
         self._attachments.start()
-        for vcpu in self.vcpus:
+        for vcpu in self.vcpus[:-1]:
             vcpu.resume()
         self._hub.emit(events.Started(self.name))
 
@@ -525,11 +531,13 @@ class VM:
         for vcpu in self.vcpus:
             vcpu.resume()
 
-    def _kick_again_later(self) -> None:
+    def _kick_again_later(self, after_ns: int = KICK_AGAIN_NS) -> None:
         if not self._kicker:
-            self._kicker = self._loop.call_at(self._loop.now_ns() + KICK_AGAIN_NS, self._kick_again)
+            self._kicker = self._loop.call_at(
+                self._loop.now_ns() + after_ns, partial(self._kick_again, after_ns)
+            )
 
-    def _kick_again(self) -> None:
+    def _kick_again(self, after_ns: int) -> None:
         self._kicker = None
         ending = self.exit is not None
         late = [
@@ -540,7 +548,7 @@ class VM:
         for vcpu in late:
             vcpu.kick()
         if late:
-            self._kick_again_later()
+            self._kick_again_later(min(2 * after_ns, KICK_AGAIN_MOST_NS))
 
     def _end(self, exit: Exit) -> None:  # noqa: A002
         """The machine ends; the first reason stands."""
