@@ -55,6 +55,12 @@ class Device:
 
     - ``read_string(offset, size, count) -> bytes``
     - ``write_string(offset, size, data)``
+
+    (Where KVM emulates ``rep outs`` it makes single writes of it; posted, they are a run again.)
+
+    When the machine ends, handlers and tasks that have not ended are cancelled, and waited for up to
+    `aiokvm.machine.vm.DEVICES_SECONDS`. A handler must not wait for its own machine's pause or reset: these
+    wait for it.
     """
 
     irq: Irq
@@ -76,7 +82,7 @@ class Device:
         """The guest wrote ``count`` times, at least, to the DOORBELL region that begins at ``offset``.
 
         A coroutine is not called again before it has returned; what is written meanwhile is in the next
-        count.
+        count. What was written before the machine ended is told at its end, if no coroutine is under way.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""Handlers on the loop: what they enter in their first step stays with them, and they end with the machine."""
+"""Handlers on the loop: what they enter in their first step stays theirs, and they end with the machine."""
 
 from __future__ import annotations
 
