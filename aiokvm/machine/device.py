@@ -56,6 +56,12 @@ class Device:
 
     - ``read_string(offset, size, count) -> bytes``, of ``size * count`` bytes
     - ``write_string(offset, size, data)``, where ``data`` is a multiple of ``size`` bytes
+
+    (Where KVM emulates ``rep outs`` it makes single writes of it; posted, they are a run again.)
+
+    When the machine ends, handlers and tasks that have not ended are cancelled, and waited for up to
+    `aiokvm.machine.vm.DEVICES_SECONDS`. A handler must not wait for its own machine's pause or reset: these
+    wait for it.
     """
 
     irq: Irq
@@ -79,8 +85,8 @@ class Device:
     def doorbell(self, offset: int, count: int) -> Awaitable[None] | None:  # noqa: ARG002
         """The guest has written to the DOORBELL region at ``offset``, ``count`` times since the last call.
 
-        It is not called again before a coroutine has returned; what is written meanwhile is in the next
-        count.
+        A coroutine is not called again before it has returned; what is written meanwhile is in the next
+        count. What was written before the machine ended is told at its end, if no coroutine is under way.
         """
         return None
 

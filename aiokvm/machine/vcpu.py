@@ -74,7 +74,12 @@ class VirtualCpu:
 
     @property
     def tid(self) -> int:
-        """The thread's id, for os.sched_setaffinity, os.setpriority, top -H and kill; 0: no thread."""
+        """The thread's id, for os.sched_setaffinity, os.setpriority, top -H and kill; 0: no thread.
+
+        As with any thread, kill(2) on it means the process: STOP and CONT hold it up and let it go on, TERM
+        ends it or calls its handler. The thread itself blocks all signals but the kick's: one that tgkill(2)
+        sends to it alone stays pending, unless it is KILL or STOP.
+        """
         return lib.aiokvm_vcpu_tid(self.core) if self.core else 0
 
     @property

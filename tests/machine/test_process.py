@@ -1,0 +1,175 @@
+"""Threads of vCPUs are threads like others, and a process with a machine is one like others."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio.lowlevel
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.machine.conftest import Guest
+
+pytestmark = [pytest.mark.kvm]
+
+SPIN = b"\xeb\xfe"
+SYS_TGKILL = 234
+
+# Says the vCPU's thread, then for each line that it is sent what the guest has counted.
+PROGRAM = """
+import sys
+import anyio
+from aiokvm import VM, boot
+
+COUNT = bytes.fromhex("ff 06 00 20 eb fa")  # again: inc word [0x2000]; jmp again
+
+async def main():
+    async with await VM.create(boot=boot.Flat(COUNT), memory="2M") as vm:
+        await vm.start()
+        print(vm.vcpus[0].tid, flush=True)
+        while await anyio.to_thread.run_sync(sys.stdin.readline):
+            seen = vm.memory.read(0x2000, 2)
+            while vm.memory.read(0x2000, 2) == seen:
+                await anyio.sleep(0)
+            print("counts", flush=True)
+    print(vm.exit.reason.value, flush=True)
+
+anyio.run(main)
+"""
+
+# What a service does to end its machines at a signal.
+CLEAN = """
+import signal
+import anyio
+from aiokvm import VM, boot
+
+async def ending(scope, *, task_status):
+    with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            scope.cancel()
+
+async def main():
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(ending, tasks.cancel_scope)
+        async with await VM.create(boot=boot.Flat(bytes.fromhex("ebfe")), memory="2M") as vm:
+            await vm.start()
+            print(vm.vcpus[0].tid, flush=True)
+            await vm.wait()
+    print(vm.state.value, vm.exit.reason.value, flush=True)
+
+anyio.run(main, backend=BACKEND)
+"""
+
+
+@contextmanager
+def process(script: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process with a machine, and the id of its vCPU's thread."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout
+            yield child, int(child.stdout.readline())
+        finally:
+            child.kill()
+
+
+def ask(child: subprocess.Popen[str]) -> str:
+    assert child.stdin
+    assert child.stdout
+    child.stdin.write("?\n")
+    child.stdin.flush()
+    return child.stdout.readline()
+
+
+def stat(pid: int | str, tid: int) -> list[str]:
+    """Fields of /proc/PID/task/TID/stat from the third, the state, on (proc_pid_stat(5))."""
+    return Path(f"/proc/{pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()
+
+
+@pytest.mark.anyio
+async def test_nice_works_on_a_vcpu(guest: Guest) -> None:
+    async with guest(SPIN, cpus=2) as vm:
+        tid, other = (vcpu.tid for vcpu in vm.vcpus)
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, tid, 7)
+        assert os.getpriority(os.PRIO_PROCESS, tid) == 7
+        assert stat("self", tid)[16] == "7"
+        assert os.getpriority(os.PRIO_PROCESS, other) == mine
+        assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+
+
+@pytest.mark.anyio
+async def test_taskset_works_on_a_vcpu(guest: Guest) -> None:
+    async with guest(SPIN) as vm:
+        tid = vm.vcpus[0].tid
+        mine = os.sched_getaffinity(0)
+        for cpu in mine:
+            os.sched_setaffinity(tid, {cpu})
+            assert os.sched_getaffinity(tid) == {cpu}
+            while stat("self", tid)[36] != str(cpu):  # the CPU that it ran on last
+                await anyio.lowlevel.checkpoint()
+        assert os.sched_getaffinity(0) == mine
+        # It goes on, and can be kicked, wherever it runs.
+        await vm.pause()
+        await vm.resume()
+
+
+@pytest.mark.parametrize("target", ["process", "vCPU"])
+def test_stop_and_continue(target: str) -> None:
+    with process(PROGRAM) as (child, tid):
+        assert ask(child) == "counts\n"
+        victim = child.pid if target == "process" else tid
+        os.kill(victim, signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
+        for task in os.listdir(f"/proc/{child.pid}/task"):
+            while stat(child.pid, int(task))[0] != "T":
+                pass
+        used = stat(child.pid, tid)[11:13]
+        assert stat(child.pid, tid)[11:13] == used
+        os.kill(victim, signal.SIGCONT)
+        assert ask(child) == "counts\n"
+        assert child.stdin
+        child.stdin.close()
+        assert child.wait() == 0
+
+
+@pytest.mark.parametrize("target", ["process", "vCPU"])
+def test_a_sigterm_that_nobody_handles_ends_the_process(target: str) -> None:
+    with process(PROGRAM) as (child, tid):
+        os.kill(child.pid if target == "process" else tid, signal.SIGTERM)
+        assert child.wait() == -signal.SIGTERM
+        assert not Path(f"/proc/{tid}").exists()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("target", ["process", "vCPU"])
+def test_a_sigterm_that_is_handled_ends_the_machine(backend: str, target: str) -> None:
+    with process(CLEAN.replace("BACKEND", repr(backend))) as (child, tid):
+        os.kill(child.pid if target == "process" else tid, signal.SIGTERM)
+        assert child.stdout
+        assert child.stdout.read() == "closed killed\n"
+        assert child.wait() == 0
+
+
+def test_a_signal_for_the_thread_alone_is_left_pending() -> None:
+    """Only tgkill(2) can send one; the signals of the program are for the program's threads."""
+    with process(PROGRAM) as (child, tid):
+        assert ctypes.CDLL(None, use_errno=True).syscall(SYS_TGKILL, child.pid, tid, signal.SIGTERM) == 0
+        assert ask(child) == "counts\n"
+        status = Path(f"/proc/{child.pid}/task/{tid}/status").read_text()
+        pending = next(line for line in status.splitlines() if line.startswith("SigPnd:"))
+        assert int(pending.split()[1], 16) >> (signal.SIGTERM - 1) & 1
+        assert child.stdin
+        child.stdin.close()
+        assert child.wait() == 0
