@@ -3,7 +3,7 @@
 One payload reads its time stamp counter, stores it and accesses a port, again and again. The differences of
 the stored counters are what an access costs the guest, whoever serves it:
 
-- bare: a C loop around KVM_RUN (exits.c), and an ioeventfd that nobody listens to;
+- bare: a C loop around KVM_RUN (exits.c), and an ioeventfd that a C thread reads;
 - aiokvm: a plain handler, one that is a coroutine, one that suspends once, posted writes, a doorbell, on
   each event loop; and a plain handler while the loop has other work, 200 us again and again;
 - a Python thread around KVM_RUN that asks the loop by run_coroutine_threadsafe(...).result().
@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PORT, END_PORT = 0x300, 0xF4
 SAMPLES = 0x10_0000
+STOP = 1 << 30  # of exits.c
 LOOPS = {
     "asyncio": ("asyncio", {"use_uvloop": False}),
     "uvloop": ("asyncio", {"use_uvloop": True}),
@@ -139,7 +141,7 @@ class Bare:
 def bare_library(folder: Path) -> tuple[FFI, Any]:
     """exits.c, compiled."""
     ffi = FFI()
-    ffi.cdef("int run_bare(int fd, void *run, unsigned end_port);")
+    ffi.cdef("int run_bare(int fd, void *run, unsigned end_port); uint64_t listen_bare(int fd);")
     library = folder / "exits.so"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(HERE / "exits.c")], check=True)
     return ffi, ffi.dlopen(str(library))
@@ -150,8 +152,12 @@ def bare(library: tuple[FFI, Any], doorbell: bool, code: bytes, count: int) -> l
     with ExitStack() as stack:
         machine = Bare(code, stack)
         if doorbell:
-            fd = os.eventfd(0, os.EFD_NONBLOCK)
+            fd = os.eventfd(0)
             stack.callback(os.close, fd)
+            listener = threading.Thread(target=lib.listen_bare, args=(fd,))
+            listener.start()
+            stack.callback(listener.join)
+            stack.callback(os.eventfd_write, fd, STOP)
             machine.hardware.vm.ioeventfd(PORT, fd, 1, pio=True)
         vcpu = machine.vcpu
         run = int(core_ffi.cast("uintptr_t", vcpu.run_pointer))

@@ -46,6 +46,13 @@ enum {
     AIOKVM_VCPU_STOPPED, /* the thread has ended */
 };
 
+/* Of watched: how much the loop sees by itself. */
+enum {
+    AIOKVM_ASLEEP,  /* nothing: whatever comes rings */
+    AIOKVM_WATCHES, /* everything */
+    AIOKVM_NAPS,    /* posts, in a moment; what a vCPU waits for rings */
+};
+
 /* In news, in the place of a state: what was written to a posted offset, in the guest's order. */
 enum { AIOKVM_POSTED = 0x100 };
 
@@ -112,6 +119,8 @@ struct aiokvm_machine {
     _Atomic uint32_t poll_ns; /* the loop's: how long at most either side polls for the other; 0: not at all */
     uint32_t window_ns;       /* the loop's: how long it polls now */
     uint64_t last_ns;         /* the loop's: when it had served what came last */
+    uint64_t asked_ns;        /* the loop's: when it last took an exit, for whose answer a vCPU waits */
+    bool posted;              /* the loop's: what it took last were posts */
     uint64_t handed_ns;       /* the loop's: when it was handed news that it is serving; 0: it is not */
     struct aiokvm_machine_stats stats; /* the loop's */
 
