@@ -46,6 +46,7 @@ int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
 int aiokvm_machine_answer(struct aiokvm_machine *machine);
+int aiokvm_machine_watch(struct aiokvm_machine *machine);
 int aiokvm_machine_unwatch(struct aiokvm_machine *machine);
 int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask);
 int aiokvm_machine_set_poll(struct aiokvm_machine *machine, uint32_t ns);

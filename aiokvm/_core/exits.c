@@ -368,10 +368,30 @@ static bool stop_watching(struct aiokvm_machine *machine)
     return false;
 }
 
+static void served(struct aiokvm_machine *machine, uint64_t now)
+{
+    if (!machine->handed_ns)
+        return;
+    machine->stats.serving_ns += now - machine->handed_ns;
+    machine->handed_ns = 0;
+    /* The window begins when the guest has been answered. */
+    machine->last_ns = now;
+}
+
+int aiokvm_machine_watch(struct aiokvm_machine *machine)
+{
+    if (!machine->alive)
+        return -EOWNERDEAD;
+    machine->last_ns = aiokvm_now_ns();
+    atomic_store(&machine->watched, AIOKVM_WATCHES);
+    return 0;
+}
+
 int aiokvm_machine_unwatch(struct aiokvm_machine *machine)
 {
     if (!machine->alive)
         return -EOWNERDEAD;
+    served(machine, aiokvm_now_ns());
     atomic_store(&machine->watched, AIOKVM_ASLEEP);
     if (has_news(machine))
         ring_doorbell(machine, false);
@@ -401,12 +421,7 @@ int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t 
         struct aiokvm_machine *machine = machines[i];
         if (!machine->alive)
             return -EOWNERDEAD;
-        if (!machine->handed_ns)
-            continue;
-        machine->stats.serving_ns += now - machine->handed_ns;
-        machine->handed_ns = 0;
-        /* The window begins when the guest has been answered. */
-        machine->last_ns = now;
+        served(machine, now);
     }
     if (!count || (deadline_ns && now >= deadline_ns)) {
         *which = count;

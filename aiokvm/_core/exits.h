@@ -147,6 +147,8 @@ int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
 int aiokvm_machine_answer(struct aiokvm_machine *machine);
 /* Whether accesses that no region claims are handed to the loop as exits of AIOKVM_NO_REGION. */
 int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask);
+/* The loop: it looks by itself from here on, as after an answer, though nothing has rung. */
+int aiokvm_machine_watch(struct aiokvm_machine *machine);
 /* The loop: it does not look by itself any more. If there is news, the doorbell is rung. */
 int aiokvm_machine_unwatch(struct aiokvm_machine *machine);
 /* How long, in nanoseconds, either side polls for the other before it sleeps. */

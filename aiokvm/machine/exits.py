@@ -205,6 +205,10 @@ class Exits:
         if self._open and not lib.aiokvm_machine_alive(self.core):
             raise StateError(NOT_INHERITED)
 
+    def watch(self) -> bool:
+        """The turn will look by itself; False if the machine is closed."""
+        return self._open and lib.aiokvm_machine_watch(self.core) == 0
+
     def unwatch(self) -> None:
         """The turn will not look again by itself."""
         lib.aiokvm_machine_unwatch(self.core)

@@ -7,9 +7,11 @@ loop from another's exit, timer or socket.
 
 The polling is done by a task, the *leader*, because a device's handler may be a coroutine: it is run by the
 leader as if it had been awaited there. One that never suspends costs no task. When one does suspend, the
-leader becomes the task of that handler, and another leader is made: what a handler has entered in its first
-step, a cancel scope for instance, stays with the task that entered it. There is a leader only while something
-is watched for longer than a slice, or answered by a coroutine; else the doorbell's callback serves.
+leader becomes the task of that handler: what a handler has entered in its first step, a cancel scope for
+instance, stays with the task that entered it. If something else is watched another leader is made. If not,
+doorbells are needed again until the handler has ended, and then its task goes on as the leader. There is a
+leader only while something is watched for longer than a slice, or answered by a coroutine; else the doorbell's
+callback serves.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ class Turn:
                         if self._leader is not me:
                             self._handlers -= 1
                             serving.on_finished(me)
-                    if self._leader is not me:
+                    if self._leader is not me and not self._lead_again(me, serving):
                         return
                 elif self._watched:
                     await self._loop.turn()
@@ -194,7 +196,21 @@ class Turn:
         assert task is not None
         self._handlers += 1
         serving.on_suspended(task)
-        self._lead()
+        if self._next < self._end or self._watched != [serving]:
+            self._lead()
+        else:
+            # Nothing may come before the handler has gone on; what does, rings.
+            self._leader = None
+            self._unwatch()
+
+    def _lead_again(self, task: Task | None, served: Exits) -> bool:
+        """Whether the task of a handler that has ended becomes the leader, for there is none."""
+        if self._leader is not None or not served.watch():
+            return False
+        self._leader = task
+        self._watched.append(served)
+        self._publish()
+        return True
 
     def _step(self, slice_end_ns: int) -> Work | None:
         """Serve until a device answers by a coroutine, the slice is over, or nothing is watched any more."""

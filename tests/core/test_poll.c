@@ -50,6 +50,25 @@ TEST(a_watched_machine_does_not_ring)
     guest_close(&guest);
 }
 
+/* A loop that begins to look by itself sees what has rung already, and what comes is no ring. */
+TEST(a_loop_may_watch_unasked)
+{
+    static const struct fake_step script[] = { IN(PORT, 1), IN(PORT, 1) };
+    struct guest guest = polling_guest(script, LENGTH(script), POLL_NS);
+    CHECK(doorbell_rings(guest.machine, PATIENCE_S * 1000));
+    CHECK_EQ(aiokvm_machine_answer(guest.machine), 0);
+    CHECK_EQ(aiokvm_machine_unwatch(guest.machine), 0);
+    CHECK_EQ(aiokvm_machine_watch(guest.machine), 0);
+    struct aiokvm_news news;
+    size_t which;
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(serve(guest.machine, PATIENCE_S * SECOND, &news, &which), 1);
+        CHECK_EQ(aiokvm_vcpu_reply(guest.vcpu, news.seq, 1), 1);
+    }
+    CHECK_EQ(aiokvm_machine_unwatch(guest.machine), 0);
+    guest_close(&guest);
+}
+
 /* When nothing has come for as long as the window is, the machine is told to ring again. */
 TEST(a_window_ends)
 {
