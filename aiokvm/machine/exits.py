@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from operator import index
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from anyio import get_cancelled_exc_class
 
@@ -17,17 +17,16 @@ from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, DeviceError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
 from aiokvm.kvm import KvmExit
+from aiokvm.machine.strings import as_bytes, read_string, write_string
 from aiokvm.machine.turn import News, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop, Task
     from aiokvm.hw.bus import BusDevice, Region
     from aiokvm.machine.turn import Work
-
-T = TypeVar("T")
 
 # As plain integers: an enum's members cost a look-up each, on every exit.
 _KVM_EXIT_IO = int(KvmExit.KVM_EXIT_IO)
@@ -388,9 +387,9 @@ class Exits:
         try:
             if item.is_write:
                 data = bytes(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * count))
-                answer = _write_string(target, offset, size, data)
+                answer = write_string(target.device, offset, size, data)
             else:
-                answer = _read_string(target, offset, size, count)
+                answer = read_string(target.device, offset, size, count)
         except Exception as error:
             self._failed(target, what, error)
             answer = None if item.is_write else b"\xff" * size * count
@@ -411,7 +410,7 @@ class Exits:
     ) -> None:
         data = None if is_write else b"\xff" * length
         try:
-            data = _bytes(await answer) if not is_write else await answer
+            data = as_bytes(await answer) if not is_write else await answer
         except Exception as error:
             self._failed(target, what, error)
         except get_cancelled_exc_class() as error:
@@ -451,65 +450,3 @@ def _refuse_coroutine(done: Any) -> None:
         if hasattr(done, "close"):
             done.close()
         raise TypeError("a posted write cannot be served by a coroutine")
-
-
-def _write_string(target: _Target, offset: int, size: int, data: bytes) -> Coroutine[Any, Any, None] | None:
-    """Hand data to a device, whole if it takes that, else piece by piece; what has still to be awaited."""
-    whole = getattr(target.device, "write_string", None)
-    if whole is not None:
-        done: Any = whole(offset, size, data)
-        return _last(done) if hasattr(done, "__await__") else None
-    pieces = (int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size))
-    for value in pieces:
-        done = target.write(offset, size, value)
-        if hasattr(done, "__await__"):
-            return _write_rest(target, offset, size, pieces, done)
-    return None
-
-
-async def _write_rest(
-    target: _Target, offset: int, size: int, pieces: Iterator[int], done: Awaitable[None]
-) -> None:
-    await done
-    for value in pieces:
-        again: Any = target.write(offset, size, value)
-        if hasattr(again, "__await__"):
-            await again
-
-
-def _read_string(target: _Target, offset: int, size: int, count: int) -> bytes | Coroutine[Any, Any, bytes]:
-    """Get data from a device, whole if it gives that, else piece by piece."""
-    whole = getattr(target.device, "read_string", None)
-    if whole is not None:
-        data = whole(offset, size, count)
-        return _last(data) if hasattr(data, "__await__") else _bytes(data)
-    pieces = bytearray()
-    for _ in range(count):
-        value = target.read(offset, size)
-        if hasattr(value, "__await__"):
-            return _read_rest(target, offset, size, count, pieces, value)
-        pieces += _piece(value, size)
-    return bytes(pieces)
-
-
-async def _read_rest(
-    target: _Target, offset: int, size: int, count: int, pieces: bytearray, value: Awaitable[int]
-) -> bytes:
-    pieces += _piece(await value, size)
-    while len(pieces) < size * count:
-        again: Any = target.read(offset, size)
-        pieces += _piece(await again if hasattr(again, "__await__") else again, size)
-    return bytes(pieces)
-
-
-def _piece(value: int, size: int) -> bytes:
-    return (index(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-
-
-def _bytes(data: Any) -> bytes:
-    # bytes() alone makes that many zeros of a number.
-    return bytes(memoryview(data))
-
-
-async def _last(work: Awaitable[T]) -> T:
-    return await work

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from aiokvm.errors import AiokvmError
+from aiokvm.kvm import KvmExit
 
 if TYPE_CHECKING:
     from aiokvm import kvm
     from aiokvm.memory import GuestMemory
 
 INSTRUCTION_BYTES = 15
+
+
+def explain(run: kvm.RunState, reason: int, error: int) -> str:
+    """Why KVM_RUN came back with what no device answers: an exit_reason, or errno ``error``."""
+    if error:
+        return f"KVM_RUN failed: {os.strerror(error)} (errno {error})"
+    if reason == KvmExit.KVM_EXIT_INTERNAL_ERROR:
+        internal = run.internal_error
+        data = " ".join(f"{word:#x}" for word in internal.data)
+        return f"KVM internal error, suberror {internal.suberror}, data {data}"
+    if reason == KvmExit.KVM_EXIT_FAIL_ENTRY:
+        return f"the CPU refused to enter the guest, reason {run.fail_entry.hardware_entry_failure_reason:#x}"
+    return f"exit_reason {reason}, which this machine has no use for"
 
 
 def describe(what: str, vcpu: kvm.Vcpu, memory: GuestMemory) -> str:

@@ -10,8 +10,8 @@ leader as if it had been awaited there. One that never suspends costs no task. W
 leader becomes the task of that handler: what a handler has entered in its first step, a cancel scope for
 instance, stays with the task that entered it. If something else is watched another leader is made. If not,
 doorbells are needed again until the handler has ended, and then its task goes on as the leader. There is a
-leader only while something is watched for longer than a slice, or answered by a coroutine; else the doorbell's
-callback serves.
+leader only while something is watched for longer than a slice, or answered by a coroutine; else the callback
+of the doorbell serves.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import enum
-import os
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,27 +13,23 @@ from anyio import to_thread
 
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
-from aiokvm.boot import acpi
-from aiokvm.boot.plan import GuestInfo, Segment
 from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.kvm import KvmExit
 from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
+from aiokvm.machine.build import boot_plan, build_hardware, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
-from aiokvm.machine.files import read_files
-from aiokvm.machine.hardware import Hardware
 from aiokvm.machine.limits import named
 from aiokvm.machine.log import machine_logger
-from aiokvm.machine.platform import Platform, acpi_platform
-from aiokvm.machine.postmortem import describe
+from aiokvm.machine.platform import Platform
+from aiokvm.machine.postmortem import describe, explain
 from aiokvm.machine.stats import DeviceStats, VmStats
 from aiokvm.machine.trace import Trace
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
-from aiokvm.memory import ram_ranges
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -48,6 +42,7 @@ if TYPE_CHECKING:
     from aiokvm.hw.bus import BusDevice
     from aiokvm.machine.console import SerialConsole
     from aiokvm.machine.device import Device, Placement
+    from aiokvm.machine.hardware import Hardware
     from aiokvm.memory import GuestMemory
 
 # A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
@@ -100,7 +95,7 @@ class VM:
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
         try:
-            self._exits = Exits(loop, self, config.name, _poll_ns(config))
+            self._exits = Exits(loop, self, config.name, poll_ns(config))
             undo.append(self._exits.close)
             self._platform = Platform(loop, self, config, self._hardware.memory, self._exits.pio)
             undo.append(self._platform.close)
@@ -162,10 +157,10 @@ class VM:
 
     @classmethod
     async def _create(cls, config: Config, devices: Iterable[Placement], log_unclaimed: bool) -> VM:
-        plan = await _plan(config)
+        plan = await boot_plan(config)
         loop = current_loop()
         async with AsyncExitStack() as undo:
-            hardware = await _build(loop, config, undo)
+            hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
             for placement in devices:
@@ -341,7 +336,7 @@ class VM:
         BootError, ConfigError, and StateError if the machine has not started or ends meanwhile. A reset that
         is cancelled has happened wholly or not at all.
         """
-        plan = await _plan(self._config)
+        plan = await boot_plan(self._config)
         async with self._changing:
             self._require(VmState.RUNNING, VmState.PAUSED)
             was_running = self._state is VmState.RUNNING
@@ -424,7 +419,7 @@ class VM:
                 self._end(Exit(ExitReason.SHUTDOWN if shutdown else ExitReason.RESET))
                 return
         crash = reason == KvmExit.KVM_EXIT_SHUTDOWN and not error
-        what = f"vCPU {index}: " + ("triple fault" if crash else _explain(vcpu.run_state, reason, error))
+        what = f"vCPU {index}: " + ("triple fault" if crash else explain(vcpu.run_state, reason, error))
         detail = describe(what, vcpu, self.memory)
         self._logger.error("%s: %s", self.name, detail)
         self._end(Exit(ExitReason.CRASH if crash else ExitReason.ERROR, detail=detail))
@@ -608,40 +603,3 @@ class VM:
             self.name,
             DEVICES_SECONDS,
         )
-
-
-def _poll_ns(config: Config) -> int:
-    # On one CPU whoever polls keeps the other from answering.
-    return config.poll_ns if len(os.sched_getaffinity(0)) > 1 else 0
-
-
-async def _plan(config: Config) -> BootPlan:
-    """What has to be in RAM and registers; nothing has been allocated for it."""
-    tables = acpi.build(acpi_platform(config))
-    files = await read_files(config.boot.files(), config.memory_bytes)
-    guest = GuestInfo(ram=ram_ranges(config.memory_bytes), rsdp=tables.rsdp)
-    plan = config.boot.plan(files, guest)
-    return replace(plan, segments=(*plan.segments, Segment(tables.gpa, tables.data)))
-
-
-async def _build(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:
-    """The hardware, which takes the kernel a while; closed by ``undo``, also if this is cancelled."""
-
-    async def build() -> Hardware:
-        hardware = await to_thread.run_sync(Hardware, config)
-        undo.callback(hardware.close)
-        return hardware
-
-    return await loop.uncancelled(build)
-
-
-def _explain(run: kvm.RunState, reason: int, error: int) -> str:
-    if error:
-        return f"KVM_RUN failed: {os.strerror(error)} (errno {error})"
-    if reason == KvmExit.KVM_EXIT_INTERNAL_ERROR:
-        internal = run.internal_error
-        data = " ".join(f"{word:#x}" for word in internal.data)
-        return f"KVM internal error, suberror {internal.suberror}, data {data}"
-    if reason == KvmExit.KVM_EXIT_FAIL_ENTRY:
-        return f"the CPU refused to enter the guest, reason {run.fail_entry.hardware_entry_failure_reason:#x}"
-    return f"exit_reason {reason}, which this machine has no use for"

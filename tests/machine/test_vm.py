@@ -23,7 +23,7 @@ from aiokvm import (
     WasReset,
     boot,
 )
-from aiokvm.machine import vm as module
+from aiokvm.machine import build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -232,7 +232,7 @@ async def test_the_machine_ends_while_it_is_being_reset(end: str, paused: bool) 
 async def test_a_missing_file_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "Hardware", None)
+    monkeypatch.setattr(build, "Hardware", None)
     with pytest.raises(BootError, match="No such file"):
         await VM.create(boot=boot.Flat(tmp_path / "missing"))
 

@@ -1,0 +1,49 @@
+"""What comes before a machine: its plan, from files and settings, and its hardware."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from anyio import to_thread
+
+from aiokvm.boot import acpi
+from aiokvm.boot.plan import GuestInfo, Segment
+from aiokvm.machine.files import read_files
+from aiokvm.machine.hardware import Hardware
+from aiokvm.machine.platform import acpi_platform
+from aiokvm.memory import ram_ranges
+
+if TYPE_CHECKING:
+    from contextlib import AsyncExitStack
+
+    from aiokvm.aio import Loop
+    from aiokvm.boot import BootPlan
+    from aiokvm.machine.config import Config
+
+
+def poll_ns(config: Config) -> int:
+    """How long the machine may poll."""
+    # On one CPU whoever polls keeps the other from answering.
+    return config.poll_ns if len(os.sched_getaffinity(0)) > 1 else 0
+
+
+async def boot_plan(config: Config) -> BootPlan:
+    """What has to be in RAM and registers; nothing has been allocated for it."""
+    tables = acpi.build(acpi_platform(config))
+    files = await read_files(config.boot.files(), config.memory_bytes)
+    guest = GuestInfo(ram=ram_ranges(config.memory_bytes), rsdp=tables.rsdp)
+    booted = config.boot.plan(files, guest)
+    return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data)))
+
+
+async def build_hardware(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:
+    """The hardware, which takes the kernel a while; closed by ``undo``, also if this is cancelled."""
+
+    async def make() -> Hardware:
+        hardware = await to_thread.run_sync(Hardware, config)
+        undo.callback(hardware.close)
+        return hardware
+
+    return await loop.uncancelled(make)
