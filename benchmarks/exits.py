@@ -5,7 +5,8 @@ the stored counters are what an access costs the guest, whoever serves it:
 
 - bare: a C loop around KVM_RUN (exits.c), and an ioeventfd that a C thread reads;
 - aiokvm: a plain handler, one that is a coroutine, one that suspends once, posted writes, a doorbell, on
-  each event loop; and a plain handler while the loop has other work, 200 us again and again;
+  each event loop; and a plain handler while the loop has other work, 200 us again and again, and while
+  another machine on the loop exits as fast as it can;
 - a Python thread around KVM_RUN that asks the loop by run_coroutine_threadsafe(...).result().
 
 The variants take turns, round after round; a figure is the median of its rounds.
@@ -181,6 +182,15 @@ async def aiokvm(device: Device, mode: str, busy: bool, code: bytes, count: int)
         return differences(vm.memory, count, tsc_khz)
 
 
+async def beside(code: bytes, count: int) -> list[float]:
+    """A plain handler, while another machine on the same loop exits as fast as it can."""
+    again = bytes.fromhex("66 ba 00 03 ec eb fd")  # mov dx, 0x300; 1: in al, dx; jmp 1b
+    hot = boot.Flat(again, mode="protected")
+    async with await VM.create(boot=hot, memory="2M", devices=[Plain().at(pio=PORT)]) as other:
+        await other.start()
+        return await aiokvm(Plain(), "exit", False, code, count)
+
+
 async def other_work() -> None:
     while True:
         end = time.perf_counter() + 200e-6
@@ -237,6 +247,7 @@ def variants(library: tuple[FFI, Any]) -> list[Variant]:
             Variant("posted", loop, True, on(loop, aiokvm, Plain(), "posted", False)),
             Variant("doorbell", loop, True, on(loop, aiokvm, Plain(), "doorbell", False)),
             Variant("plain, busy loop", loop, False, on(loop, aiokvm, Plain(), "exit", True)),
+            Variant("plain, beside a flood", loop, False, on(loop, beside)),
         ]
     found.append(Variant("run_coroutine_threadsafe", "asyncio", False, on("asyncio", threadsafe)))
     return found
