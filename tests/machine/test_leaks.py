@@ -16,7 +16,7 @@ import pytest
 
 from aiokvm import VM, AiokvmError, ExitReason, VmState, boot, kvm
 from aiokvm._core import lib
-from aiokvm.machine import hardware, platform
+from aiokvm.machine import build, hardware, platform
 from aiokvm.machine import vm as machine
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.vcpu import VirtualCpu
@@ -69,7 +69,7 @@ STEPS: list[tuple[Any, str]] = [
     (kvm.Vcpu, "set_cpuid2"),
     (kvm.Vcpu, "set_lapic"),
     (kvm.Vcpu, "set_regs"),
-    (machine, "Hardware"),
+    (build, "Hardware"),
     (machine, "Exits"),
     (machine, "Platform"),
     (machine, "VirtualCpu"),
@@ -78,7 +78,7 @@ STEPS: list[tuple[Any, str]] = [
     (platform, "Cmos"),
     (platform, "AcpiPm"),
     (Exits, "publish"),
-    (Exits, "serve"),
+    (Exits, "serve_vcpus"),
     (GuestMemory, "write"),
     (VM, "_load"),
 ]
