@@ -8,8 +8,11 @@ async with await VM.create(boot=boot.Linux("vmlinuz", cmdline="console=ttyS0")) 
         print(line)
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from aiokvm import boot, kvm
-from aiokvm.aio.watchdog import HoldUp, Watchdog
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -38,12 +41,15 @@ from aiokvm.machine.events import (
     WasReset,
 )
 from aiokvm.machine.irq import Irq
-from aiokvm.machine.limits import Limit, check_limits, host_limits
-from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
-from aiokvm.machine.trace import Trace
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 from aiokvm.machine.vm import VM, VmState
 from aiokvm.memory import GuestMemory, RamRegion
+
+if TYPE_CHECKING:
+    from aiokvm.aio.watchdog import HoldUp, Watchdog
+    from aiokvm.machine.limits import Limit, check_limits, host_limits
+    from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
+    from aiokvm.machine.trace import Trace
 
 __all__ = [
     "VM",
@@ -92,3 +98,24 @@ __all__ = [
     "host_limits",
     "kvm",
 ]
+
+# What a running machine needs nothing of is loaded when it is asked for.
+_LATER = {
+    "HoldUp": "aiokvm.aio.watchdog",
+    "Watchdog": "aiokvm.aio.watchdog",
+    "Limit": "aiokvm.machine.limits",
+    "check_limits": "aiokvm.machine.limits",
+    "host_limits": "aiokvm.machine.limits",
+    "DeviceStats": "aiokvm.machine.stats",
+    "VcpuStats": "aiokvm.machine.stats",
+    "VmStats": "aiokvm.machine.stats",
+    "Trace": "aiokvm.machine.trace",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATER[name]), name)

@@ -98,7 +98,7 @@ def test_the_public_exports_are_there() -> None:
     for name in aiokvm.__all__:
         assert getattr(aiokvm, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = aiokvm.no_such_name  # type: ignore[attr-defined]
+        _ = aiokvm.no_such_name
 
 
 def test_importing_aiokvm_has_no_side_effects_and_takes_no_loop() -> None:

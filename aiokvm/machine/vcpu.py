@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.machine.exits import NOT_INHERITED, check
-from aiokvm.machine.stats import VcpuStats, vcpu_stats
 
 if TYPE_CHECKING:
     from aiokvm import kvm
     from aiokvm._core import Pointer
+    from aiokvm.machine.stats import VcpuStats
 
 # comm of a thread: 16 bytes with its NUL.
 _NAME_MAX = 15
@@ -120,6 +120,8 @@ class VirtualCpu:
 
     def stats(self) -> VcpuStats:
         """What it has done so far."""
+        from aiokvm.machine.stats import vcpu_stats
+
         if not self.core:
             raise StateError(f"vCPU {self.index} is closed")
         return vcpu_stats(self.core, self._stats.read() if self._stats else {})

@@ -23,12 +23,12 @@ from aiokvm.machine.config import POLL_NS, Config, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
+
+# Not when it is asked for: then there may be no descriptor left to read it with.
 from aiokvm.machine.limits import named
 from aiokvm.machine.log import machine_logger
 from aiokvm.machine.platform import Platform
 from aiokvm.machine.postmortem import describe, explain
-from aiokvm.machine.stats import DeviceStats, VmStats
-from aiokvm.machine.trace import Trace
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from aiokvm.machine.console import SerialConsole
     from aiokvm.machine.device import Device, Placement
     from aiokvm.machine.hardware import Hardware
+    from aiokvm.machine.stats import VmStats
+    from aiokvm.machine.trace import Trace
     from aiokvm.memory import GuestMemory
 
 # A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
@@ -254,6 +256,8 @@ class VM:
 
     def stats(self) -> VmStats:
         """What the machine has done so far, in numbers. StateError when it is closed."""
+        from aiokvm.machine.stats import DeviceStats, VmStats
+
         if self._state is VmState.CLOSED:
             raise StateError(f"machine {self.name} is closed")
         self._exits.check_owner()
@@ -286,6 +290,8 @@ class VM:
 
         Accesses that no device claims are recorded, too; each then waits for the loop.
         """
+        from aiokvm.machine.trace import Trace
+
         return Trace(self._loop, self._exits, self.name, write)
 
     async def start(self) -> None:
