@@ -624,6 +624,7 @@ async def test_memory_is_shared_both_ways_and_outlives_its_region(guest: Guest) 
 
 async def test_many_memory_regions_come_and_go(guest: Guest, resources: Callable[[], Any]) -> None:
     async with guest(SPIN) as vm:
+        assert vm.vcpus[0].tid  # the thread has begun, and has its name
         before = state(vm), resources()
         for _ in range(5):
             attachments = [
