@@ -39,15 +39,11 @@ struct aiokvm_news {
     ...;
 };
 
-struct aiokvm_machine *aiokvm_machine_new(int *error);
+struct aiokvm_machine *aiokvm_machine_new(struct aiokvm_turn *turn, uint32_t id, int *error);
 int aiokvm_machine_free(struct aiokvm_machine *machine);
 int aiokvm_machine_alive(const struct aiokvm_machine *machine);
-int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
-int aiokvm_machine_answer(struct aiokvm_machine *machine);
-int aiokvm_machine_watch(struct aiokvm_machine *machine);
-int aiokvm_machine_unwatch(struct aiokvm_machine *machine);
 int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask);
 int aiokvm_machine_set_poll(struct aiokvm_machine *machine, uint32_t ns);
 
@@ -60,11 +56,21 @@ struct aiokvm_machine_stats {
 };
 
 int aiokvm_machine_get_stats(const struct aiokvm_machine *machine, struct aiokvm_machine_stats *stats);
-int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
-                 struct aiokvm_news *news, size_t max, size_t *which);
-uint64_t aiokvm_now_ns(void);
 const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);
 void aiokvm_latch_set(uint32_t *latch, unsigned offset, int value);
+
+/* ---- turn.h: all machines of one event loop ---- */
+
+struct aiokvm_turn *aiokvm_turn_new(int *error);
+void aiokvm_turn_free(struct aiokvm_turn *turn);
+int aiokvm_turn_doorbell(const struct aiokvm_turn *turn);
+int aiokvm_turn_answer(struct aiokvm_turn *turn);
+int aiokvm_turn_watch(struct aiokvm_turn *turn, struct aiokvm_machine *machine);
+int aiokvm_turn_unwatch(struct aiokvm_turn *turn);
+int aiokvm_turn_ready(const struct aiokvm_turn *turn);
+int aiokvm_serve(struct aiokvm_turn *turn, uint64_t deadline_ns, struct aiokvm_news *news, size_t max,
+                 uint32_t *which);
+uint64_t aiokvm_now_ns(void);
 
 /* ---- vcpu.h: the thread of a vCPU ---- */
 

@@ -2,38 +2,30 @@
 #include "exits.h"
 
 #include <errno.h>
-#include <poll.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
+#include "turn.h"
 #include "vcpu.h"
 
-/* About what an answer takes if both sides have a CPU. */
-#define YIELD_AFTER_NS 3000
-/* What a posted write may wait for the loop at least: a dozen come meanwhile, and are taken at once. */
-#define NAP_NS 50000
-
-struct aiokvm_machine *aiokvm_machine_new(int *error)
+struct aiokvm_machine *aiokvm_machine_new(struct aiokvm_turn *turn, uint32_t id, int *error)
 {
+    if (!turn->alive) {
+        *error = EOWNERDEAD;
+        return NULL;
+    }
     struct aiokvm_machine *machine = mmap(NULL, sizeof(*machine), PROT_READ | PROT_WRITE,
                                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (machine == MAP_FAILED) {
+    if (machine == MAP_FAILED || madvise(machine, sizeof(*machine), MADV_WIPEONFORK) < 0) {
         *error = errno;
+        if (machine != MAP_FAILED)
+            munmap(machine, sizeof(*machine));
         return NULL;
     }
-    machine->doorbell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    if (machine->doorbell < 0 || madvise(machine, sizeof(*machine), MADV_WIPEONFORK) < 0) {
-        *error = errno;
-        if (machine->doorbell >= 0)
-            close(machine->doorbell);
-        munmap(machine, sizeof(*machine));
-        return NULL;
-    }
+    machine->turn = turn;
+    machine->id = id;
+    machine->sleeps = UINT64_MAX; /* none of the turn's: the first news is one for which it wakes up */
     /* The default lets readers in as long as there is one: a guest with a few vCPUs would hold the loop up in
      * aiokvm_machine_publish for as long as it likes. */
     pthread_rwlockattr_t attributes;
@@ -50,7 +42,7 @@ struct aiokvm_machine *aiokvm_machine_new(int *error)
 int aiokvm_machine_free(struct aiokvm_machine *machine)
 {
     if (machine->alive) {
-        close(machine->doorbell);
+        aiokvm_turn_forget(machine->turn, machine);
         for (unsigned bus = 0; bus < AIOKVM_BUSES; bus++)
             free(machine->tables[bus].regions);
         pthread_rwlock_destroy(&machine->lock);
@@ -62,11 +54,6 @@ int aiokvm_machine_free(struct aiokvm_machine *machine)
 int aiokvm_machine_alive(const struct aiokvm_machine *machine)
 {
     return machine->alive != 0;
-}
-
-int aiokvm_machine_doorbell(const struct aiokvm_machine *machine)
-{
-    return machine->alive ? machine->doorbell : -EOWNERDEAD;
 }
 
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
@@ -109,25 +96,6 @@ static const struct aiokvm_region *find(const struct aiokvm_table *table, uint64
     return NULL;
 }
 
-/* A vCPU has left news where there was none. A loop that watches will see it without being told: it clears
- * watched before it looks for the last time. */
-static void ring_doorbell(struct aiokvm_machine *machine, bool post)
-{
-    uint32_t watched = atomic_load(&machine->watched);
-    if (watched == AIOKVM_WATCHES || (post && watched == AIOKVM_NAPS))
-        return;
-    uint64_t one = 1;
-    ssize_t written = write(machine->doorbell, &one, sizeof(one));
-    (void)written; /* an eventfd refuses only when it is about to overflow, and then it has been rung */
-}
-
-static void empty_doorbell(struct aiokvm_machine *machine)
-{
-    uint64_t rung;
-    ssize_t got = read(machine->doorbell, &rung, sizeof(rung));
-    (void)got; /* EAGAIN: not rung */
-}
-
 /* Queues all of it or, if there is no room, nothing. */
 static bool post(struct aiokvm_machine *machine, unsigned bus, const struct aiokvm_region *region,
                  uint64_t offset, const uint8_t *data, size_t size, size_t count)
@@ -145,9 +113,9 @@ static bool post(struct aiokvm_machine *machine, unsigned bus, const struct aiok
             memcpy(&entry->value, data + i * size, size);
         }
         atomic_store(&machine->post_head, head + (uint32_t)count);
-        /* Whoever posts into an empty ring rings the doorbell, which the loop empties before it looks. */
+        /* Whoever posts into an empty ring tells; the loop looks again after it has emptied it. */
         if (atomic_load(&machine->post_tail) == head)
-            ring_doorbell(machine, true);
+            aiokvm_turn_tell(machine->turn, machine, true);
     }
     pthread_mutex_unlock(&machine->post_lock);
     return fits;
@@ -199,9 +167,9 @@ void aiokvm_machine_tell(struct aiokvm_machine *machine, struct aiokvm_vcpu *vcp
     do
         vcpu->next = head;
     while (!atomic_compare_exchange_weak(&machine->pending, &head, vcpu));
-    /* Whoever pushed onto an empty stack rang; the loop takes all that has come since. */
+    /* Whoever pushed onto an empty stack told; the loop takes all that has come since. */
     if (!head)
-        ring_doorbell(machine, false);
+        aiokvm_turn_tell(machine->turn, machine, false);
 }
 
 /* Moves what has been pushed behind what an earlier call left over: no vCPU overtakes another for ever. */
@@ -266,21 +234,6 @@ const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine)
     return machine->posted_bytes;
 }
 
-uint64_t aiokvm_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-void aiokvm_relax(uint64_t waited_ns)
-{
-    if (waited_ns < YIELD_AFTER_NS)
-        __builtin_ia32_pause();
-    else
-        sched_yield();
-}
-
 int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask)
 {
     if (!machine->alive)
@@ -306,27 +259,7 @@ int aiokvm_machine_get_stats(const struct aiokvm_machine *machine, struct aiokvm
     return 0;
 }
 
-int aiokvm_machine_answer(struct aiokvm_machine *machine)
-{
-    if (!machine->alive)
-        return -EOWNERDEAD;
-    empty_doorbell(machine);
-    atomic_store(&machine->watched, AIOKVM_WATCHES);
-    machine->stats.rings++;
-    /* Polling would have bridged a sleep as short as this: poll for longer. If not, for less. */
-    uint32_t most = atomic_load(&machine->poll_ns);
-    uint64_t now = aiokvm_now_ns();
-    if (now - machine->last_ns < most)
-        machine->window_ns = machine->window_ns ? machine->window_ns * 2 : most / 8;
-    else
-        machine->window_ns /= 2;
-    if (machine->window_ns > most)
-        machine->window_ns = most;
-    machine->last_ns = now;
-    return 0;
-}
-
-static bool has_news(struct aiokvm_machine *machine)
+bool aiokvm_machine_has_news(struct aiokvm_machine *machine)
 {
     return machine->taken || atomic_load(&machine->pending) ||
            atomic_load(&machine->post_head) != atomic_load(&machine->post_tail);
@@ -356,110 +289,4 @@ int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news
     }
     count += take_posts(machine, head, &news[count], max - count, &bytes);
     return (int)count;
-}
-
-/* The last look before the doorbell is needed again; whether there was nothing. */
-static bool stop_watching(struct aiokvm_machine *machine)
-{
-    atomic_store(&machine->watched, AIOKVM_ASLEEP);
-    if (!has_news(machine))
-        return true;
-    atomic_store(&machine->watched, AIOKVM_WATCHES);
-    return false;
-}
-
-static void served(struct aiokvm_machine *machine, uint64_t now)
-{
-    if (!machine->handed_ns)
-        return;
-    machine->stats.serving_ns += now - machine->handed_ns;
-    machine->handed_ns = 0;
-    /* The window begins when the guest has been answered. */
-    machine->last_ns = now;
-}
-
-int aiokvm_machine_watch(struct aiokvm_machine *machine)
-{
-    if (!machine->alive)
-        return -EOWNERDEAD;
-    machine->last_ns = aiokvm_now_ns();
-    atomic_store(&machine->watched, AIOKVM_WATCHES);
-    return 0;
-}
-
-int aiokvm_machine_unwatch(struct aiokvm_machine *machine)
-{
-    if (!machine->alive)
-        return -EOWNERDEAD;
-    served(machine, aiokvm_now_ns());
-    atomic_store(&machine->watched, AIOKVM_ASLEEP);
-    if (has_news(machine))
-        ring_doorbell(machine, false);
-    return 0;
-}
-
-/* A guest that only posts waits for nobody, and runs faster if nobody looks at each post as it comes. */
-static void nap(struct aiokvm_machine *machine)
-{
-    machine->posted = false;
-    atomic_store(&machine->watched, AIOKVM_NAPS);
-    if (!atomic_load(&machine->pending)) {
-        struct pollfd doorbell = { .fd = machine->doorbell, .events = POLLIN };
-        const struct timespec time = { .tv_nsec = NAP_NS };
-        if (ppoll(&doorbell, 1, &time, NULL) > 0)
-            empty_doorbell(machine);
-    }
-    atomic_store(&machine->watched, AIOKVM_WATCHES);
-}
-
-int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
-                 struct aiokvm_news *news, size_t max, size_t *which)
-{
-    const uint64_t start = aiokvm_now_ns();
-    uint64_t now = start;
-    for (size_t i = 0; i < count; i++) {
-        struct aiokvm_machine *machine = machines[i];
-        if (!machine->alive)
-            return -EOWNERDEAD;
-        served(machine, now);
-    }
-    if (!count || (deadline_ns && now >= deadline_ns)) {
-        *which = count;
-        return 0;
-    }
-    for (uint64_t waited = 0;; waited = 1, now = aiokvm_now_ns()) {
-        for (size_t i = 0; i < count; i++) {
-            size_t index = (*which + 1 + i) % count;
-            struct aiokvm_machine *machine = machines[index];
-            if (has_news(machine)) {
-                int taken = aiokvm_machine_take(machine, news, max);
-                if (taken > 0) {
-                    machine->stats.poll_hits += waited;
-                    machine->handed_ns = now;
-                    machine->posted = true;
-                    for (int j = 0; j < taken; j++)
-                        if (news[j].state != AIOKVM_POSTED)
-                            machine->posted = false;
-                    if (!machine->posted)
-                        machine->asked_ns = now;
-                    *which = index;
-                    return taken;
-                }
-            }
-            if (machine->posted && count == 1 && now - machine->asked_ns > NAP_NS) {
-                nap(machine);
-                continue;
-            }
-            if (now - machine->last_ns >= machine->window_ns && stop_watching(machine)) {
-                machine->stats.poll_misses++;
-                *which = index;
-                return 0;
-            }
-        }
-        if (now >= deadline_ns) {
-            *which = count;
-            return 0;
-        }
-        aiokvm_relax(now - start);
-    }
 }

@@ -46,13 +46,6 @@ enum {
     AIOKVM_VCPU_STOPPED, /* the thread has ended */
 };
 
-/* Of watched: how much the loop sees by itself. */
-enum {
-    AIOKVM_ASLEEP,  /* nothing: whatever comes rings */
-    AIOKVM_WATCHES, /* everything */
-    AIOKVM_NAPS,    /* posts, in a moment; what a vCPU waits for rings */
-};
-
 /* In news, in the place of a state: what was written to a posted offset, in the guest's order. */
 enum { AIOKVM_POSTED = 0x100 };
 
@@ -77,6 +70,7 @@ struct aiokvm_news {
 };
 
 struct aiokvm_vcpu;
+struct aiokvm_turn;
 
 struct aiokvm_table {
     struct aiokvm_region *regions; /* sorted by base */
@@ -99,30 +93,31 @@ struct aiokvm_machine_stats {
     uint64_t serving_ns; /* from when news was handed over until the loop asked for more */
     uint64_t poll_hits;  /* news that came while the loop polled */
     uint64_t poll_misses;
-    uint64_t rings; /* of the doorbell that the loop answered */
+    uint64_t rings; /* news for which the loop woke up */
 };
 
 struct aiokvm_machine {
     /* 1 as long as this is the process that made the machine: a fork wipes the page (MADV_WIPEONFORK),
      * and a child sees 0 without a system call. */
     uint32_t alive;
-    int doorbell;                         /* eventfd; rung by vCPUs, emptied by the loop */
+    uint32_t id;                          /* by which the loop knows it */
+    struct aiokvm_turn *turn;
     pthread_rwlock_t lock;                /* of tables: held by a vCPU for one look-up, by the loop for one swap */
     struct aiokvm_table tables[AIOKVM_BUSES];
     _Atomic(struct aiokvm_vcpu *) pending; /* stack of vCPUs with news: pushed by vCPUs, taken whole by the loop */
     struct aiokvm_vcpu *taken;             /* the loop's: taken from pending, oldest first, not yet handed on */
 
-    /* Polling. The loop looks by itself and needs no doorbell while watched is set: the loop's, read by vCPUs
-     * after they have left news. */
-    _Atomic uint32_t watched;
+    /* turn.c's. Whoever sets queued puts the machine on the turn's stack or list, and next is theirs. */
+    _Atomic bool queued;
+    struct aiokvm_machine *next;
+    uint32_t window_ns; /* the loop's, as what follows: how long it polls now */
+    uint64_t last_ns;   /* when it had served what came last */
+    uint64_t handed_ns; /* when it was handed what it is serving */
+    uint64_t sleeps;    /* the turn's, when news came last */
+    struct aiokvm_machine_stats stats;
+
     _Atomic uint32_t ask_unclaimed; /* the loop's: accesses that no region claims are its, too */
     _Atomic uint32_t poll_ns; /* the loop's: how long at most either side polls for the other; 0: not at all */
-    uint32_t window_ns;       /* the loop's: how long it polls now */
-    uint64_t last_ns;         /* the loop's: when it had served what came last */
-    uint64_t asked_ns;        /* the loop's: when it last took an exit, for whose answer a vCPU waits */
-    bool posted;              /* the loop's: what it took last were posts */
-    uint64_t handed_ns;       /* the loop's: when it was handed news that it is serving; 0: it is not */
-    struct aiokvm_machine_stats stats; /* the loop's */
 
     /* The ring of posted writes. One for all vCPUs: what the guest has ordered among them stays ordered. */
     pthread_mutex_t post_lock;    /* vCPUs among themselves */
@@ -132,41 +127,25 @@ struct aiokvm_machine {
     uint8_t posted_bytes[AIOKVM_POSTS * 8]; /* the loop's */
 };
 
-/* Returns NULL and sets *error (an errno). */
-struct aiokvm_machine *aiokvm_machine_new(int *error);
+/* Returns NULL and sets *error (an errno). The turn must outlive the machine. */
+struct aiokvm_machine *aiokvm_machine_new(struct aiokvm_turn *turn, uint32_t id, int *error);
 /* All vCPUs must have been freed. */
 int aiokvm_machine_free(struct aiokvm_machine *machine);
 /* Whether this process made the machine: 0 in a child of fork. */
 int aiokvm_machine_alive(const struct aiokvm_machine *machine);
-/* -EOWNERDEAD in a child of fork, as from all that returns a negative errno. */
-int aiokvm_machine_doorbell(const struct aiokvm_machine *machine);
-/* Replaces the claimed ranges of a bus; they must be sorted by base. */
+/* Replaces the claimed ranges of a bus; they must be sorted by base. -EOWNERDEAD in a child of fork, as from all
+ * that returns a negative errno. */
 int aiokvm_machine_publish(struct aiokvm_machine *machine, unsigned bus,
                            const struct aiokvm_region *regions, size_t count);
-/* The loop: the doorbell was rung. Empties it; from here on the machine is watched, and has to be served. */
-int aiokvm_machine_answer(struct aiokvm_machine *machine);
 /* Whether accesses that no region claims are handed to the loop as exits of AIOKVM_NO_REGION. */
 int aiokvm_machine_ask_unclaimed(struct aiokvm_machine *machine, int ask);
-/* The loop: it looks by itself from here on, as after an answer, though nothing has rung. */
-int aiokvm_machine_watch(struct aiokvm_machine *machine);
-/* The loop: it does not look by itself any more. If there is news, the doorbell is rung. */
-int aiokvm_machine_unwatch(struct aiokvm_machine *machine);
 /* How long, in nanoseconds, either side polls for the other before it sleeps. */
 int aiokvm_machine_set_poll(struct aiokvm_machine *machine, uint32_t ns);
 int aiokvm_machine_get_stats(const struct aiokvm_machine *machine, struct aiokvm_machine_stats *stats);
 /* The loop: writes at most max news, oldest first; returns how many. */
 int aiokvm_machine_take(struct aiokvm_machine *machine, struct aiokvm_news *news, size_t max);
-/* The loop: takes the news of one of the count machines that are watched, beginning behind *which, and waits
- * for it until one's window is over, or deadline_ns has come.
- * Returns how many news there are of machine *which. 0: it is no longer watched, since its window is over; its
- * doorbell will ring. *which is count if the deadline came first, and nothing has been looked at if it had come
- * already; deadline_ns 0 is one look, whatever the time. */
-int aiokvm_serve(struct aiokvm_machine *const *machines, size_t count, uint64_t deadline_ns,
-                 struct aiokvm_news *news, size_t max, size_t *which);
-/* CLOCK_MONOTONIC. */
-uint64_t aiokvm_now_ns(void);
-/* Between two looks of one who has polled for so long: lets the other side run if it waits for this CPU. */
-void aiokvm_relax(uint64_t waited_ns);
+/* The loop: whether there is something to take. */
+bool aiokvm_machine_has_news(struct aiokvm_machine *machine);
 
 /* The loop: what AIOKVM_POSTED news point into. */
 const uint8_t *aiokvm_machine_posted(const struct aiokvm_machine *machine);

@@ -3,4 +3,5 @@
 #include "ioctl.h"
 #include "kvm_compat.h"
 #include "memory.h"
+#include "turn.h"
 #include "vcpu.h"

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "ioctl.h"
+#include "turn.h"
 
 /* A thread of ours needs little stack: KVM_RUN, a look-up, a futex. */
 #ifdef __SANITIZE_THREAD__

@@ -122,9 +122,13 @@ class Exits:
     """
 
     def __init__(self, loop: Loop, listener: Listener, name: str, poll_ns: int = 0) -> None:
+        self._loop = loop
+        self._turn = Turn.of(loop)
+        self._id, turn = self._turn.add(self)
         code = ffi.new("int *")
-        core = lib.aiokvm_machine_new(code)
+        core = lib.aiokvm_machine_new(turn, self._id, code)
         if not core:
+            self._turn.forget(self._id)
             check(-code[0], f"cannot create machine {name}")
         self.core = core
         self.pio = Bus(PIO_LIMIT)
@@ -138,11 +142,8 @@ class Exits:
         self._tell_unclaimed = False
         self._listener = listener
         self._suspended: set[Task] = set()
-        self._open = True
+        self.is_open = True
         self._cancelled = False
-        self._loop = loop
-        self._turn = Turn.of(loop)
-        self._watch = loop.watch(lib.aiokvm_machine_doorbell(core), self._on_doorbell)
 
     def publish(self) -> None:
         """Tell the vCPU threads which addresses the buses claim."""
@@ -178,10 +179,10 @@ class Exits:
 
         Raises StateError if there is one already, or the machine is closed.
         """
-        if tracer is not None and (self.tracer is not None or not self._open):
-            raise StateError("the machine is " + ("traced already" if self._open else "closed"))
+        if tracer is not None and (self.tracer is not None or not self.is_open):
+            raise StateError("the machine is " + ("traced already" if self.is_open else "closed"))
         self.tracer = tracer
-        if self._open:
+        if self.is_open:
             self._ask_unclaimed()
 
     def _ask_unclaimed(self) -> None:
@@ -201,16 +202,8 @@ class Exits:
 
     def check_owner(self) -> None:
         """Raises StateError in a child of fork, which shares descriptors with its parent, the loop's too."""
-        if self._open and not lib.aiokvm_machine_alive(self.core):
+        if self.is_open and not lib.aiokvm_machine_alive(self.core):
             raise StateError(NOT_INHERITED)
-
-    def watch(self) -> bool:
-        """The turn will look by itself; False if the machine is closed."""
-        return self._open and lib.aiokvm_machine_watch(self.core) == 0
-
-    def unwatch(self) -> None:
-        """The turn will not look again by itself."""
-        lib.aiokvm_machine_unwatch(self.core)
 
     def cancel(self) -> None:
         """Cancel the handlers that have not answered: nobody waits for their answers any more."""
@@ -225,11 +218,10 @@ class Exits:
 
     def close(self) -> None:
         """No vCPU thread may be left. Idempotent."""
-        if self._open:
-            self._open = False
-            self._turn.forget(self)
-            self._watch.cancel()
+        if self.is_open:
+            self.is_open = False
             lib.aiokvm_machine_free(self.core)
+            self._turn.forget(self._id)
 
     # The turn's.
 
@@ -257,10 +249,6 @@ class Exits:
         elif state == lib.AIOKVM_VCPU_STOPPED:
             self._listener.on_stopped(news[0])
         return None
-
-    def _on_doorbell(self) -> None:
-        if self._open and lib.aiokvm_machine_answer(self.core) == 0:
-            self._turn.watch(self)
 
     def _on_exit(self, news: tuple[int, ...]) -> Work | None:
         # The fast way: nothing is made here that an access of a plain device does not need.
@@ -331,7 +319,7 @@ class Exits:
         except get_cancelled_exc_class() as error:
             self._cut_off(target, _describe(False, size, offset), error)
         finally:
-            if self._open:
+            if self.is_open:
                 _reply(vcpu, seq, answer)
 
     async def _finish_write(
@@ -344,7 +332,7 @@ class Exits:
         except get_cancelled_exc_class() as error:
             self._cut_off(target, _describe(True, size, offset), error)
         finally:
-            if self._open:
+            if self.is_open:
                 _skip(vcpu, seq)
 
     def _on_posted(self, item: News) -> None:
@@ -416,7 +404,7 @@ class Exits:
         except get_cancelled_exc_class() as error:
             self._cut_off(target, what, error)
         finally:
-            if self._open:
+            if self.is_open:
                 self._answer_string(vcpu, seq, length, data)
 
     @staticmethod

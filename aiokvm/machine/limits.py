@@ -14,8 +14,8 @@ from aiokvm.errors import AiokvmError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# A machine's: RAM, VM, doorbell; a vCPU's: its own and its statistics'.
-DESCRIPTORS, DESCRIPTORS_VCPU = 3, 2
+# A machine's: RAM and VM; a vCPU's: its own and its statistics'.
+DESCRIPTORS, DESCRIPTORS_VCPU = 2, 2
 # RAM and what the loop and the vCPUs share; a vCPU's kvm_run, stack and guard.
 MAPPINGS, MAPPINGS_VCPU = 2, 3
 # Newer kernels look after huge pages in a thread of the process, and the PIT has one of the kernel's.

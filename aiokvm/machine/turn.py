@@ -1,21 +1,23 @@
 """Whose turn it is: the exits of all machines of one event loop, served one after the other.
 
-A machine whose doorbell rings is *watched* from then on: it is looked at, by polling, until nothing has come
-from it for as long as its window is, and its vCPUs need not ring again (exits.c has the windows). Whoever
-polls lets the loop have a turn every `SLICE_NS`, and looks at the machines in turn, so no guest keeps the
-loop from another's exit, timer or socket.
+All machines of a loop share a doorbell. When it rings the loop *watches* from then on: it looks at what has
+come, by polling, until nothing has for as long as the windows of the machines are, and no vCPU need ring again
+(turn.c has the windows). Whoever polls lets the loop have a turn every `SLICE_NS`, and the machine whose news
+has waited for longest is the next, so no guest keeps the loop from another's exit, timer or socket.
 
 The polling is done by a task, the *leader*, because a device's handler may be a coroutine: it is run by the
 leader as if it had been awaited there. One that never suspends costs no task. When one does suspend, the
 leader becomes the task of that handler: what a handler has entered in its first step, a cancel scope for
-instance, stays with the task that entered it. If something else is watched another leader is made. If not,
-doorbells are needed again until the handler has ended, and then its task goes on as the leader. There is a
-leader only while something is watched for longer than a slice, or answered by a coroutine; else the callback
-of the doorbell serves.
+instance, stays with the task that entered it. If there is more to serve another leader is made. If not, the
+doorbell is needed again until the handler has ended, and then its task goes on as the leader. There is a
+leader only while the loop watches for longer than a slice, or a coroutine answers; else the callback of the
+doorbell serves.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from functools import partial
 from struct import Struct
@@ -25,12 +27,13 @@ from weakref import ref
 from anyio.lowlevel import RunVar
 
 from aiokvm._core import ffi, lib
+from aiokvm.errors import AiokvmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
 
     from aiokvm._core import Pointer
-    from aiokvm.aio import Loop, Task
+    from aiokvm.aio import Handle, Loop, Task
     from aiokvm.machine.exits import Exits
 
     Work = Coroutine[Any, Any, None]
@@ -108,9 +111,13 @@ class Turn:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._watched: list[Exits] = []
-        self._cores: Pointer = ffi.new("struct aiokvm_machine *[]", 8)
-        self._which: Pointer = ffi.new("size_t *")
+        # There is one as long as there are machines.
+        self._core: Pointer | None = None
+        self._doorbell: Handle | None = None
+        self._machines: dict[int, Exits] = {}
+        self._last_id = 0
+        self._watching = False
+        self._which: Pointer = ffi.new("uint32_t *")
         # What was taken and has not been served yet: of which machine, from where to where.
         self._news: Pointer = ffi.new("struct aiokvm_news[]", BATCH)
         self._news_bytes = ffi.buffer(self._news)
@@ -131,11 +138,44 @@ class Turn:
             _turn.set(ref(turn))
         return turn
 
-    def watch(self, exits: Exits) -> None:
-        """A machine's doorbell has rung."""
-        if exits not in self._watched:
-            self._watched.append(exits)
-            self._publish()
+    def add(self, exits: Exits) -> tuple[int, Pointer]:
+        """Serve a machine from now on; its core is made with this id and turn.
+
+        Raises AiokvmError if the host has no descriptor left.
+        """
+        if self._core is None:
+            code = ffi.new("int *")
+            core = lib.aiokvm_turn_new(code)
+            if not core:
+                error = OSError(code[0], os.strerror(code[0]))
+                raise AiokvmError(f"cannot make a doorbell: {error.strerror}") from error
+            self._core = core
+            self._doorbell = self._loop.watch(lib.aiokvm_turn_doorbell(core), self._on_doorbell)
+        while True:
+            self._last_id = (self._last_id + 1) % (1 << 32)
+            if self._last_id not in self._machines:
+                break
+        self._machines[self._last_id] = exits
+        return self._last_id, self._core
+
+    def forget(self, number: int) -> None:
+        """A machine has been freed."""
+        exits = self._machines.pop(number)
+        if self._serving is exits:
+            self._end = 0
+            self._serving = None
+        if not self._machines and self._doorbell is not None and self._core is not None:
+            self._doorbell.cancel()
+            self._doorbell = None
+            lib.aiokvm_turn_free(self._core)
+            self._core = None
+            self._watching = False
+
+    def _on_doorbell(self) -> None:
+        # It fails in a child of fork, which has inherited the loop, and none of the machines.
+        if self._core is None or lib.aiokvm_turn_answer(self._core) < 0:
+            return
+        self._watching = True
         if self._leader is None:
             try:
                 self._first = self._step(lib.aiokvm_now_ns() + SLICE_NS)
@@ -143,17 +183,8 @@ class Turn:
                 # A device asked for the program's end: SystemExit, KeyboardInterrupt.
                 self._unwatch()
                 raise
-            if self._first is not None or self._watched:
+            if self._first is not None or self._watching:
                 self._lead()
-
-    def forget(self, exits: Exits) -> None:
-        """A machine is about to be freed."""
-        if self._serving is exits:
-            self._end = 0
-            self._serving = None
-        if exits in self._watched:
-            self._watched.remove(exits)
-            self._publish()
 
     def _lead(self) -> None:
         self._leader = self._loop.spawn(self._run, "aiokvm exits")
@@ -175,7 +206,7 @@ class Turn:
                             serving.on_finished(me)
                     if self._leader is not me and not self._lead_again(me, serving):
                         return
-                elif self._watched:
+                elif self._watching:
                     await self._loop.turn()
                     slice_end_ns = lib.aiokvm_now_ns() + SLICE_NS
                 else:
@@ -187,16 +218,16 @@ class Turn:
                 self._unwatch()
 
     def _unwatch(self) -> None:
-        """Nobody looks any more: the doorbells are needed again."""
-        for exits in self._watched:
-            exits.unwatch()
-        self._watched.clear()
+        """Nobody looks any more: the doorbell is needed again."""
+        self._watching = False
+        if self._core is not None:
+            lib.aiokvm_turn_unwatch(self._core)
 
     def _suspended(self, task: Task | None, serving: Exits) -> None:
         assert task is not None
         self._handlers += 1
         serving.on_suspended(task)
-        if self._next < self._end or self._watched != [serving]:
+        if self._next < self._end or (self._core is not None and lib.aiokvm_turn_ready(self._core)):
             self._lead()
         else:
             # Nothing may come before the handler has gone on; what does, rings.
@@ -205,11 +236,12 @@ class Turn:
 
     def _lead_again(self, task: Task | None, served: Exits) -> bool:
         """Whether the task of a handler that has ended becomes the leader, for there is none."""
-        if self._leader is not None or not served.watch():
+        if self._leader is not None or self._core is None or not served.is_open:
+            return False
+        if lib.aiokvm_turn_watch(self._core, served.core) < 0:
             return False
         self._leader = task
-        self._watched.append(served)
-        self._publish()
+        self._watching = True
         return True
 
     def _step(self, slice_end_ns: int) -> Work | None:
@@ -223,38 +255,21 @@ class Turn:
                 if work is not None:
                     return work
             # A handler that has suspended may be about to go on: no waiting then, only a look.
-            if not self._watched or (not self._take(0 if self._handlers else slice_end_ns)):
+            if not self._watching or not self._take(0 if self._handlers else slice_end_ns):
                 return None
 
     def _take(self, deadline_ns: int) -> bool:
-        """Take news, waiting for it until the deadline; False if there is none.
-
-        Machines from which none came for too long are no longer watched.
-        """
-        watched = self._watched
-        while watched:
-            count = lib.aiokvm_serve(self._cores, len(watched), deadline_ns, self._news, BATCH, self._which)
-            index = self._which[0]
-            if count > 0:
-                self._serving = watched[index]
-                self._next, self._end = 0, count
-                return True
-            if count < 0:
-                # A child of fork, which has inherited the loop, and none of the machines.
-                watched.clear()
-            elif index < len(watched):
-                del watched[index]
-                self._publish()
-            else:
-                return False
+        """Take news, waiting for it until the deadline; False if there is none."""
+        if self._core is None:
+            return False
+        count = lib.aiokvm_serve(self._core, deadline_ns, self._news, BATCH, self._which)
+        if count > 0:
+            self._serving = self._machines[self._which[0]]
+            self._next, self._end = 0, count
+            return True
+        # The deadline has come. If not, every window is over, or this is a child of fork.
+        self._watching = count == -errno.EAGAIN
         return False
-
-    def _publish(self) -> None:
-        watched = self._watched
-        if len(watched) > len(self._cores):
-            self._cores = ffi.new("struct aiokvm_machine *[]", 2 * len(watched))
-        for index, exits in enumerate(watched):
-            self._cores[index] = exits.core
 
 
 # Its machines keep it. Kept here it would keep the loop, by which alone anyio knows when to forget it.

@@ -22,7 +22,7 @@ TEST(empty_bus_claims_nothing)
     struct aiokvm_region found;
     CHECK_EQ(look_up(machine, AIOKVM_BUS_PIO, 0, &found), AIOKVM_UNCLAIMED);
     CHECK_EQ(look_up(machine, AIOKVM_BUS_MMIO, top, &found), AIOKVM_UNCLAIMED);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(publish_refuses_what_is_not_sorted_or_overlaps)
@@ -45,7 +45,7 @@ TEST(publish_refuses_what_is_not_sorted_or_overlaps)
     struct aiokvm_region found;
     CHECK_EQ(look_up(machine, AIOKVM_BUS_PIO, 0x100, &found), AIOKVM_ASK);
     CHECK_EQ(found.id, 5);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(regions_may_touch_and_reach_the_top)
@@ -68,7 +68,7 @@ TEST(regions_may_touch_and_reach_the_top)
         CHECK_EQ(access, expected[i].id ? AIOKVM_ASK : AIOKVM_UNCLAIMED);
         CHECK_EQ(found.id, expected[i].id);
     }
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(buses_do_not_mix_and_publish_replaces)
@@ -86,7 +86,7 @@ TEST(buses_do_not_mix_and_publish_replaces)
     CHECK_EQ(aiokvm_machine_publish(machine, AIOKVM_BUS_PIO, NULL, 0), 0);
     CHECK_EQ(look_up(machine, AIOKVM_BUS_PIO, 0x60, &found), AIOKVM_UNCLAIMED);
     CHECK_EQ(look_up(machine, AIOKVM_BUS_MMIO, 0x60, &found), AIOKVM_ASK);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(look_ups_agree_with_a_linear_search)
@@ -121,7 +121,7 @@ TEST(look_ups_agree_with_a_linear_search)
             CHECK_EQ(found.id, expected);
         }
     }
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 /* vCPUs without a thread: the test is their thread. */
@@ -148,7 +148,7 @@ static void crowd_free(struct crowd *crowd)
     for (uint32_t i = 0; i < CROWD; i++)
         if (crowd->vcpus[i])
             aiokvm_vcpu_free(crowd->vcpus[i]);
-    aiokvm_machine_free(crowd->machine);
+    machine_close(crowd->machine);
 }
 
 static void tell_parked(struct crowd *crowd, uint32_t index)
@@ -196,7 +196,7 @@ TEST(news_of_one_vcpu_is_its_newest)
 TEST(doorbell_is_rung_once_for_many)
 {
     struct crowd crowd = crowd_new();
-    int doorbell = aiokvm_machine_doorbell(crowd.machine);
+    int doorbell = aiokvm_turn_doorbell(crowd.machine->turn);
     eventfd_t rung;
     CHECK(!doorbell_rings(crowd.machine, 0));
     for (uint32_t i = 0; i < CROWD; i++)
@@ -367,5 +367,5 @@ TEST(publish_gets_through_a_crowd)
     for (int i = 0; i < CROWD; i++)
         pthread_join(threads[i], NULL);
     CHECK(longest < UINT64_C(1000000000));
-    aiokvm_machine_free(state.machine);
+    machine_close(state.machine);
 }

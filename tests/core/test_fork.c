@@ -13,12 +13,19 @@ static int first_wrong(struct guest *guest, uint32_t seq)
 {
     struct aiokvm_news news;
     struct aiokvm_vcpu_stats stats;
+    uint32_t which;
     int error = 0;
     const bool right[] = {
         aiokvm_machine_alive(guest->machine) == 0,
-        aiokvm_machine_doorbell(guest->machine) == -EOWNERDEAD,
+        aiokvm_turn_doorbell(guest->turn) == -EOWNERDEAD,
+        aiokvm_turn_answer(guest->turn) == -EOWNERDEAD,
+        aiokvm_turn_watch(guest->turn, guest->machine) == -EOWNERDEAD,
+        aiokvm_turn_unwatch(guest->turn) == -EOWNERDEAD,
+        aiokvm_turn_ready(guest->turn) == 0,
+        aiokvm_serve(guest->turn, 0, &news, 1, &which) == -EOWNERDEAD,
+        aiokvm_machine_new(guest->turn, 1, &error) == NULL && error == EOWNERDEAD,
         aiokvm_machine_publish(guest->machine, AIOKVM_BUS_PIO, &ports, 1) == -EOWNERDEAD,
-        take(guest->machine, &news, 1) == -EOWNERDEAD,
+        aiokvm_machine_take(guest->machine, &news, 1) == -EOWNERDEAD,
         aiokvm_machine_posted(guest->machine) != NULL,
         aiokvm_vcpu_start(guest->vcpu) == -EOWNERDEAD,
         aiokvm_vcpu_pause(guest->vcpu) == -EOWNERDEAD,
@@ -37,7 +44,10 @@ static int first_wrong(struct guest *guest, uint32_t seq)
         if (!right[i])
             return (int)i + 1;
     aiokvm_vcpu_free(guest->vcpu);
-    return aiokvm_machine_free(guest->machine) == 0 ? 0 : 100;
+    if (aiokvm_machine_free(guest->machine) != 0)
+        return 100;
+    aiokvm_turn_free(guest->turn);
+    return 0;
 }
 
 static int in_child(int (*call)(struct guest *, uint32_t), struct guest *guest, uint32_t seq)
@@ -90,12 +100,16 @@ static int own_machine(struct guest *inherited, uint32_t seq)
     (void)inherited;
     (void)seq;
     int error;
-    struct aiokvm_machine *machine = aiokvm_machine_new(&error);
+    struct aiokvm_turn *turn = aiokvm_turn_new(&error);
+    struct aiokvm_machine *machine = turn ? aiokvm_machine_new(turn, 0, &error) : NULL;
     if (!machine || !aiokvm_machine_alive(machine))
         return 1;
     if (aiokvm_machine_publish(machine, AIOKVM_BUS_PIO, &ports, 1) != 0)
         return 3;
-    return aiokvm_machine_free(machine) == 0 ? 0 : 2;
+    if (aiokvm_machine_free(machine) != 0)
+        return 2;
+    aiokvm_turn_free(turn);
+    return 0;
 }
 
 TEST(a_child_may_have_machines_of_its_own)

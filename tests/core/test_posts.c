@@ -60,7 +60,7 @@ TEST(runs_of_bytes_to_one_offset_are_one)
     check_posted(machine, &news[2], 2, 0, "e");
     check_posted(machine, &news[3], 1, 0, "f");
     CHECK(no_news(machine));
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(one_bus_is_not_the_other)
@@ -75,7 +75,7 @@ TEST(one_bus_is_not_the_other)
     CHECK_EQ(take(machine, news, LENGTH(news)), 2);
     check_posted(machine, &news[0], 1, 0, "x");
     CHECK_EQ(news[1].bus, AIOKVM_BUS_MMIO);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(only_bytes_to_the_named_offsets_are_posted)
@@ -92,7 +92,7 @@ TEST(only_bytes_to_the_named_offsets_are_posted)
     CHECK_EQ(aiokvm_machine_access(machine, AIOKVM_BUS_PIO, SERIAL, false, 1, 1, data, &found), AIOKVM_ASK);
     CHECK(no_news(machine));
     CHECK(!doorbell_rings(machine, 0));
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(doorbell_is_rung_by_who_posts_into_an_empty_ring)
@@ -101,14 +101,14 @@ TEST(doorbell_is_rung_by_who_posts_into_an_empty_ring)
     eventfd_t rung;
     for (int i = 0; i < 5; i++)
         CHECK_EQ(write_bytes(machine, SERIAL, "a"), AIOKVM_DONE);
-    CHECK_EQ(eventfd_read(aiokvm_machine_doorbell(machine), &rung), 0);
+    CHECK_EQ(eventfd_read(aiokvm_turn_doorbell(machine->turn), &rung), 0);
     CHECK_EQ(rung, 1);
     struct aiokvm_news news;
     CHECK_EQ(take(machine, &news, 1), 1);
     CHECK(!doorbell_rings(machine, 0));
     CHECK_EQ(write_bytes(machine, SERIAL, "a"), AIOKVM_DONE);
     CHECK(doorbell_rings(machine, 0));
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(doorbell_rings_on_while_posts_are_left)
@@ -124,7 +124,7 @@ TEST(doorbell_rings_on_while_posts_are_left)
         check_posted(machine, &news, i % 2 ? 2 : 1, 0, written[i]);
     }
     CHECK(!doorbell_rings(machine, 0));
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(full_ring_asks_and_takes_all_of_a_string_or_nothing)
@@ -149,7 +149,7 @@ TEST(full_ring_asks_and_takes_all_of_a_string_or_nothing)
         CHECK_EQ(bytes[i], i % 2 ? '1' : '0');
     CHECK(memcmp(bytes + AIOKVM_POSTS - 2, "de", 2) == 0);
     CHECK_EQ(write_bytes(machine, SERIAL, "g"), AIOKVM_DONE);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 static enum aiokvm_access read_status(struct aiokvm_machine *machine, uint64_t offset, size_t size, size_t count,
@@ -179,7 +179,7 @@ TEST(latched_reads_need_no_loop)
     aiokvm_latch_set(latch, 5, -1);
     CHECK_EQ(read_status(machine, 5, 1, 1, data), AIOKVM_ASK);
     aiokvm_latch_set(latch, AIOKVM_FAST_OFFSETS, 1); /* outside: ignored */
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 /* A vCPU without a thread: the test is its thread. */
@@ -217,7 +217,7 @@ TEST(posts_come_in_their_place_among_the_news)
     CHECK(no_news(machine));
     aiokvm_vcpu_free(a);
     aiokvm_vcpu_free(b);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(order_holds_one_news_at_a_time)
@@ -237,7 +237,7 @@ TEST(order_holds_one_news_at_a_time)
     check_posted(machine, &news, 1, 0, "3");
     CHECK(!doorbell_rings(machine, 0));
     aiokvm_vcpu_free(vcpu);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 TEST(a_flood_of_posts_does_not_keep_other_news_back)
@@ -251,7 +251,7 @@ TEST(a_flood_of_posts_does_not_keep_other_news_back)
     CHECK_EQ(take(machine, news, LENGTH(news)), 4);
     CHECK_EQ(news[0].state, AIOKVM_VCPU_PARKED);
     aiokvm_vcpu_free(vcpu);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 /* A vCPU that was resumed before its news was taken may post between the loop's look at the ring and its look
@@ -273,7 +273,7 @@ TEST(news_that_overtook_its_posts_waits_for_them)
     CHECK_EQ(news[1].state, AIOKVM_VCPU_PARKED);
     CHECK(!doorbell_rings(machine, 0));
     aiokvm_vcpu_free(vcpu);
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }
 
 /* A guest that prints a number's bytes and then asks: what it printed is there when it asks, also if it has
@@ -378,5 +378,5 @@ TEST(concurrent_posts_are_all_there)
         CHECK_EQ(seen[i], BYTES);
     }
     CHECK(no_news(machine));
-    aiokvm_machine_free(machine);
+    machine_close(machine);
 }

@@ -208,7 +208,7 @@ def test_a_soft_limit_of_descriptors_may_be_raised_and_a_hard_one_needs_more(
 ) -> None:
     for hard, advice in ((9000, "raise it up to 9000"), (200, "LimitNOFILE=")):
         monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (200, hard))
-        with pytest.raises(ConfigError, match=rf"1000 machines of 1 vCPU need 5000 descriptors: .*{advice}"):
+        with pytest.raises(ConfigError, match=rf"1000 machines of 1 vCPU need 4000 descriptors: .*{advice}"):
             check_limits(1000)
 
 

@@ -186,7 +186,9 @@ class Core:
         for segment in plan.segments:
             self.hardware.memory.write(segment.gpa, segment.data)
         self.hardware.set_cpu_state(plan.cpu)
-        self.core = lib.aiokvm_machine_new(ffi.new("int *"))
+        self.turn = lib.aiokvm_turn_new(ffi.new("int *"))
+        stack.callback(lib.aiokvm_turn_free, self.turn)
+        self.core = lib.aiokvm_machine_new(self.turn, 0, ffi.new("int *"))
         stack.callback(lib.aiokvm_machine_free, self.core)
         self.vcpu = VirtualCpu(self.core, self.hardware.vcpus[0], 0, "core")
         stack.callback(self.vcpu.close)
@@ -200,7 +202,7 @@ class Core:
     def take(self, state: int) -> Any:
         """The next news of that kind; a thread's first are that it is parked, for it was not told to run."""
         while True:
-            ready, _, _ = select.select([lib.aiokvm_machine_doorbell(self.core)], [], [], 10)
+            ready, _, _ = select.select([lib.aiokvm_turn_doorbell(self.turn)], [], [], 10)
             assert ready, "the doorbell has not been rung"
             for i in range(self.take_what_is_there()):
                 if self.news[i].state == state:
@@ -208,11 +210,10 @@ class Core:
 
     def take_what_is_there(self) -> int:
         """As a loop that does not poll."""
-        assert lib.aiokvm_machine_answer(self.core) == 0
-        machines = ffi.new("struct aiokvm_machine *[]", [self.core])
-        count = lib.aiokvm_serve(machines, 1, 0, self.news, 8, ffi.new("size_t *"))
-        assert lib.aiokvm_machine_unwatch(self.core) == 0
-        return count
+        assert lib.aiokvm_turn_answer(self.turn) == 0
+        count = lib.aiokvm_serve(self.turn, 0, self.news, 8, ffi.new("uint32_t *"))
+        assert lib.aiokvm_turn_unwatch(self.turn) == 0
+        return max(count, 0)
 
     def stats(self) -> Any:
         stats = ffi.new("struct aiokvm_vcpu_stats *")
