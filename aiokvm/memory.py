@@ -23,8 +23,10 @@ PAGE_SIZE = 4096
 PCI_HOLE_START = 0xC000_0000
 PCI_HOLE_END = 0x1_0000_0000
 MFD_HUGE_SHIFT = 26
-# KVM maps RAM with pages of up to this size where host and guest addresses are congruent to it.
+# KVM maps RAM with pages of up to this size where host and guest addresses are congruent to it. Less RAM than
+# some of them gains nothing by it.
 _ALIGN = 2 << 20
+_ALIGN_FROM = 16 * _ALIGN
 
 
 def ram_ranges(size_bytes: int) -> tuple[tuple[int, int], ...]:
@@ -77,7 +79,9 @@ class GuestMemory:
         try:
             os.ftruncate(self.fd, size_bytes)
             code = ffi.new("int *")
-            mapping = lib.aiokvm_map(self.fd, size_bytes, max(_ALIGN, hugepage_bytes or 0), code)
+            # The kernel aligns huge pages by itself.
+            align = _ALIGN if size_bytes >= _ALIGN_FROM and not hugepage_bytes else 0
+            mapping = lib.aiokvm_map(self.fd, size_bytes, align, code)
             if not mapping:
                 raise OSError(code[0], os.strerror(code[0]))
         except OSError as error:
@@ -168,7 +172,7 @@ class SharedPages:
         try:
             os.ftruncate(fd, size_bytes)
             code = ffi.new("int *")
-            mapping = lib.aiokvm_map(fd, size_bytes, PAGE_SIZE, code)
+            mapping = lib.aiokvm_map(fd, size_bytes, 0, code)
             if not mapping:
                 raise OSError(code[0], os.strerror(code[0]))
         finally:

@@ -25,7 +25,29 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
     return request.param
 
 
-def pytest_configure() -> None:
+class Passed:
+    """Keeps a list of what has passed, and leaves that out: a lab that dies does not take it along."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.called: set[str] = set()
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        passed = set(self.file.read_text().splitlines()) if self.file.exists() else set()
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.called.add(report.nodeid)
+        elif report.when == "teardown" and report.passed and report.nodeid in self.called:
+            with self.file.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := os.environ.get("AIOKVM_PASSED"):
+        config.pluginmanager.register(Passed(Path(file)))
     # Programs that tests start are to import what is installed, not the source tree that they stand in.
     os.environ["PYTHONSAFEPATH"] = "1"
     # How long an example takes says more about the machine that runs it than about the code.

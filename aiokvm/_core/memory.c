@@ -8,7 +8,8 @@
 void *aiokvm_map(int fd, size_t size, size_t align, int *error)
 {
     /* KVM maps a guest with large pages only where host and guest addresses are congruent to them, and
-     * mmap promises no alignment past a page: reserve more than is needed, and map inside. */
+     * mmap promises no alignment past a page: reserve more than is needed, and map inside. That costs munmaps,
+     * and those take time for each VM of the process. */
     size_t reserved = size + align;
     if (size & ((size_t)sysconf(_SC_PAGESIZE) - 1)) {
         *error = EINVAL;
@@ -18,25 +19,33 @@ void *aiokvm_map(int fd, size_t size, size_t align, int *error)
         *error = EOVERFLOW;
         return NULL;
     }
-    char *area = mmap(NULL, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (area == MAP_FAILED) {
+    int flags = MAP_SHARED;
+    char *area = NULL, *address = NULL;
+    if (align) {
+        area = mmap(NULL, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (area == MAP_FAILED) {
+            *error = errno;
+            return NULL;
+        }
+        address = area + (-(uintptr_t)area & (align - 1));
+        flags |= MAP_FIXED;
+    }
+    char *mapped = mmap(address, size, PROT_READ | PROT_WRITE, flags, fd, 0);
+    if (mapped == MAP_FAILED || madvise(mapped, size, MADV_DONTFORK) < 0) {
         *error = errno;
+        if (align)
+            munmap(area, reserved);
+        else if (mapped != MAP_FAILED)
+            munmap(mapped, size);
         return NULL;
     }
-    size_t lead = align ? -(uintptr_t)area & (align - 1) : 0;
-    char *address = area + lead;
-    if (mmap(address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED ||
-        madvise(address, size, MADV_DONTFORK) < 0) {
-        *error = errno;
-        munmap(area, reserved);
-        return NULL;
-    }
+    address = mapped;
     /* A kernel without core dumps refuses this advice; there is nothing to leave out then. */
     madvise(address, size, MADV_DONTDUMP);
-    if (lead)
-        munmap(area, lead);
-    if (align - lead)
-        munmap(address + size, align - lead);
+    if (address > area && align)
+        munmap(area, (size_t)(address - area));
+    if (align && address + size < area + reserved)
+        munmap(address + size, (size_t)(area + reserved - (address + size)));
     *error = 0;
     return address;
 }

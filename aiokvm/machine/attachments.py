@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiokvm.errors import ConfigError, DeviceError, GuestMemoryError
 from aiokvm.machine.device import Device, ErrorPolicy, RegionMode
+from aiokvm.machine.hardware import KERNEL_MMIO, KERNEL_PORTS
 from aiokvm.machine.irq import GsiIrq, Irq, MsiIrq
 from aiokvm.memory import PAGE_SIZE, SharedPages
 
@@ -247,6 +248,7 @@ class Attachments:
                 "in order, and needs a plain function"
             )
         bus = self._exits.pio if attachment.pio else self._exits.mmio
+        _refuse_kernel(attachment)
         if not attachment.pio:
             self._refuse_ram(attachment)
         region = bus.attach(_window(attachment, offset), attachment.base, attachment.size, posted=posted)
@@ -271,6 +273,7 @@ class Attachments:
             raise ConfigError("memory lies in memory: give mmio, not pio")
         if attachment.base % PAGE_SIZE or attachment.size % PAGE_SIZE or attachment.size <= 0:
             raise ConfigError(f"memory that is shared begins and ends at multiples of {PAGE_SIZE}")
+        _refuse_kernel(attachment)
         self._refuse_ram(attachment)
         # The bus knows the range, so that no other region gets it; no access of the guest arrives there.
         region = self._exits.mmio.attach(_window(attachment, 0), attachment.base, attachment.size)
@@ -334,6 +337,16 @@ class Attachments:
         device._loop = None
         device._timers = None
         device._failed = None
+
+
+def _refuse_kernel(attachment: Attachment) -> None:
+    end = attachment.base + attachment.size
+    for base, size, whose in KERNEL_PORTS if attachment.pio else KERNEL_MMIO:
+        if attachment.base < base + size and base < end:
+            raise DeviceError(
+                f"{attachment!r} overlaps {base:#x}-{base + size - 1:#x} of {whose}, "
+                "which KVM serves itself; choose another address"
+            )
 
 
 class _Doorbell:

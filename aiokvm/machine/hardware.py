@@ -33,6 +33,20 @@ T = TypeVar("T")
 TSS_ADDRESS = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS = 0xFFFB_C000
 
+# What KVM serves itself: no access there reaches a device. Port or gpa, bytes, whose.
+KERNEL_PORTS = (
+    (0x20, 2, "the first PIC"),
+    (0x40, 4, "the PIT"),
+    (0x61, 1, "the PIT's speaker"),
+    (0xA0, 2, "the second PIC"),
+    (0x4D0, 2, "the PICs' trigger modes"),
+)
+KERNEL_MMIO = (
+    (0xFEC0_0000, 0x100, "the I/O APIC"),
+    (0xFEE0_0000, 0x1000, "the local APIC"),
+    (IDENTITY_MAP_ADDRESS, 0x4000, "pages of KVM's own"),
+)
+
 # APIC ids of 8 bits, less the one that means all: more need those of x2APIC, which KVM has to be told of.
 XAPIC_IDS = 255
 

@@ -1,9 +1,9 @@
 """Whose turn it is: the exits of all machines of one event loop, served one after the other.
 
 All machines of a loop share a doorbell. When it rings the loop *watches* from then on: it looks at what has
-come, by polling, until nothing has for as long as the windows of the machines are, and no vCPU need ring again
-(turn.c has the windows). Whoever polls lets the loop have a turn every `SLICE_NS`, and the machine whose news
-has waited for longest is the next, so no guest keeps the loop from another's exit, timer or socket.
+come, by polling, until nothing has for as long as the windows of the machines are (turn.c), and no vCPU need
+ring again. Whoever polls lets the loop have a turn every `SLICE_NS`, and the machine whose news has waited
+for longest is the next, so no guest keeps the loop from another's exit, timer or socket.
 
 The polling is done by a task, the *leader*, because a device's handler may be a coroutine: it is run by the
 leader as if it had been awaited there. One that never suspends costs no task. When one does suspend, the

@@ -55,8 +55,9 @@ KICK_AGAIN_MOST_NS = 640_000_000
 STUCK_SECONDS = 10.0
 # How long the end waits for what devices run on the loop, when that was told to end, too.
 DEVICES_SECONDS = 10.0
-# Errors of devices that are logged one by one; after that those whose number is a power of two.
-LOGGED_ERRORS = 10
+# What a guest can bring about as often as it likes is logged one by one up to this number, and after that when
+# its number is a power of two.
+LOGGED = 10
 
 
 class VmState(enum.Enum):
@@ -93,6 +94,7 @@ class VM:
         self._threads: set[int] = set()
         self._kicker: Handle | None = None
         self._device_errors = 0
+        self._unclaimed = 0
         self._kvm_stats: kvm.Stats | None = None
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
@@ -138,7 +140,7 @@ class VM:
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``devices`` are the program's own,
         as `Device.at` places them. ``poll_ns`` is how long at most the loop and a vCPU poll for each other
         before they sleep: an exit costs least while they do, 0 spares the CPU time. ``log_unclaimed`` logs
-        accesses to addresses where nothing is; each then waits for the loop.
+        accesses to addresses where nothing is, ever more sparingly; each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
@@ -432,6 +434,9 @@ class VM:
 
     def on_unclaimed(self, index: int, bus: int, address: int, size: int, value: int | None) -> None:
         """A vCPU found nothing where it read, or wrote ``value``."""
+        self._unclaimed += 1
+        if not _worth_logging(self._unclaimed):
+            return
         what = f"read of {size} bytes" if value is None else f"write of {value:#x} ({size} bytes)"
         where = "port" if bus == lib.AIOKVM_BUS_PIO else "address"
         self._logger.info(
@@ -473,8 +478,7 @@ class VM:
 
     def _tell_failed(self, name: str, access: str, error: Exception) -> None:
         self._device_errors = count = self._device_errors + 1
-        # A guest can have a device fail as often as it likes: its log must not grow as fast.
-        if count <= LOGGED_ERRORS or count & (count - 1) == 0:
+        if _worth_logging(count):
             self._logger.error("%s: %s failed", name, access, exc_info=error)
         self._hub.emit(events.DeviceFailed(self.name, name, access, error))
 
@@ -609,3 +613,8 @@ class VM:
             self.name,
             DEVICES_SECONDS,
         )
+
+
+def _worth_logging(count: int) -> bool:
+    """Of what has happened ``count`` times now."""
+    return count <= LOGGED or count & (count - 1) == 0

@@ -14,7 +14,7 @@ from aiokvm import Device
 from aiokvm.machine.log import machine_logger
 
 if TYPE_CHECKING:
-    from tests.machine.conftest import Guest
+    from tests.machine.conftest import Guest, Program
 
 SOURCE = Path(__file__).parents[2] / "aiokvm"
 CALLS = [
@@ -85,3 +85,18 @@ async def test_all_that_a_machine_logs_has_its_name(guest: Guest, caplog: pytest
     records = [record for record in caplog.records if record.name.startswith("aiokvm")]
     assert {record.__dict__["machine"] for record in records} == {"web"}
     assert {record.levelname for record in records} >= {"INFO", "ERROR"}
+
+
+@pytest.mark.anyio
+@pytest.mark.kvm
+async def test_a_guest_cannot_flood_the_log(
+    guest: Guest, program: type[Program], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aiokvm")
+    code = program().read(0x9999_0000).times(300).end()
+    async with guest(code, mode="protected", start=False, log_unclaimed=True) as vm:
+        await vm.start()
+        await vm.wait()
+    told = [record for record in caplog.records if "nothing is there" in record.getMessage()]
+    # The first ten, and 16, 32, 64, 128 and 256.
+    assert len(told) == 15
