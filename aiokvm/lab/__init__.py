@@ -49,8 +49,8 @@ _CMDLINE = "console=ttyS0 quiet panic=-1 mitigations=off"
 class LabConfig:
     """How a command runs in the lab.
 
-    All ``cpus`` are emulated by one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start of
-    the machine. ``writable`` are directories of the host that writes go through to; all other writes are gone
+    All ``cpus`` are emulated by one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start
+    of the machine. ``writable`` are directories of the host that writes go through to; all other writes are gone
     at the end. ``workdir`` is the current directory if None. ``env`` is added to ``HOME``, ``PATH``, ``LANG``
     and ``TERM`` of the caller and ``LAB=1``.
     """
