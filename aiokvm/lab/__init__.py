@@ -50,9 +50,9 @@ class LabConfig:
     """How a command runs in the lab.
 
     All ``cpus`` are emulated by one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start
-    of the machine. ``writable`` are directories of the host that writes go through to; all other writes are gone
-    at the end. ``workdir`` is the current directory if None. ``env`` is added to ``HOME``, ``PATH``, ``LANG``
-    and ``TERM`` of the caller and ``LAB=1``.
+    of the machine. ``writable`` are directories of the host that writes go through to; all other writes are
+    gone at the end. ``workdir`` is the current directory if None. ``env`` is added to ``HOME``, ``PATH``,
+    ``LANG`` and ``TERM`` of the caller and ``LAB=1``.
     """
 
     memory_bytes: int = 3 << 30

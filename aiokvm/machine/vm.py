@@ -55,8 +55,8 @@ KICK_AGAIN_MOST_NS = 640_000_000
 STUCK_SECONDS = 10.0
 # How long the end waits for what devices run on the loop, when that was told to end, too.
 DEVICES_SECONDS = 10.0
-# What a guest can bring about as often as it likes is logged one by one up to this number, then when its number
-# is a power of two.
+# What a guest can bring about as often as it likes is logged one by one up to this count, and after that when
+# the count is a power of two.
 LOGGED = 10
 
 
