@@ -138,7 +138,7 @@ class VirtioDevice:
         return int.from_bytes(data.ljust(size, b"\xff"), "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """The driver wrote ``value`` of ``size`` bytes at ``offset``, as in a read. Unless overridden: ignored."""
+        """The driver wrote ``value``, sized and aligned as in a read. Unless overridden it is ignored."""
 
     def activate(self, features: int, queues: Sequence[Virtqueue]) -> None:
         """The driver is ready (DRIVER_OK) with these negotiated features; `features` and `queues` are set.
