@@ -330,7 +330,7 @@ BUFFERS = st.tuples(
 ).filter(any)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_whatever_goes_in_comes_out_and_goes_back(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from([SplitDriver, PackedDriver]))

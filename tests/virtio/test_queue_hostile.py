@@ -20,6 +20,7 @@ from tests.virtio.driver import (
     VIRTIO_F_RING_PACKED,
     VIRTQ_DESC_F_INDIRECT,
     VIRTQ_DESC_F_NEXT,
+    VIRTQ_DESC_F_USED,
     VIRTQ_DESC_F_WRITE,
     Descriptor,
     FakeDriver,
@@ -110,9 +111,8 @@ def test_more_descriptors_in_flight_than_a_packed_queue_has() -> None:
     for _ in range(SIZE):
         driver.add([b"x"])
     held = [queue.pop() for _ in range(SIZE)]
-    driver.expose([Descriptor(0, 1)]) if driver.free else driver.memory.write(
-        driver.desc, struct.pack("<QIHH", 0, 1, 0, 1 << 15)
-    )
+    # Available in the second lap, though the first one is not completed.
+    driver.memory.write(driver.desc, struct.pack("<QIHH", 0x100, 1, 0, VIRTQ_DESC_F_USED))
     check_broken(queue, "more is available than the queue is long")
     assert all(held)
 
@@ -165,7 +165,7 @@ def test_an_indirect_table_that_loops_or_is_longer_than_what_is_left(layout: Dri
 @LAYOUTS
 @pytest.mark.parametrize("flags", [0, WRITE])
 def test_a_chain_of_more_than_4_gib(layout: Driver, flags: int) -> None:
-    # No test has that much RAM: three overlapping buffers of 2 GiB in a range that is only claimed to be there.
+    # No test has that much RAM: a range of 4 GiB is only claimed to be there.
     memory = FakeMemory((0, 0x10000))
     [ram] = memory.regions
     claimed = type(ram)(1 << 32, 1 << 32, ram.host_address, ram.bytes)
@@ -192,8 +192,8 @@ OUTSIDE = [
     (0xFFFF_FFFF_FFFF_FFFF, 1),
     (0xFFFF_FFFF_FFFF_FFFF, 2),  # wraps
     (0xFFFF_FFFF_FFFF_F000, 0x2000),  # wraps into RAM
-    (0, 0xFFFF_FFFF),
-    (0x8000, 0xFFFF_FFFF),
+    (0, 0xFFFF_FFF0),
+    (0x8000, 0xFFFF_FFF0),
 ]
 
 
@@ -440,7 +440,7 @@ def check_chain(memory: FakeMemory, chain: Chain) -> None:
     chain.write(b"x" * 10)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_garbage_in_the_rings_never_gets_out_of_ram(data: st.DataObject) -> None:
     memory = FakeMemory(*RAM)
@@ -448,9 +448,10 @@ def test_garbage_in_the_rings_never_gets_out_of_ram(data: st.DataObject) -> None
     features = 0
     for feature in (VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC):
         features |= data.draw(st.sampled_from([0, feature]))
-    areas = [data.draw(st.sampled_from([0x1000, 0x1040, 0xFFC0, 0x40000])) for _ in range(3)]
+    places = st.sampled_from([0x1000, 0x1040, 0xFFC0, 0x40000])
+    desc, driver, device = data.draw(places), data.draw(places), data.draw(places)
     try:
-        queue.start(SIZE, *areas, features)
+        queue.start(SIZE, desc, driver, device, features)
     except VirtqueueError:
         return
     held: list[Chain] = []
@@ -458,7 +459,7 @@ def test_garbage_in_the_rings_never_gets_out_of_ram(data: st.DataObject) -> None
         match data.draw(st.sampled_from("wwwpppcuedr")):
             case "w":
                 words = data.draw(st.lists(WORDS, min_size=1, max_size=16))
-                area = data.draw(st.sampled_from(areas))
+                area = data.draw(st.sampled_from([desc, driver, device]))
                 raw = struct.pack(f"<{len(words)}H", *words)
                 memory.write(min(area + data.draw(st.integers(0, 40)) * 2, area | 0xFF80), raw)
             case "p":
@@ -480,5 +481,5 @@ def test_garbage_in_the_rings_never_gets_out_of_ram(data: st.DataObject) -> None
                 queue.disable_notify()
             case "r":
                 queue.stop()
-                queue.start(SIZE, *areas, features)
+                queue.start(SIZE, desc, driver, device, features)
                 assert all(chain.void for chain in held)
