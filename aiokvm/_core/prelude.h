@@ -3,5 +3,7 @@
 #include "ioctl.h"
 #include "kvm_compat.h"
 #include "memory.h"
+#include "notify.h"
 #include "turn.h"
 #include "vcpu.h"
+#include "vring.h"
