@@ -71,8 +71,8 @@ DPKG_OPTIONS = (
     "path-include=/usr/share/doc/*/copyright",
 )
 
-# debugfs sets the times that mke2fs takes from files or the clock, which no option of it changes. Nodes in /dev
-# are left out: only root may make them, and the kernel makes its own.
+# debugfs sets the times that mke2fs takes from files or the clock, which none of its options changes. Nodes
+# in /dev are left out: only root may make them, and the kernel makes its own.
 _SCRIPT = """
 set -e
 exec 3>&1 >&2
