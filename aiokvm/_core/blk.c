@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <linux/virtio_mmio.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -114,7 +115,7 @@ static void publish(struct aiokvm_blk *blk)
     /* The queues of a device share its interrupt. */
     if (interrupt) {
         blk_count(&blk->stats.interrupts, 1);
-        aiokvm_notify(notifier, AIOKVM_NOTIFY_USED);
+        aiokvm_notify(notifier, VIRTIO_MMIO_INT_VRING);
     }
 }
 

@@ -18,6 +18,8 @@ struct blk_engine *blk_uring_new(struct aiokvm_blk *blk, int *error)
 
 #include <liburing.h>
 #include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* A batch; more are submitted in several. */
 #define ENTRIES 128
@@ -52,9 +54,10 @@ static struct io_uring_sqe *get_sqe(struct uring *uring)
 static int begin(struct blk_engine *engine)
 {
     struct uring *uring = uring_of(engine);
-    int result = uring->disabled ? io_uring_enable_rings(&uring->ring) : 0;
-    if (result < 0)
-        return result;
+    /* liburing 2.3 forgot to export io_uring_enable_rings. */
+    if (uring->disabled &&
+        syscall(SYS_io_uring_register, uring->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) < 0)
+        return -errno;
     uring->fixed = io_uring_register_files(&uring->ring, &engine->blk->config.fd, 1) == 0;
     return 0;
 }
