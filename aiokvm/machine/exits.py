@@ -167,6 +167,12 @@ class Exits:
             check(lib.aiokvm_machine_publish(self.core, number, table, len(regions)), "publishing the bus")
         self._targets = targets
 
+    def withdraw(self, bus: Bus, region: Region) -> None:
+        """Take a region off its bus, and publish that."""
+        bus.detach(region)
+        self.publish()
+        self._words.pop(region, None)
+
     def share_word(self, region: Region, word: Pointer, status_offset: int, clear_offset: int) -> None:
         """Have a ``uint32_t`` of events read and cleared at two offsets of a region, 4 bytes each.
 

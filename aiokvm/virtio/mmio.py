@@ -1,7 +1,7 @@
 """The register model of a device behind MMIO: virtio 1.2, section 4.2, version 2 of the registers.
 
-It drives a `VirtioDevice` through its life: features, queues, DRIVER_OK, notifications, reset. Like all models
-it knows neither a loop nor KVM.
+It drives a `VirtioDevice` through its life: features, queues, DRIVER_OK, notifications, reset. Like all
+models it knows neither a loop nor KVM.
 """
 
 from __future__ import annotations
@@ -271,6 +271,11 @@ class VirtioMmio:
         self._clear()
         self._interrupts.acknowledge(VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG)
         self._draining = False
+
+    def close(self) -> None:
+        """The machine is gone, and its memory with it. The device has been reset."""
+        self.queues = ()
+        self._clear()
 
     def _read(self, offset: int) -> int:
         if offset == VIRTIO_MMIO_INTERRUPT_STATUS:
