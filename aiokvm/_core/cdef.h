@@ -113,8 +113,10 @@ void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats 
 void *aiokvm_map(int fd, size_t size, size_t align, int *error);
 void aiokvm_unmap(void *address, size_t size);
 
-/* vring.h */
-#define AIOKVM_VRING_ESIZE ...
+/* ---- vring.h: the device's side of virtqueues ---- */
+
+#define AIOKVM_VRING_MAX_SIZE ...
+
 struct iovec {
     void *iov_base;
     size_t iov_len;
