@@ -20,7 +20,7 @@ from aiokvm.errors import AiokvmError, ConfigError, NbdError
 from aiokvm.proto import nbd as proto
 
 if TYPE_CHECKING:
-    from anyio.abc import ByteStream
+    from anyio.abc import SocketStream
 
     from aiokvm.aio import Task
     from aiokvm.proto.nbd import Address, Export, Reply
@@ -73,7 +73,7 @@ class _Job:
 class _Connection:
     """One connection, after its negotiation."""
 
-    def __init__(self, stream: ByteStream, export: Export) -> None:
+    def __init__(self, stream: SocketStream, export: Export) -> None:
         self.stream = stream
         self.export = export
         self.transmission = proto.Transmission(structured=export.structured)
@@ -95,6 +95,13 @@ class _Connection:
         self.room.set()
         return self.jobs.pop(reply.cookie)
 
+    def shut(self) -> None:
+        """Ends it for those who wait to send or receive: no cancellation has to reach them."""
+        raw = self.stream.extra(SocketAttribute.raw_socket)
+        with suppress(OSError), socket.fromfd(raw.fileno(), raw.family, raw.type) as same:
+            same.shutdown(socket.SHUT_RDWR)
+        self.room.set()
+
     async def disconnect(self) -> None:
         with anyio.move_on_after(1):
             with suppress(*_GONE):
@@ -102,9 +109,11 @@ class _Connection:
 
 
 async def _close_all(connections: list[_Connection]) -> None:
-    with anyio.CancelScope(shield=True):
+    async def close() -> None:
         for connection in connections:
             await anyio.aclose_forcefully(connection.stream)
+
+    await current_loop().uncancelled(close)
 
 
 class Nbd(BlockBackend):
@@ -141,7 +150,8 @@ class Nbd(BlockBackend):
         """What is new each time it is opened; much of it belongs to the loop that runs."""
         self._export: Export | None = None
         self._live: list[_Connection] = []
-        self._scope = anyio.CancelScope()  # of the connections that are live
+        self._broken = False  # the connections that are live are to be given up
+        self._closing = False
         self._waiting: deque[_Job] = deque()
         self._news = anyio.Event()
         self._running = 0
@@ -278,7 +288,7 @@ class Nbd(BlockBackend):
         # In flight it may yet be done, after what comes next: it must not outlive its connection.
         if any(job in connection.jobs.values() for connection in self._live):
             self._last_error = TimeoutError(errno.ETIMEDOUT, "the server does not answer")
-            self._scope.cancel()
+            self._break()
         why = f": {self._last_error}" if self._last_error else ""
         raise OSError(errno.EIO, f"{self.uri} has not answered within {self.timeout} s{why}")
 
@@ -290,6 +300,8 @@ class Nbd(BlockBackend):
             while True:
                 if await self._session():
                     delay = BACKOFF_S[0]
+                if self._closing:
+                    return
                 logger.warning("%s: the connection is lost: %s", self.uri, self._last_error)
                 while not self._live:
                     await anyio.sleep(delay)
@@ -307,7 +319,7 @@ class Nbd(BlockBackend):
     async def _session(self) -> bool:
         """Serve requests until a connection breaks; whether any was answered."""
         live = self._live
-        answered = False
+        answered = self._broken = False
 
         async def receive(connection: _Connection) -> None:
             nonlocal answered
@@ -326,11 +338,11 @@ class Nbd(BlockBackend):
             except Exception as error:
                 logger.exception("%s: a bug in the NBD client", self.uri)
                 self._last_error = error
-            tasks.cancel_scope.cancel()
+            self._break()
 
         async def send(connection: _Connection) -> None:
             try:
-                while True:
+                while not self._broken:
                     if len(connection.jobs) >= IN_FLIGHT_MAX:
                         connection.room = anyio.Event()
                         await connection.room.wait()
@@ -340,18 +352,17 @@ class Nbd(BlockBackend):
                         await connection.send(job)
             except _GONE as error:
                 self._last_error = error
-                tasks.cancel_scope.cancel()
+                self._break()
 
         try:
             async with anyio.create_task_group() as tasks:
-                self._scope = tasks.cancel_scope
                 for connection in live:
                     tasks.start_soon(receive, connection)
                 if await self._write_again(live[0]):
                     for connection in live:
                         tasks.start_soon(send, connection)
                 else:
-                    tasks.cancel_scope.cancel()
+                    self._break()
         finally:
             self._live = []
             jobs = [job for connection in live for job in connection.jobs.values()]
@@ -359,6 +370,15 @@ class Nbd(BlockBackend):
             self._waiting.extendleft(reversed(lost))
             await _close_all(live)
         return answered
+
+    def _break(self) -> None:
+        self._broken = True
+        for connection in self._live:
+            connection.shut()
+            for job in connection.jobs.values():
+                if job.again:
+                    job.ended.set()
+        self._wake()
 
     def _ended(self, job: _Job, reply: Reply) -> None:
         if reply.error:
@@ -380,7 +400,7 @@ class Nbd(BlockBackend):
                 except _GONE:
                     return False
                 await job.ended.wait()
-            if not job.ended.is_set():
+            if self._broken or not job.ended.is_set():
                 return False
             self._flush_error = self._flush_error or job.error
         return True
@@ -406,7 +426,7 @@ class Nbd(BlockBackend):
         return live
 
     async def _connect(self, address: Address) -> _Connection:
-        stream: ByteStream | None = None
+        stream: SocketStream | None = None
         try:
             with anyio.fail_after(CONNECT_TIMEOUT_S):
                 if address.socket:
@@ -460,9 +480,13 @@ class Nbd(BlockBackend):
         while self._running:
             self._idle = anyio.Event()
             await self._idle.wait()
+        self._closing = True
         for connection in self._live:
             await connection.disconnect()
         if task is not None:
-            task.cancel()
+            if self._live:
+                self._break()
+            else:
+                task.cancel()
             await task.wait()
         self._unflushed.clear()
