@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm import boot, kvm
+from aiokvm import block, boot, kvm
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -22,6 +22,7 @@ from aiokvm.errors import (
     ImageError,
     KvmError,
     LabError,
+    NbdError,
     SerialClosedError,
     StateError,
     TraceError,
@@ -79,6 +80,7 @@ __all__ = [
     "KvmError",
     "LabError",
     "Limit",
+    "NbdError",
     "Paused",
     "Placement",
     "RamRegion",
@@ -103,6 +105,7 @@ __all__ = [
     "VmStats",
     "WasReset",
     "Watchdog",
+    "block",
     "boot",
     "check_limits",
     "host_limits",
