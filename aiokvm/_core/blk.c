@@ -3,6 +3,7 @@
 #include "blk_priv.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <linux/virtio_mmio.h>
@@ -41,9 +42,10 @@ void blk_tell(struct aiokvm_blk *blk, const struct aiokvm_blk_event *event)
     ring(blk->news);
 }
 
-static void set_state(struct aiokvm_blk *blk, uint32_t state)
+/* All that was wanted is so. */
+static void set_obeyed(struct aiokvm_blk *blk, uint32_t want)
 {
-    atomic_store(&blk->state, state);
+    atomic_store(&blk->obeyed, want);
     ring(blk->news);
 }
 
@@ -127,36 +129,35 @@ static void begin_run(struct aiokvm_blk *blk)
             blk->engine->type->watch(blk->engine, queue->kick) == 0)
             queue->watched = queue->kick;
     }
-    set_state(blk, AIOKVM_BLK_RUNNING);
+    blk->running = true;
 }
 
 /* Does what the loop wants; false when the thread is to end. */
 static bool obey(struct aiokvm_blk *blk)
 {
-    uint32_t want = atomic_load(&blk->want);
-    uint32_t state = atomic_load(&blk->state);
-    if (state == AIOKVM_BLK_RUNNING && want != BLK_WANT_RUNNING) {
+    uint32_t want = atomic_load(&blk->want), what = want & BLK_WANT_MASK;
+    if (want == atomic_load(&blk->obeyed))
+        return true;
+    if (what == BLK_WANT_RUNNING) {
+        begin_run(blk);
+    } else if (blk->running) {
         blk->stopping = true;
-        blk->stop_queue = want == BLK_WANT_EXIT ? -1 : atomic_load(&blk->want_stopped);
+        blk->stop_queue = what == BLK_WANT_EXIT ? -1 : atomic_load(&blk->want_stopped);
         blk_request_drop(blk);
         if (blk->in_flight)
             return true;
         publish(blk);
-        blk->stopping = false;
-        set_state(blk, AIOKVM_BLK_IDLE);
-        state = AIOKVM_BLK_IDLE;
+        blk->running = blk->stopping = false;
     }
-    if (state == AIOKVM_BLK_IDLE && want == BLK_WANT_RUNNING) {
-        begin_run(blk);
-    } else if (state == AIOKVM_BLK_IDLE && want == BLK_WANT_EXIT) {
+    if (what == BLK_WANT_EXIT)
         return false;
-    }
+    set_obeyed(blk, want);
     return true;
 }
 
 static int64_t throttle_wait(const struct aiokvm_blk *blk)
 {
-    if (!blk->throttled.first || atomic_load(&blk->state) != AIOKVM_BLK_RUNNING)
+    if (!blk->throttled.first || !blk->running)
         return -1;
     uint64_t now_ns = aiokvm_now_ns();
     return blk->throttle_ns > now_ns ? (int64_t)(blk->throttle_ns - now_ns) : 0;
@@ -173,7 +174,7 @@ static void *blk_main(void *argument)
     atomic_store(&blk->tid, (uint32_t)syscall(SYS_gettid));
     syscall(SYS_futex, &blk->tid, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
     while (!error && obey(blk)) {
-        if (atomic_load(&blk->state) == AIOKVM_BLK_RUNNING && !blk->stopping) {
+        if (blk->running && !blk->stopping) {
             if (atomic_exchange(&blk->retry, 0))
                 blk_request_retry(blk);
             blk_request_throttle(blk);
@@ -184,7 +185,7 @@ static void *blk_main(void *argument)
         }
         blk->engine->type->wait(blk->engine, throttle_wait(blk));
     }
-    set_state(blk, AIOKVM_BLK_EXITED);
+    set_obeyed(blk, atomic_load(&blk->want));
     return NULL;
 }
 
@@ -298,7 +299,8 @@ int aiokvm_blk_fd(const struct aiokvm_blk *blk)
 
 uint32_t aiokvm_blk_state(const struct aiokvm_blk *blk)
 {
-    return atomic_load(&blk->state);
+    uint32_t obeyed = atomic_load(&blk->obeyed);
+    return obeyed == atomic_load(&blk->want) ? obeyed & BLK_WANT_MASK : AIOKVM_BLK_CHANGING;
 }
 
 int aiokvm_blk_tid(const struct aiokvm_blk *blk)
@@ -338,8 +340,7 @@ static int check_idle(const struct aiokvm_blk *blk)
 {
     if (!is_ours(blk))
         return -EOWNERDEAD;
-    bool idle = atomic_load(&blk->state) == AIOKVM_BLK_IDLE && atomic_load(&blk->want) == BLK_WANT_IDLE;
-    return idle ? 0 : -EBUSY;
+    return aiokvm_blk_state(blk) == AIOKVM_BLK_IDLE ? 0 : -EBUSY;
 }
 
 int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick,
@@ -370,9 +371,11 @@ static int want(struct aiokvm_blk *blk, uint32_t what)
 {
     if (!is_ours(blk))
         return -EOWNERDEAD;
-    if (atomic_load(&blk->want) == BLK_WANT_EXIT)
+    uint32_t old = atomic_load(&blk->want);
+    if ((old & BLK_WANT_MASK) == BLK_WANT_EXIT)
         return what == BLK_WANT_EXIT ? 0 : -ESHUTDOWN;
-    atomic_store(&blk->want, what);
+    /* Counted: what was wanted and taken back at once is not mistaken for what is wanted now. */
+    atomic_store(&blk->want, (old & ~BLK_WANT_MASK) + BLK_WANT_MASK + 1 + what);
     ring(blk->control);
     return 0;
 }
@@ -385,10 +388,9 @@ int aiokvm_blk_run(struct aiokvm_blk *blk)
 
 int aiokvm_blk_stop(struct aiokvm_blk *blk, int32_t queue)
 {
-    if (atomic_load(&blk->want) == BLK_WANT_RUNNING)
+    /* All, if all were to be stopped before it has come to that. */
+    if (queue < 0 || (atomic_load(&blk->want) & BLK_WANT_MASK) == BLK_WANT_RUNNING)
         atomic_store(&blk->want_stopped, queue);
-    else if (queue < 0)
-        atomic_store(&blk->want_stopped, -1);
     return want(blk, BLK_WANT_IDLE);
 }
 
@@ -403,7 +405,7 @@ int aiokvm_blk_join(struct aiokvm_blk *blk)
         return -EOWNERDEAD;
     if (!blk->joinable)
         return 0;
-    if (atomic_load(&blk->state) != AIOKVM_BLK_EXITED)
+    if (aiokvm_blk_state(blk) != AIOKVM_BLK_EXITED)
         return -EBUSY;
     pthread_join(blk->thread, NULL);
     blk->joinable = false;
@@ -427,4 +429,9 @@ void aiokvm_blk_set_capacity(struct aiokvm_blk *blk, uint64_t sectors)
 void aiokvm_blk_set_writeback(struct aiokvm_blk *blk, int writeback)
 {
     atomic_store_explicit(&blk->writeback, writeback != 0, memory_order_relaxed);
+}
+
+int aiokvm_fallocate(int fd, int mode, uint64_t offset, uint64_t length)
+{
+    return fallocate(fd, mode, (off_t)offset, (off_t)length) < 0 ? -errno : 0;
 }

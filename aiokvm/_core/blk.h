@@ -26,6 +26,7 @@ enum aiokvm_blk_state {
     AIOKVM_BLK_IDLE,   /* no request is taken, none is in flight */
     AIOKVM_BLK_RUNNING,
     AIOKVM_BLK_EXITED, /* the thread is about to end */
+    AIOKVM_BLK_CHANGING,
 };
 
 struct aiokvm_blk_config {
@@ -106,5 +107,8 @@ int aiokvm_blk_retry(struct aiokvm_blk *blk);
 void aiokvm_blk_set_capacity(struct aiokvm_blk *blk, uint64_t sectors);
 /* Without write-back, a write is durable before it completes. */
 void aiokvm_blk_set_writeback(struct aiokvm_blk *blk, int writeback);
+
+/* fallocate, for those on the loop: 0 or a negative errno. */
+int aiokvm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 
 #endif

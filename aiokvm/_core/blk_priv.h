@@ -105,7 +105,8 @@ struct blk_engine_type {
 struct blk_engine *blk_uring_new(struct aiokvm_blk *blk, int *error);
 struct blk_engine *blk_pool_new(struct aiokvm_blk *blk, int *error);
 
-enum { BLK_WANT_IDLE, BLK_WANT_RUNNING, BLK_WANT_EXIT };
+/* The states of blk.h, below a count. */
+enum { BLK_WANT_IDLE, BLK_WANT_RUNNING, BLK_WANT_EXIT, BLK_WANT_MASK = 3 };
 
 struct aiokvm_blk {
     struct aiokvm_blk_config config; /* name and id are not used: they are below */
@@ -122,7 +123,7 @@ struct aiokvm_blk {
     _Atomic uint32_t want;  /* the loop's */
     _Atomic int32_t want_stopped; /* the loop's: which queue, or -1: all */
     _Atomic uint32_t retry; /* the loop sets, the thread clears */
-    _Atomic uint32_t state; /* the thread's */
+    _Atomic uint32_t obeyed; /* the thread's: the last want that is so */
     _Atomic uint32_t tid;   /* the thread's */
     _Atomic int begin_error;
     _Atomic uint64_t capacity_sectors;
@@ -139,7 +140,7 @@ struct aiokvm_blk {
 
     /* The thread's. */
     uint64_t in_flight;
-    bool stopping;
+    bool running, stopping;
     int32_t stop_queue; /* which one, or -1: all */
     bool sync_failed; /* the kernel tells once, and may have dropped the data: no later flush can succeed */
     bool shrunk;      /* the image has got shorter than the disk */

@@ -1,8 +1,10 @@
 /* Pasted by cffi before the code that it generates for cdef.h. */
+#include "blk.h"
 #include "exits.h"
 #include "ioctl.h"
 #include "kvm_compat.h"
 #include "memory.h"
 #include "notify.h"
+#include "ratelimit.h"
 #include "vcpu.h"
 #include "vring.h"

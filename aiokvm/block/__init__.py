@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from aiokvm.block.backend import BlockBackend
+from aiokvm.block.limit import Limit
+from aiokvm.block.raw import Raw
 
-__all__ = ["BlockBackend"]
+__all__ = ["BlockBackend", "Limit", "Raw"]

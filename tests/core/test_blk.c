@@ -33,6 +33,16 @@ static void check_file(struct disk *disk, uint64_t offset, const uint8_t *bytes,
     free(read);
 }
 
+/* So many reads, each to a buffer of its own, with the header at DATA - 4096. */
+static void put_reads(struct disk *disk, uint32_t queue, uint32_t first, uint32_t count)
+{
+    enum { BYTES = 64 << 10 };
+    for (uint32_t i = first; i < first + count; i++) {
+        struct part parts[] = { { DATA - 4096, 16, false }, { DATA + i * BYTES, BYTES, true }, { DATA - 1, 1, true } };
+        put(disk, queue, parts, 3);
+    }
+}
+
 EACH_ENGINE(what_is_written_is_read)
 {
     struct disk disk;
@@ -283,9 +293,7 @@ EACH_ENGINE(a_stop_drains_and_discards)
     disk_open(&disk, engine, 4 * MIB);
     for (int round = 0; round < 20; round++) {
         header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
-        struct part parts[] = { { DATA - 4096, 16, false }, { DATA, MIB, true }, { DATA - 1, 1, true } };
-        for (int i = 0; i < 100; i++)
-            put(&disk, round % QUEUES, parts, 3);
+        put_reads(&disk, round % QUEUES, 0, 100);
         kick(&disk, round % QUEUES);
         disk_stop(&disk);
         uint16_t done = disk.queues[round % QUEUES].driver.used->idx;
@@ -308,11 +316,8 @@ EACH_ENGINE(one_queue_is_taken_away_and_the_other_loses_nothing)
     struct disk disk;
     disk_open(&disk, engine, 4 * MIB);
     header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
-    struct part parts[] = { { DATA - 4096, 16, false }, { DATA, MIB, true }, { DATA - 1, 1, true } };
-    for (int i = 0; i < 50; i++) {
-        put(&disk, 0, parts, 3);
-        put(&disk, 1, parts, 3);
-    }
+    put_reads(&disk, 0, 0, 50);
+    put_reads(&disk, 1, 50, 50);
     kick(&disk, 0);
     kick(&disk, 1);
     CHECK_EQ(aiokvm_blk_stop(disk.blk, 0), 0);
@@ -332,9 +337,7 @@ EACH_ENGINE(the_end_comes_with_requests_in_flight)
         struct disk disk;
         disk_open(&disk, engine, 4 * MIB);
         header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
-        struct part parts[] = { { DATA - 4096, 16, false }, { DATA, MIB, true }, { DATA - 1, 1, true } };
-        for (int i = 0; i < 100; i++)
-            put(&disk, 0, parts, 3);
+        put_reads(&disk, 0, 0, 100);
         kick(&disk, 0);
         disk_close(&disk);
     }
@@ -347,10 +350,8 @@ EACH_ENGINE(a_rate_limit_holds_requests_back)
     struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(0, 0, 1, 1); /* one at once, then one a second */
     disk_open_with(&disk, (struct aiokvm_blk_config){ .engine = engine, .limit = limit }, MIB);
     header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
-    struct part parts[] = { { DATA - 4096, 16, false }, { DATA, 4096, true }, { DATA - 1, 1, true } };
     uint64_t start = now_ns();
-    for (int i = 0; i < 4; i++)
-        put(&disk, 0, parts, 3);
+    put_reads(&disk, 0, 0, 4);
     kick(&disk, 0);
     for (int i = 0; i < 3; i++)
         wait_used(&disk, 0);
