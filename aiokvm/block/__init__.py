@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from aiokvm.block.backend import BlockBackend
+from aiokvm.block.nbd import Nbd
+from aiokvm.block.overlay import Overlay
 
-__all__ = ["BlockBackend"]
+__all__ = ["BlockBackend", "Nbd", "Overlay"]
