@@ -28,6 +28,7 @@ class FFI:
     def string(self, pointer: Any, maxlen: int = ...) -> bytes: ...
 
 class Lib:
+    def aiokvm_punch_hole(self, fd: int, offset: int, length: int, /) -> int: ...
     AIOKVM_BUS_PIO: int
     AIOKVM_BUS_MMIO: int
     AIOKVM_VCPU_EXIT: int

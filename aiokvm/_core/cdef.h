@@ -1,5 +1,9 @@
 /* The only C surface that Python sees; _core.pyi gives it types. Read by cffi, not by the C compiler. */
 
+/* ---- file.h ---- */
+
+int aiokvm_punch_hole(int fd, uint64_t offset, uint64_t length);
+
 /* ---- exits.h: a machine: the table of its buses, and the news of its vCPUs ---- */
 
 #define AIOKVM_BUS_PIO ...
