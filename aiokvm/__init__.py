@@ -31,9 +31,11 @@ from aiokvm.errors import (
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
 from aiokvm.machine.device import Device, ErrorPolicy, Placement, RegionMode, Timer
+from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
 from aiokvm.machine.events import (
     DeviceFailed,
     DeviceNeedsReset,
+    DiskFailed,
     Event,
     Exit,
     Exited,
@@ -67,6 +69,10 @@ __all__ = [
     "DeviceFailed",
     "DeviceNeedsReset",
     "DeviceStats",
+    "Disk",
+    "DiskErrorPolicy",
+    "DiskFailed",
+    "DiskStats",
     "ErrorPolicy",
     "Event",
     "Exit",
@@ -101,6 +107,7 @@ __all__ = [
     "VirtioRequest",
     "VirtqueueError",
     "VirtualCpu",
+    "VmDisk",
     "VmState",
     "VmStats",
     "WasReset",

@@ -79,6 +79,7 @@ class LoopData:
         self._tasks: dict[BlkRequest, anyio.CancelScope] = {}
         self._retry = anyio.Event()
         self._writeback = True
+        self._closed = False
         self._flush_failed = False
         self._stats = dict.fromkeys(
             ("reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "throttled"), 0
@@ -126,6 +127,9 @@ class LoopData:
 
     def close(self) -> Awaitable[None] | None:
         self.reset()
+        if self._closed:
+            return None
+        self._closed = True
         return self._backend.close()
 
     def _forget(self) -> None:

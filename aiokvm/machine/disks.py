@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiokvm.block import BlockBackend, Raw
-from aiokvm.errors import ConfigError
+from aiokvm.errors import ConfigError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.disk_core import CoreData
 from aiokvm.machine.disk_loop import LoopData
@@ -154,17 +154,23 @@ class VmDisk:
 
 
 class Disks:
-    """All of one machine: opened before it is made, and given to it as virtio devices."""
+    """All of one machine; ``pause`` pauses it."""
 
-    def __init__(self, loop: Loop, machine: str, hub: events.EventHub, logger: LoggerAdapter[Any]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        machine: str,
+        hub: events.EventHub,
+        logger: LoggerAdapter[Any],
+        pause: Callable[[], Awaitable[None]],
+    ) -> None:
         self._loop = loop
         self._machine = machine
         self._hub = hub
         self._logger = logger
         self._pausing: Task | None = None
         self._failed = 0
-        self.pause: Callable[[], Awaitable[None]] | None = None
-        """Pauses the machine, once there is one."""
+        self._pause_machine = pause
         self.all: tuple[VmDisk, ...] = ()
 
     async def open(self, disks: Iterable[Disk | BlockBackend], undo: AsyncExitStack) -> None:
@@ -244,13 +250,14 @@ class Disks:
         self._hub.emit(
             events.DiskFailed(self._machine, disk.name, operation, offset, length, failure, paused)
         )
-        if paused and self.pause and not self._pausing:
+        if paused and not self._pausing:
             self._pausing = self._loop.spawn(self._pause, f"{disk.name}: pause")
 
     async def _pause(self) -> None:
         try:
-            assert self.pause
-            await self.pause()
+            await self._pause_machine()
+        except StateError:
+            pass  # it has ended
         finally:
             self._pausing = None
 
