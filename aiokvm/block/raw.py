@@ -134,8 +134,8 @@ class Raw(BlockBackend):
     async def resize(self, size_bytes: int) -> None:
         """Makes the file longer or shorter; of a block device, takes note of a size that it has got.
 
-        Raises ConfigError if it is no whole number of blocks or the device has another size, EPERM if the disk is
-        readonly.
+        Raises ConfigError if it is no whole number of blocks or the device has less, EPERM if the disk is
+        readonly and has another.
         """
         if size_bytes <= 0 or size_bytes % self.block_size:
             raise ConfigError(f"{size_bytes} bytes are not a whole number of blocks of {self.block_size}")
@@ -228,7 +228,9 @@ class Raw(BlockBackend):
                     f"{self.path} is locked: another machine or program {how} it; a disk may have one writer "
                     "or many readers (readonly=True)"
                 ) from error
-            raise ImageError(f"{self.path} cannot be locked: {error.strerror}; lock=False goes without") from error
+            raise ImageError(
+                f"{self.path} cannot be locked: {error.strerror}; lock=False goes without"
+            ) from error
 
     def _size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from aiokvm.virtio.device import VirtioHost
     from aiokvm.virtio.queue import Virtqueue
 
-_ENGINES = {"auto": lib.AIOKVM_BLK_AUTO, "io_uring": lib.AIOKVM_BLK_IO_URING, "threads": lib.AIOKVM_BLK_THREADS}
+_ENGINES = {
+    "auto": lib.AIOKVM_BLK_AUTO,
+    "io_uring": lib.AIOKVM_BLK_IO_URING,
+    "threads": lib.AIOKVM_BLK_THREADS,
+}
 _BROKEN = {
     lib.AIOKVM_BLK_EHEADER: "a request is shorter than its header",
     lib.AIOKVM_BLK_ESTATUS: "a request has no byte for its status that the device may write",
@@ -31,8 +35,8 @@ _BROKEN = {
 class CoreData:
     """`aiokvm.virtio.blk.BlkData` of a `Raw` that is open; closes it.
 
-    ``on_failed(type, offset, length, errno)`` is told of requests that the host has failed. Raises AiokvmError
-    if the thread cannot be had, or io_uring was forced and is refused.
+    ``on_failed(type, offset, length, errno)`` is told of requests that the host has failed. Raises
+    AiokvmError if the thread cannot be had, or io_uring was forced and is refused.
     """
 
     def __init__(
@@ -103,14 +107,17 @@ class CoreData:
     # `aiokvm.virtio.blk.BlkData`.
 
     def activate(self, host: VirtioHost, features: int, queues: Sequence[Virtqueue]) -> None:
+        core = self._core
+        if not core:
+            return
         self._host = host
         self._queues = tuple(queues)
-        self._check(lib.aiokvm_blk_set_features(self._core, features))
+        self._check(lib.aiokvm_blk_set_features(core, features))
         for index, queue in enumerate(queues):
             if queue.ready:
                 kick = host.take_queue(index)
-                self._check(lib.aiokvm_blk_set_queue(self._core, index, queue.core, kick, host.notifier))
-        self._run()
+                self._check(lib.aiokvm_blk_set_queue(core, index, queue.core, kick, host.notifier))
+        self._run(core)
 
     def notified(self, queue: int) -> None:
         """The thread has looked by itself."""
@@ -142,32 +149,33 @@ class CoreData:
             lib.aiokvm_blk_exit(self._core)
         return self._closed.wait()
 
-    def _run(self) -> None:
+    def _run(self, core: Pointer) -> None:
         self._runs += 1
-        self._check(lib.aiokvm_blk_run(self._core))
+        self._check(lib.aiokvm_blk_run(core))
 
-    async def _until(self, *states: int) -> bool:
-        """Returns when the thread is in such a state; False if it has ended."""
-        while self._core:
-            if lib.aiokvm_blk_state(self._core) in states:
-                return True
+    async def _idle(self) -> Pointer | None:
+        """Returns when the thread is, or with None if it has ended or somebody wants something else of it."""
+        runs = self._runs
+        while self._core and runs == self._runs:
+            if lib.aiokvm_blk_state(self._core) == lib.AIOKVM_BLK_IDLE:
+                return self._core
             self._changed = anyio.Event()
             await self._changed.wait()
-        return False
+        return None
 
     async def _stopped(self) -> None:
-        runs = self._runs
-        if await self._until(lib.AIOKVM_BLK_IDLE) and runs == self._runs:
+        core = await self._idle()
+        if core:
             for index in range(len(self._queues)):
-                lib.aiokvm_blk_set_queue(self._core, index, ffi.NULL, -1, ffi.NULL)
+                lib.aiokvm_blk_set_queue(core, index, ffi.NULL, -1, ffi.NULL)
             self._queues = ()
             self._host = None
 
     async def _without(self, queue: int) -> None:
-        runs = self._runs
-        if await self._until(lib.AIOKVM_BLK_IDLE) and runs == self._runs:
-            lib.aiokvm_blk_set_queue(self._core, queue, ffi.NULL, -1, ffi.NULL)
-            self._run()
+        core = await self._idle()
+        if core:
+            lib.aiokvm_blk_set_queue(core, queue, ffi.NULL, -1, ffi.NULL)
+            self._run(core)
 
     def _check(self, code: int) -> None:
         if code:

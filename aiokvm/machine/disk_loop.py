@@ -82,7 +82,8 @@ class LoopData:
         self._closed = False
         self._flush_failed = False
         self._stats = dict.fromkeys(
-            ("reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "throttled"), 0
+            ("reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "throttled"),
+            0,
         )
 
     def stats(self) -> dict[str, int]:

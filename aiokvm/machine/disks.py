@@ -57,10 +57,10 @@ class DiskErrorPolicy(enum.Enum):
 class Disk:
     """A backend and how a machine has it as a disk; what `VM.create` makes of a bare backend, too.
 
-    ``serial`` is what the guest sees as its ID, up to 20 ASCII characters. ``queues`` (1 to 16) of
-    ``queue_size`` descriptors. ``cache`` is "writeback", where the guest says when its writes have to be durable,
-    or "writethrough", where they are before they complete; a guest may change it. ``limit`` holds it back, and
-    defaults to the backend's own. Raises ConfigError for what cannot be.
+    ``serial`` is what the guest sees as its ID, up to 20 ASCII characters. There are ``queues`` (1 to 16) of
+    ``queue_size`` descriptors. ``cache`` is "writeback", where the guest says when its writes have to be
+    durable, or "writethrough", where they are before they complete; a guest may change it. ``limit`` holds it
+    back, and defaults to the backend's own. Raises ConfigError for what cannot be.
     """
 
     backend: BlockBackend
@@ -206,7 +206,7 @@ class Disks:
             self._on_failed(disk, type_, offset, length, error)
 
         def on_bug(error: Exception) -> None:
-            self._log(disk, "%s: %r raised", disk.name, backend, exc_info=error)
+            self._log("%s: %r raised", disk.name, backend, exc_info=error)
 
         data: CoreData | LoopData
         if type(backend) is Raw:
@@ -246,7 +246,7 @@ class Disks:
         operation = _OPERATIONS.get(type_, str(type_))
         paused = disk.config.on_error is DiskErrorPolicy.PAUSE
         failure = OSError(error, os.strerror(error))
-        self._log(disk, "%s: %s of %d bytes at %d: %s", disk.name, operation, length, offset, failure)
+        self._log("%s: %s of %d bytes at %d: %s", disk.name, operation, length, offset, failure)
         self._hub.emit(
             events.DiskFailed(self._machine, disk.name, operation, offset, length, failure, paused)
         )
@@ -261,7 +261,7 @@ class Disks:
         finally:
             self._pausing = None
 
-    def _log(self, disk: VmDisk, message: str, *args: object, exc_info: Exception | None = None) -> None:
+    def _log(self, message: str, *args: object, exc_info: Exception | None = None) -> None:
         # A guest can have a disk fail as often as it likes: its log must not grow as fast.
         self._failed = count = self._failed + 1
         if count <= LOGGED_FAILURES or count & (count - 1) == 0:

@@ -156,10 +156,11 @@ class VM:
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``disks`` are what the guest has as
         virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which has
-        options; they are opened here and closed with the machine. ``devices`` are the program's own, as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns``
-        is how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least
-        while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is;
-        each then waits for the loop.
+        options; they are opened here and closed with the machine. ``devices`` are the program's own, as
+        `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns`` is
+        how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least while
+        they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is; each
+        then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.

@@ -208,7 +208,7 @@ class VirtioBlk(VirtioDevice):
         return self.data.close()
 
     def resize(self, size_bytes: int) -> None:
-        """The disk has another size from now on; the driver is told (5.2.5). ConfigError for what cannot be."""
+        """The disk has another size from now on, and the driver is told (5.2.5). Raises ConfigError."""
         if size_bytes < 0 or size_bytes % self.layout.block_size:
             raise ConfigError(
                 f"a disk of {size_bytes} bytes is not a whole number of blocks of {self.layout.block_size}"

@@ -47,7 +47,9 @@ class BlkRange:
 
 
 class BlkRequest:
-    """One request: ``type`` is VIRTIO_BLK_T_*; IN and OUT move ``length`` bytes at ``offset``, others have ``ranges``.
+    """One request: ``type`` is VIRTIO_BLK_T_*.
+
+    IN and OUT move ``length`` bytes at ``offset``, DISCARD and WRITE_ZEROES have ``ranges``.
 
     The data of an OUT comes by `read`, that of an IN goes by `write`, from the beginning on. `complete` ends
     it. All of it does nothing once the device has been reset.
