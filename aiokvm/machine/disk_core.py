@@ -57,7 +57,8 @@ class CoreData:
         self._host: VirtioHost | None = None
         # They keep guest RAM mapped until the kernel is done with it.
         self._queues: tuple[Virtqueue, ...] = ()
-        self._runs = 0
+        self._resets = 0
+        self._stopping = anyio.Lock()
         self._changed = anyio.Event()
         self._closed = anyio.Event()
         error = ffi.new("int *")
@@ -117,7 +118,7 @@ class CoreData:
             if queue.ready:
                 kick = host.take_queue(index)
                 self._check(lib.aiokvm_blk_set_queue(core, index, queue.core, kick, host.notifier))
-        self._run(core)
+        self._check(lib.aiokvm_blk_run(core))
 
     def notified(self, queue: int) -> None:
         """The thread has looked by itself."""
@@ -125,16 +126,12 @@ class CoreData:
     def reset(self) -> Awaitable[None] | None:
         if not self._core or not self._host:
             return None
-        self._runs += 1
+        self._resets += 1
         lib.aiokvm_blk_stop(self._core, -1)
         return self._stopped()
 
     def stop_queue(self, queue: int) -> Awaitable[None] | None:
-        if not self._core or not self._host:
-            return None
-        self._runs += 1
-        lib.aiokvm_blk_stop(self._core, queue)
-        return self._without(queue)
+        return self._without(queue) if self._core and self._host else None
 
     def set_writeback(self, writeback: bool) -> None:
         if self._core:
@@ -149,17 +146,11 @@ class CoreData:
             lib.aiokvm_blk_exit(self._core)
         return self._closed.wait()
 
-    def _run(self, core: Pointer) -> None:
-        self._runs += 1
-        self._check(lib.aiokvm_blk_run(core))
-
     async def _idle(self) -> Pointer | None:
-        """Returns when the thread is, or with None if it has ended or somebody wants something else of it."""
-        runs = self._runs
-        while self._core and runs == self._runs:
+        """Returns when the thread is; None if it has ended."""
+        while self._core:
             if lib.aiokvm_blk_state(self._core) == lib.AIOKVM_BLK_IDLE:
                 return self._core
-            self._changed = anyio.Event()
             await self._changed.wait()
         return None
 
@@ -172,10 +163,15 @@ class CoreData:
             self._host = None
 
     async def _without(self, queue: int) -> None:
-        core = await self._idle()
-        if core:
-            lib.aiokvm_blk_set_queue(core, queue, ffi.NULL, -1, ffi.NULL)
-            self._run(core)
+        resets = self._resets
+        async with self._stopping:
+            if not self._core or resets != self._resets:
+                return
+            lib.aiokvm_blk_stop(self._core, queue)
+            core = await self._idle()
+            if core and resets == self._resets:
+                lib.aiokvm_blk_set_queue(core, queue, ffi.NULL, -1, ffi.NULL)
+                self._check(lib.aiokvm_blk_run(core))
 
     def _check(self, code: int) -> None:
         if code:
@@ -197,6 +193,7 @@ class CoreData:
         if lib.aiokvm_blk_state(core) == lib.AIOKVM_BLK_EXITED:
             self._on_exited(core)
         self._changed.set()
+        self._changed = anyio.Event()
 
     def _on_exited(self, core: Pointer) -> None:
         """Also when nobody waits any more: until here RAM, file and limit were in use."""
