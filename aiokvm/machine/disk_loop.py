@@ -205,6 +205,8 @@ class LoopData:
         try:
             await self._do(request)
         except OSError as error:
+            # Who keeps the error (a worker thread does) is not to keep guest RAM by it.
+            error.__traceback__ = None
             if error.errno != errno.EOPNOTSUPP:
                 return VIRTIO_BLK_S_IOERR
             # A discard is a hint.
@@ -263,6 +265,7 @@ class LoopData:
             except OSError as error:
                 if not self._pause or error.errno == errno.EOPNOTSUPP:
                     raise
+                error.__traceback__ = None
             await retry.wait()
 
     async def _once(
@@ -277,7 +280,8 @@ class LoopData:
         except Exception as error:
             self._on_bug(error)
             self._on_failed(request.type, offset, length, errno.EIO)
-            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+            error.__traceback__ = None
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _count(self, request: BlkRequest, status: int) -> None:
         stats = self._stats

@@ -227,9 +227,14 @@ class Disks:
         return disk
 
     async def _close(self, disk: VmDisk) -> None:
-        closed = disk.device.close()
-        if closed is not None:
-            await closed
+        """Of a machine that was never made: there is nothing to drain."""
+
+        async def close() -> None:
+            closed = disk.device.close()
+            if closed is not None:
+                await closed
+
+        await self._loop.uncancelled(close)
 
     def retry(self) -> None:
         """The machine runs again: so does what has failed and waits."""

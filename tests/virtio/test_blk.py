@@ -50,7 +50,7 @@ class Data:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def activate(self, host: object, features: int, queues: Sequence[Virtqueue]) -> None:  # noqa: ARG002
+    def activate(self, host: object, features: int, queues: Sequence[Virtqueue]) -> None:
         self.calls.append(("activate", features))
 
     def notified(self, queue: int) -> None:
