@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm import boot, kvm
+from aiokvm import block, boot, kvm
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -22,15 +22,20 @@ from aiokvm.errors import (
     ImageError,
     KvmError,
     LabError,
+    NbdError,
     SerialClosedError,
     StateError,
     TraceError,
+    VirtqueueError,
 )
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
 from aiokvm.machine.device import Device, ErrorPolicy, Placement, RegionMode, Timer
+from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
 from aiokvm.machine.events import (
     DeviceFailed,
+    DeviceNeedsReset,
+    DiskFailed,
     Event,
     Exit,
     Exited,
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
     from aiokvm.machine.limits import Limit, check_limits, host_limits
     from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
     from aiokvm.machine.trace import Trace
+    from aiokvm.machine.virtio_host import VirtioAttachment
+    from aiokvm.virtio.device import VirtioDevice, VirtioQueue, VirtioRequest
 
 __all__ = [
     "VM",
@@ -60,7 +67,12 @@ __all__ = [
     "Device",
     "DeviceError",
     "DeviceFailed",
+    "DeviceNeedsReset",
     "DeviceStats",
+    "Disk",
+    "DiskErrorPolicy",
+    "DiskFailed",
+    "DiskStats",
     "ErrorPolicy",
     "Event",
     "Exit",
@@ -74,6 +86,7 @@ __all__ = [
     "KvmError",
     "LabError",
     "Limit",
+    "NbdError",
     "Paused",
     "Placement",
     "RamRegion",
@@ -88,11 +101,18 @@ __all__ = [
     "TraceError",
     "VcpuState",
     "VcpuStats",
+    "VirtioAttachment",
+    "VirtioDevice",
+    "VirtioQueue",
+    "VirtioRequest",
+    "VirtqueueError",
     "VirtualCpu",
+    "VmDisk",
     "VmState",
     "VmStats",
     "WasReset",
     "Watchdog",
+    "block",
     "boot",
     "check_limits",
     "host_limits",
@@ -110,6 +130,10 @@ _LATER = {
     "VcpuStats": "aiokvm.machine.stats",
     "VmStats": "aiokvm.machine.stats",
     "Trace": "aiokvm.machine.trace",
+    "VirtioAttachment": "aiokvm.machine.virtio_host",
+    "VirtioDevice": "aiokvm.virtio.device",
+    "VirtioQueue": "aiokvm.virtio.device",
+    "VirtioRequest": "aiokvm.virtio.device",
 }
 
 

@@ -25,6 +25,10 @@ class DeviceError(AiokvmError):
     """A device could not be attached, or failed."""
 
 
+class VirtqueueError(DeviceError):
+    """The driver has put into its virtqueue what the specification forbids, or a place that cannot be."""
+
+
 class ImageError(AiokvmError):
     """A kernel or image could not be found, fetched, verified or built."""
 
@@ -55,6 +59,14 @@ class KvmError(AiokvmError, OSError):
 
     def __reduce__(self) -> tuple[type[KvmError], tuple[str, int, str]]:
         return type(self), (self.ioctl, self.errno or 0, self.hint)
+
+
+class NbdError(AiokvmError, OSError):
+    """An NBD server refused an export, cannot be used, or broke the protocol; its connection is closed.
+
+    ``errno`` is EPROTO for what no server may do or this client does not speak, else what the server's
+    refusal means.
+    """
 
 
 class StateError(AiokvmError):

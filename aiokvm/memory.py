@@ -15,6 +15,8 @@ from aiokvm._core import ffi, lib
 from aiokvm.errors import ConfigError, GuestMemoryError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
     from aiokvm._core import Pointer
@@ -46,6 +48,16 @@ class RamRegion:
     size: int
     host_address: int
     bytes: memoryview
+
+
+def core_ranges(regions: Sequence[RamRegion]) -> Pointer:
+    """The ranges as the C core takes them: an array of ``struct aiokvm_ram``, which owns no RAM."""
+    ranges: Pointer = ffi.new("struct aiokvm_ram[]", len(regions))
+    for i, region in enumerate(regions):
+        ranges[i].gpa = region.gpa
+        ranges[i].size = region.size
+        ranges[i].host = ffi.cast("uint8_t *", region.host_address)
+    return ranges
 
 
 class GuestMemory:

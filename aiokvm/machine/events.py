@@ -84,6 +84,32 @@ class DeviceFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceNeedsReset(Event):
+    """A virtio device stands still until its driver resets it: ``reason`` says what is wrong.
+
+    Mostly the driver has put something into a queue that no device can work with. ``device`` is the class.
+    """
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFailed(Event):
+    """The host failed a request of disk ``disk``: ``length`` bytes at ``offset``. ``error`` has the errno.
+
+    ``operation`` is read, write, flush, discard or write_zeroes. ``paused``: the machine is paused for it.
+    """
+
+    disk: str
+    operation: str
+    offset: int
+    length: int
+    error: OSError
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Exited(Event):
     """The machine ended; no event follows."""
 
