@@ -15,7 +15,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from aiokvm import ConfigError, NbdError
 from aiokvm.block import Nbd
-from aiokvm.block import nbd as module
+from aiokvm.block import nbd_client as module
 from aiokvm.proto import nbd as proto
 
 if TYPE_CHECKING:
