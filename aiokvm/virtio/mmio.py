@@ -280,7 +280,10 @@ class VirtioMmio:
         self._draining = False
 
     def close(self) -> None:
-        """The machine is gone, and its memory with it. The device has been reset."""
+        """The machine is gone, and its memory unless that is in use: the device could not be reset then."""
+        if not self._draining:
+            for queue in self.queues:
+                queue.close()
         self.queues = ()
         self._clear()
 

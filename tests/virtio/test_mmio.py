@@ -1,4 +1,4 @@
-"""The registers of virtio-mmio: virtio 1.2, sections 2.1 to 2.5, 3 and 4.2, with friendly and hostile drivers."""
+"""The registers of virtio-mmio: virtio 1.2, sections 2.1 to 2.5, 3 and 4.2, and hostile drivers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class RecordingDevice(VirtioDevice):
     """Two queues, sixteen bytes of configuration space, and all calls in order."""
 
     device_id = 42
-    queue_size_max = (16, 8)
+    queue_size_max: tuple[int, ...] = (16, 8)
     device_features = 1 << 5 | 1 << 50
 
     def __init__(self) -> None:
