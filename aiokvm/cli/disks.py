@@ -47,14 +47,14 @@ def backend(option: DiskOption) -> BlockBackend:
 
 
 def root(options: Sequence[DiskOption], append: str) -> str:
-    """Return the words for the kernel's command line that boot from the first disk, unless ``append`` has them."""
+    """Return what has the kernel boot from the first disk; nothing if ``append`` names a root itself."""
     if not options or any(word.startswith("root=") for word in append.split()):
         return ""
     return f"root=/dev/vda {'ro' if options[0].readonly else 'rw'}"
 
 
 def built(options: Sequence[DiskOption]) -> DebianDisk | None:
-    """Return the first disk with the kernel and the initramfs that were built with it, if they are beside it."""
+    """Return the first disk if the kernel and the initramfs that were built with it are beside it."""
     if not options or options[0].format != "raw":
         return None
     from aiokvm import images
@@ -64,7 +64,7 @@ def built(options: Sequence[DiskOption]) -> DebianDisk | None:
 
 
 def lab_directories(options: Sequence[DiskOption]) -> tuple[Path, ...]:
-    """Return the directories that a machine in the lab writes to. Raises ConfigError for what is not in there."""
+    """Return the directories that the lab has to write to. Raises ConfigError for what is out of its reach."""
     for option in options:
         if option.format == "nbd":
             raise ConfigError(f"the lab has no network: {option.path} cannot be reached from there")

@@ -17,13 +17,13 @@ from anyio import to_thread
 
 import aiokvm
 from aiokvm import VM, AiokvmError, ConfigError, Exit, ExitReason, SerialClosedError
-from aiokvm.block import DiskOption
 from aiokvm.cli import common, disks
 from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal, takes_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from aiokvm.block import DiskOption
     from aiokvm.cli.common import Interrupts
     from aiokvm.cli.console import File
     from aiokvm.images import Image
@@ -136,7 +136,7 @@ Exit status:
     metavar="PATH[,ro][,format=F]",
     type=disks.parse,
     multiple=True,
-    help="A virtio disk, raw unless its name or F says qcow2, vmdk, vdi or vhdx; or an NBD URI. May be repeated.",
+    help="A virtio disk: raw, or as its name or F says (qcow2, vmdk, vdi, vhdx); or an NBD URI. Repeat it.",
 )
 @click.option("--append", metavar="S", default="", help=f'What follows "{CMDLINE}" on the command line.')
 @click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
@@ -175,9 +175,9 @@ def run(ctx: click.Context, /, **given: object) -> None:
 
     With no kernel named, Debian's cloud kernel and a busybox initramfs: fetched once, then cached. See
     `aiokvm images list` for the others. With a disk, the kernel and initramfs that were built with it, if it
-    was by `aiokvm images build`, and the system on the first disk, unless there is root= in --append or a
-    command, which has the disks as /dev/vda and so on. With a command, the guest runs it instead of a shell, its output is
-    all that goes to standard output, and its exit status is aiokvm's.
+    was by `aiokvm images build`, and the system on the first disk, unless --append has another root=. With a
+    command, the guest runs it instead of a shell or that system, its output is all that goes to standard
+    output, and its exit status is aiokvm's.
 
     On a terminal every key goes to the guest; Ctrl-] kills the machine and leaves. Other input is passed on
     as it comes; its end does not end the machine. SIGTERM, SIGINT and SIGHUP press the power button, 5

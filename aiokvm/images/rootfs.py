@@ -55,8 +55,8 @@ _FILES = {
     "etc/systemd/system/serial-getty@.service": _GETTY,
     "usr/local/sbin/aiokvm-getty": _LOGIN,
 }
-# What waits for hardware that is not there, would write to the disk unasked, needs udev or D-Bus, or mounts what
-# few need: each costs a slow machine a tenth of a second or more.
+# What waits for hardware that is not there, writes to the disk unasked, needs udev or D-Bus, or mounts what
+# few need. Each costs a slow machine a tenth of a second or more.
 _MASKED = (
     *("dpkg-db-backup.timer", "fstrim.timer", "systemd-tmpfiles-clean.timer"),
     *("getty-static.service", "getty@tty1.service", "systemd-logind.service"),

@@ -4,7 +4,6 @@ import hashlib
 import random
 import re
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +13,7 @@ from tests.linux.conftest import BOOT_S, COMMAND_S, SHELL, Guest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.linux, pytest.mark.anyio]
 
