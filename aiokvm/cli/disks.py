@@ -64,7 +64,7 @@ def built(options: Sequence[DiskOption]) -> DebianDisk | None:
 
 
 def lab_directories(options: Sequence[DiskOption]) -> tuple[Path, ...]:
-    """Return the directories that the lab has to write to. Raises ConfigError for what is out of its reach."""
+    """Return the directories that the lab has to write to. ConfigError for what is out of reach."""
     for option in options:
         if option.format == "nbd":
             raise ConfigError(f"the lab has no network: {option.path} cannot be reached from there")
