@@ -54,6 +54,8 @@ _FILES = {
     "etc/systemd/journald.conf.d/aiokvm.conf": "[Journal]\nStorage=volatile\n",
     "etc/systemd/system/serial-getty@.service": _GETTY,
     "usr/local/sbin/aiokvm-getty": _LOGIN,
+    # A prompt that is only what it says, for those who wait for it.
+    "root/.inputrc": "set enable-bracketed-paste off\n",
 }
 # What waits for hardware that is not there, writes to the disk unasked, needs udev or D-Bus, or mounts what
 # few need. Each costs a slow machine a tenth of a second or more.
