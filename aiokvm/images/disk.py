@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 KERNEL = "linux-image-cloud-amd64"
 MIN_SIZE_BYTES = 64 << 20
+RANGES = (Path("/etc/subuid"), Path("/etc/subgid"))
 _ALIGNMENT = 4096  # ext4's block
 
 # mmdebstrap's messages, and what they begin.
@@ -165,7 +166,7 @@ def check_host() -> Literal["root", "unshare"]:
     if os.geteuid() == 0:
         return "root"
     user = getpass.getuser()
-    if not all(_has_range(Path(file), user, os.geteuid()) for file in ("/etc/subuid", "/etc/subgid")):
+    if not all(_has_range(file, user, os.geteuid()) for file in RANGES):
         raise ImageError(
             f"{user} has no range of user ids for the owners of Debian's files: build as root, "
             f"or let root run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"

@@ -117,6 +117,8 @@ def hooks(overlay: str, release: str) -> list[str]:
     return [
         f"tar-in {overlay} /",
         f'chroot "$1" depmod {release}',
+        # Whose they are depends on who builds.
+        'rm -rf "$1"/var/cache/apt/archives "$1"/var/lib/apt/lists',
         r'sed -i "s/^root:[^:]*:/root::/" "$1/etc/shadow"',
     ]
 
