@@ -42,7 +42,7 @@ exec tar -C "$TMPDIR/root" -cf "$target" .
 
 @pytest.fixture
 def home(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What builds need. mmdebstrap writes its arguments to the file ``arguments``, and fails if ``fail`` is."""
+    """What builds need. mmdebstrap leaves its arguments in ``arguments``, and fails if there is ``fail``."""
     if os.geteuid():
         pytest.skip("ordinary users build in a namespace, which the script of this test has not")
     if shutil.which("mke2fs") is None:
