@@ -381,6 +381,7 @@ async def test_an_image_that_is_truncated_under_us(engine: str, image: Path) -> 
         event = await failure(r.events)
         assert (event.disk, event.operation, event.paused) == ("test/disk0", "read", False)
         assert event.error.errno == errno.EIO
+        assert (await failure(r.events)).operation == "write"
         assert r.disk.failures == 2
 
 
