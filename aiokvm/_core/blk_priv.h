@@ -18,9 +18,9 @@
 #endif
 
 /* What one operation moves at most: a request of gigabytes holds up neither a stop nor the others. */
-#define BLK_PIECE_BYTES (4u << 20)
+#define BLK_PIECE_BYTES (4 << 20)
 /* The same where memory is copied: with every request of every queue in flight, 16 MiB a queue of 256. */
-#define BLK_BOUNCE_BYTES (64u << 10)
+#define BLK_BOUNCE_BYTES (64 << 10)
 #define BLK_IOV_MAX 1024 /* the kernel's UIO_MAXIOV */
 #define BLK_EVENTS 64
 /* EAGAIN or EINTR so often in a row is an error. */

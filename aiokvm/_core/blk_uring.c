@@ -26,14 +26,11 @@ struct blk_engine *blk_uring_new(struct aiokvm_blk *blk, int *error)
 #define COMPLETIONS 1024
 /* The control eventfd and each queue's. */
 #define WATCHED_MAX (AIOKVM_BLK_QUEUES * 2)
-/* With IOSQE_FIXED_FILE: the image. */
-#define IMAGE 0
 
 struct uring {
     struct blk_engine engine;
     struct io_uring ring;
     bool disabled; /* made so, to belong to the thread that enables it */
-    bool fixed;
     int watched[WATCHED_MAX];
     uint32_t watched_count;
 };
@@ -58,7 +55,7 @@ static int begin(struct blk_engine *engine)
     if (uring->disabled &&
         syscall(SYS_io_uring_register, uring->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) < 0)
         return -errno;
-    uring->fixed = io_uring_register_files(&uring->ring, &engine->blk->config.fd, 1) == 0;
+    /* The image is not registered: a ring ends after its process, and would hold the image's lock till then. */
     return 0;
 }
 
@@ -85,7 +82,7 @@ static void submit(struct blk_engine *engine, struct blk_op *op)
 {
     struct uring *uring = uring_of(engine);
     struct io_uring_sqe *sqe = get_sqe(uring);
-    int fd = uring->fixed ? IMAGE : engine->blk->config.fd;
+    int fd = engine->blk->config.fd;
     switch (op->kind) {
     case BLK_OP_READ:
         if (op->count == 1)
@@ -107,8 +104,6 @@ static void submit(struct blk_engine *engine, struct blk_op *op)
     default:
         io_uring_prep_fallocate(sqe, fd, op->mode, (off_t)op->offset, (off_t)op->length);
     }
-    if (uring->fixed)
-        sqe->flags |= IOSQE_FIXED_FILE;
     io_uring_sqe_set_data(sqe, op);
 }
 

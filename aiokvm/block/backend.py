@@ -24,26 +24,26 @@ class BlockBackend(ABC):
     `block_size`, `readonly` and `discard_granularity_bytes` are right once `open` has returned, and do not
     change until `close`. A backend belongs to one machine, or to one `Overlay`, at a time.
 
-    *Requests.* 0 <= offset, 0 < length, offset + length <= size_bytes, and both are multiples of block_size:
+    Requests. 0 <= offset, 0 < length, offset + length <= size_bytes, and both are multiples of block_size:
     who calls has checked that, and a backend may rely on it. No request is longer than 4 MiB, apart from
     discard and write_zeroes. A backend that is readonly gets no write, discard or write_zeroes.
 
-    *Concurrency.* Any number of requests run at once, each in a task of its own; a disk's queue holds a few
+    Concurrency. Any number of requests run at once, each in a task of its own; a disk's queue holds a few
     hundred. A backend orders them as it likes. What overlaps while it is in flight may take effect in either
     order, and a read sees either, block by block. A request that begins after another has returned sees all
     that the other did.
 
-    *Durability.* When `flush` returns, all writes, discards and write_zeroes that had returned before it was
+    Durability. When `flush` returns, all writes, discards and write_zeroes that had returned before it was
     called survive a crash of the process and of the host. Nothing else does, in any order. A flush that fails
     may have lost those writes: if so, every later flush has to fail as well, for a guest that tries again
     would believe them safe.
 
-    *Errors* are OSError with an errno. The guest's request ends with an I/O error, whatever the errno, or its
+    Errors are OSError with an errno. The guest's request ends with an I/O error, whatever the errno, or its
     machine is paused if the disk is configured so. EOPNOTSUPP means that there is no such request here. Any
     other exception is a bug of the backend: it is logged with its traceback, and counts as EIO. After a
     failed write each of its blocks holds the old or the new data.
 
-    *Cancellation.* A request that is cancelled may take effect or not, wholly or in part; it raises the
+    Cancellation. A request that is cancelled may take effect or not, wholly or in part; it raises the
     cancellation only when it does not touch the caller's memory any more. No request waits without a bound.
     """
 

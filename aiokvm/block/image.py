@@ -41,7 +41,7 @@ _LAUNCH = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 class Image(NbdClient):
     """A disk image in qcow2, VMDK, VDI or VHDX, found by how the file begins.
 
-    A qemu-nbd of its own serves it, on a Unix socket in a temporary directory; it ends with `close`, or by
+    A qemu-nbd of its own serves it, on a Unix socket in a temporary directory; it ends with ``close``, or by
     itself when this process does. If it ends before, it is started again, and what no flush had covered is
     written again, as `Nbd` does. It is told the format and never looks for one. ``format`` says which one it
     has to be. A raw image is never guessed: that is ``block.Raw``, by declaration.
@@ -50,8 +50,8 @@ class Image(NbdClient):
     backing files of qcow2: each a regular file on this host, named with its format in the image. Anything
     else that names files is refused: a VMDK of several files or with a parent, a qcow2 with external data.
 
-    `open` raises ImageError for what is no such image, is damaged or not allowed, and if qemu-nbd is missing;
-    OSError if the file cannot be read.
+    ``open`` raises ImageError for what is no such image, is damaged or not allowed, and if qemu-nbd is
+    missing; OSError if the file cannot be read.
     """
 
     def __init__(

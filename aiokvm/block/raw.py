@@ -103,7 +103,7 @@ class Raw(BlockBackend):
                 await self._quiet.wait()
             fd, self.fd = self.fd, -1
             if fd >= 0:
-                await to_thread.run_sync(os.close, fd)
+                await to_thread.run_sync(self._close, fd)
 
     async def read(self, offset: int, length: int) -> Data:
         self.check(offset, length)
@@ -181,6 +181,12 @@ class Raw(BlockBackend):
         self.fd = fd
         self._flush_failed = False
 
+    def _close(self, fd: int) -> None:
+        if self._lock:
+            # By closing alone it would last as long as anything has the file: a child of fork, a ring's end.
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK))
+        os.close(fd)
+
     def _look(self, fd: int) -> None:
         info = os.fstat(fd)
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
@@ -220,7 +226,7 @@ class Raw(BlockBackend):
     def _take_lock(self, fd: int) -> None:
         kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 how = "writes" if self.readonly else "uses"
@@ -276,6 +282,11 @@ class Raw(BlockBackend):
         code = lib.aiokvm_fallocate(self.fd, mode | _FALLOC_FL_KEEP_SIZE, offset, length)
         if code:
             raise OSError(-code, os.strerror(-code), self.path)
+
+
+def _flock(kind: int) -> bytes:
+    """A struct flock for the whole file."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
 
 
 def _int_ioctl(fd: int, request: int) -> int:

@@ -184,6 +184,7 @@ class LoopData:
         finally:
             self._tasks.pop(request, None)
             self._running.discard(request)
+            request.release()
             self._pump_waiting()
 
     def _pump_waiting(self) -> None:

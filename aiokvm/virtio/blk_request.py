@@ -66,7 +66,7 @@ class BlkRequest:
         length: int = 0,
         ranges: tuple[BlkRange, ...] = (),
     ) -> None:
-        self._chain = chain
+        self._chain: Chain | None = chain
         self.queue = queue
         self.type = type_
         self.offset = offset
@@ -76,7 +76,7 @@ class BlkRequest:
     @property
     def void(self) -> bool:
         """Whether nobody waits for it any more."""
-        return self._chain.void
+        return self._chain is None or self._chain.void
 
     @property
     def cost_bytes(self) -> int:
@@ -92,16 +92,23 @@ class BlkRequest:
 
     def read(self, n: int) -> memoryview:
         """A copy of the next ``n`` bytes to be written to the disk."""
-        return memoryview(self._chain.read(n))
+        return memoryview(self._chain.read(n) if self._chain else b"")
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes that were read from the disk."""
-        self._chain.write(data)
+        if self._chain:
+            self._chain.write(data)
 
     def complete(self, status: int) -> None:
         """Push it, with VIRTIO_BLK_S_*."""
-        if not self._chain.void:
-            _complete(self._chain, status)
+        chain = self._chain
+        self.release()
+        if chain and not chain.void:
+            _complete(chain, status)
+
+    def release(self) -> None:
+        """It needs guest memory no more, and keeps none from being freed."""
+        self._chain = None
 
 
 def _complete(chain: Chain, status: int) -> None:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -196,3 +198,29 @@ async def test_what_a_chain_may_not_have(
         (tmp_path / "disk.qcow2").write_bytes(data)
     with pytest.raises(ImageError, match=message):
         await Image(tmp_path / "disk.qcow2", backing=True).open()
+
+
+def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    program = (
+        "import sys, anyio\n"
+        "from aiokvm.block import Image\n"
+        "async def main():\n"
+        "    async with Image(sys.argv[1]) as disk:\n"
+        "        print(disk._process.pid, disk._directory, flush=True)\n"
+        "        await anyio.sleep_forever()\n"
+        "anyio.run(main)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid, directory = process.stdout.readline().split()
+        server = os.pidfd_open(int(pid))
+        process.kill()
+    try:
+        assert select.select([server], [], [], 30)[0], "qemu-nbd still runs"
+    finally:
+        os.close(server)
+        shutil.rmtree(directory)

@@ -268,6 +268,43 @@ async def test_commit_goes_on_beside_writes_and_empties_the_overlay(
         assert overlay._bitmap.next(0) is None
 
 
+async def test_the_base_is_flushed_before_the_file_forgets_what_it_has(
+    memory_disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[tuple[str, int, bytes]] = []
+    monkeypatch.setattr(Recorder, "log", log, raising=False)
+    monkeypatch.setattr(module, "File", Recorder)
+    base = memory_disk(BASE)
+    flush = base.flush
+
+    async def recorded_flush() -> None:
+        await flush()
+        log.append(("base", 0, b""))
+
+    monkeypatch.setattr(base, "flush", recorded_flush)
+    async with Overlay(base, tmp_path / "overlay", cluster_bytes=CLUSTER) as overlay:
+        await overlay.write(0, memoryview(pattern(1, CLUSTER)))
+        await overlay.flush()
+        log.clear()
+        await overlay.commit()
+    # The base, the data, the bitmap, and only then the space is given back.
+    assert [what for what, _, _ in log] == ["base", "sync", "write", "sync", "write"]
+
+
+async def test_dropped_changes_are_forgotten_by_an_empty_bitmap_that_is_safe_first(
+    memory_disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[tuple[str, int, bytes]] = []
+    monkeypatch.setattr(Recorder, "log", log, raising=False)
+    monkeypatch.setattr(module, "File", Recorder)
+    async with Overlay(memory_disk(BASE), tmp_path / "overlay", cluster_bytes=CLUSTER) as overlay:
+        await overlay.discard_changes()
+    data = proto.Layout(SIZE, CLUSTER).data_offset
+    assert [(what, offset) for what, offset, _ in log] == [
+        *(("write", 8192), ("sync", 0), ("write", 0), ("sync", 0), ("write", data))
+    ]
+
+
 async def test_a_base_that_cannot_be_written_takes_no_commit(memory_disk: Any, raises_errno: Any) -> None:
     base = memory_disk(BASE)
     async with Overlay(base) as overlay:
