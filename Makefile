@@ -47,6 +47,7 @@ core-tests: .venv/ready
 
 test: build/installed lint core-tests
 	$(BIN)/aiokvm images pull $(IMAGES)
+	$(BIN)/aiokvm images build debian
 	$(BIN)/pytest -m "not linux"
 	$(BIN)/python tools/linux-tests
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm import boot, kvm
+from aiokvm import block, boot, kvm
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -22,6 +22,7 @@ from aiokvm.errors import (
     ImageError,
     KvmError,
     LabError,
+    NbdError,
     SerialClosedError,
     StateError,
     TraceError,
@@ -30,9 +31,11 @@ from aiokvm.errors import (
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
 from aiokvm.machine.device import Device, ErrorPolicy, Placement, RegionMode, Timer
+from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
 from aiokvm.machine.events import (
     DeviceFailed,
     DeviceNeedsReset,
+    DiskFailed,
     Event,
     Exit,
     Exited,
@@ -66,6 +69,10 @@ __all__ = [
     "DeviceFailed",
     "DeviceNeedsReset",
     "DeviceStats",
+    "Disk",
+    "DiskErrorPolicy",
+    "DiskFailed",
+    "DiskStats",
     "ErrorPolicy",
     "Event",
     "Exit",
@@ -79,6 +86,7 @@ __all__ = [
     "KvmError",
     "LabError",
     "Limit",
+    "NbdError",
     "Paused",
     "Placement",
     "RamRegion",
@@ -99,10 +107,12 @@ __all__ = [
     "VirtioRequest",
     "VirtqueueError",
     "VirtualCpu",
+    "VmDisk",
     "VmState",
     "VmStats",
     "WasReset",
     "Watchdog",
+    "block",
     "boot",
     "check_limits",
     "host_limits",

@@ -61,6 +61,14 @@ class KvmError(AiokvmError, OSError):
         return type(self), (self.ioctl, self.errno or 0, self.hint)
 
 
+class NbdError(AiokvmError, OSError):
+    """An NBD server refused an export, cannot be used, or broke the protocol; its connection is closed.
+
+    ``errno`` is EPROTO for what no server may do or this client does not speak, else what the server's
+    refusal means.
+    """
+
+
 class StateError(AiokvmError):
     """The operation does not fit the machine's present state; the state is unchanged."""
 

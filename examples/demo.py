@@ -1,12 +1,17 @@
-"""Check this machine, boot Debian's kernel with two vCPUs, run a few commands in it and turn it off.
+"""Check this machine, boot Debian from a disk with two vCPUs, run a few commands in it and turn it off.
+
+What the guest reads from a second disk is what the host wrote there: a checksum shows it.
 
 Where ring 0 has no hardware the machine runs in the lab, which is slower and otherwise the same.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +21,21 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from aiokvm import VM, AiokvmError, ExitReason, boot, images, kvm, lab
+from aiokvm import VM, AiokvmError, ExitReason, block, boot, images, kvm, lab
 from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-COMMANDS = ("uname -a", "nproc", "grep MemTotal /proc/meminfo", "cat /proc/cmdline", "uptime")
-PROMPT = b"/root # "
-TIMEOUT_SECONDS = 120
+COMMANDS = (
+    *("uname -a", "head -n 1 /etc/os-release", "nproc", "grep MemTotal /proc/meminfo"),
+    *("cat /proc/cmdline", "cat /proc/uptime", "df -h /"),
+)
+CHECKSUM = "sha256sum /dev/vdb"
+CMDLINE = "console=ttyS0 panic=-1 root=/dev/vda rw aiokvm.autologin"
+DATA_BYTES = 16 << 20
+PROMPT = b"root@debian:~# "
+TIMEOUT_SECONDS = 240
 HERE = "--here"
 
 console = Console(highlight=False)
@@ -39,27 +50,32 @@ def step(what: str) -> Iterator[None]:
     steps.append((what, time.perf_counter() - begin))
 
 
-async def show_until_prompt(vm: VM) -> None:
-    """Copy the guest's console to ours until its shell waits for a command."""
+async def show_until_prompt(vm: VM) -> bytes:
+    """Copy the guest's console to ours until its shell waits for a command; return the end of it."""
     seen = b""
     with anyio.move_on_after(TIMEOUT_SECONDS):
         while PROMPT not in seen:
             text = await vm.serial.read()
             if not text:
                 raise SystemExit(f"the machine ended before its shell: {vm.exit}")
-            # The shell asks the terminal where its cursor is; ours would answer into nothing.
-            console.file.write(text.replace(b"\r", b"").replace(b"\x1b[6n", b"").decode(errors="replace"))
+            console.file.write(text.replace(b"\r", b"").decode(errors="replace"))
             console.file.flush()
             seen = (seen + text)[-4096:]
     if PROMPT not in seen:
         raise SystemExit(f"no prompt of the guest's shell within {TIMEOUT_SECONDS} s")
+    return seen
 
 
-async def boot_and_show() -> None:
-    """Boot, show the console, run the commands, power off."""
-    linux = boot.Linux(await images.pull("cloud"), await images.pull("initramfs"), "console=ttyS0 panic=-1")
+async def boot_and_show(data: bytes, path: str) -> None:
+    """Boot, show the console, run the commands, power off; ``data`` is what the file at ``path`` holds."""
+    debian = images.find_debian() or await images.build_debian()
+    # The image stays as it is: what the guest writes is kept in memory.
+    root = block.Overlay(block.Raw(debian.disk, readonly=True), None)
+    linux = boot.Linux(debian.kernel, debian.initrd, CMDLINE)
     with step("create the machine"):
-        vm = await VM.create(boot=linux, cpus=2, memory="512M", name="demo")
+        vm = await VM.create(
+            boot=linux, cpus=2, memory="512M", name="demo", disks=[root, block.Raw(path, readonly=True)]
+        )
     async with vm:
         with step("boot to a shell"):
             await vm.start()
@@ -68,11 +84,18 @@ async def boot_and_show() -> None:
             with step(command):
                 await vm.serial.send(command.encode() + b"\n")
                 await show_until_prompt(vm)
+        with step(CHECKSUM):
+            await vm.serial.send(CHECKSUM.encode() + b"\n")
+            output = await show_until_prompt(vm)
         with step("power button to power off"):
             end = await vm.stop(timeout=TIMEOUT_SECONDS)
     console.print(f"\n[bold]the machine ended: {end.reason.value}[/bold]")
     if end.reason is not ExitReason.SHUTDOWN:
         raise SystemExit("the guest did not turn itself off")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest.encode() not in output:
+        raise SystemExit(f"the guest's checksum of the second disk is not the host's, {digest}")
+    console.print(f"[bold]the guest's checksum is the host's: {digest}[/bold]")
 
 
 async def in_the_lab() -> int:
@@ -98,15 +121,17 @@ def main() -> None:
     """Run the demo, here or in the lab, and print how long each step took."""
     if HERE not in sys.argv:
         subprocess.run([Path(sys.executable).with_name("aiokvm"), "doctor"], check=False)
-        console.print("\nfetching Debian's cloud kernel and an initramfs (cached from the first time on)")
-        subprocess.run(
-            [Path(sys.executable).with_name("aiokvm"), "images", "pull", "cloud", "initramfs"], check=True
-        )
+        console.print("\nbuilding a Debian disk of Debian's packages (cached from the first time on)")
+        subprocess.run([Path(sys.executable).with_name("aiokvm"), "images", "build", "debian"], check=True)
         if not ring0_has_hardware():
             console.print("ring 0 has no hardware here: the machine runs in the lab\n")
             raise SystemExit(anyio.run(in_the_lab))
     try:
-        anyio.run(boot_and_show)
+        with tempfile.NamedTemporaryFile() as file:
+            data = os.urandom(DATA_BYTES)
+            file.write(data)
+            file.flush()
+            anyio.run(boot_and_show, data, file.name)
     except AiokvmError as error:
         raise SystemExit(f"demo: {error}") from error
     table = Table("step", "seconds")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import re
 import runpy
 import subprocess
@@ -21,6 +23,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
     "device_http": r"the guest read 21500 from its register at 0xd0000000\n",
     "on_trio": r"the guest read 21500 from its register at 0xd0000000\n",
+    "http_disk": r"a disk of 1048576 bytes\nfetched bytes=0-262143\nfetched bytes=524288-786431\n",
     "asgi_service": r"(hello from a guest\n){3}",
     # Which flags an instruction leaves is not the point.
     "debugger": (
@@ -150,3 +153,29 @@ async def test_the_service_ends_the_machine_of_a_client_that_disconnects(
     # The guest prints without end, and so did the response.
     assert all(message["more_body"] for message in seen[1:])
     assert vcpu_threads() == before
+
+
+@pytest.mark.anyio
+async def test_the_http_disk_fetches_each_piece_once_and_no_piece_of_another_file(tmp_path: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "http_disk.py"))
+    content, ranges = bytearray(random.Random(1).randbytes(1 << 20)), list[str]()
+    read: dict[int, bytes] = {}
+    with anyio.fail_after(LIMIT_S), example["serving"](content, ranges) as url:
+
+        async def take(offset: int) -> None:
+            read[offset] = await disk.read(offset, 65536)
+
+        async with example["HttpDisk"](url, tmp_path / "cache") as disk:
+            async with anyio.create_task_group() as tasks:
+                for offset in range(0, 1 << 19, 65536):
+                    tasks.start_soon(take, offset)
+            assert b"".join(read[offset] for offset in sorted(read)) == content[: 1 << 19]
+            assert sorted(ranges) == ["bytes=0-262143", "bytes=262144-524287"]
+            before = bytes(content[:512])
+            content[0] ^= 1  # another file is there now
+            assert await disk.read(0, 512) == before
+            with pytest.raises(OSError, match="status 206") as caught:
+                await disk.read(1 << 19, 512)
+            assert caught.value.errno == errno.EIO
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        await example["HttpDisk"]("http://127.0.0.1:1/", tmp_path / "cache").open()

@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "boot": {"errors"},
     "proto": {"errors"},
     "virtio": {"_core", "errors", "hw", "memory"},
-    "machine": {"_core", "aio", "boot", "errors", "hw", "kvm", "memory", "proto", "virtio"},
+    "block": {"_core", "aio", "errors", "proto"},
+    "machine": {"_core", "aio", "block", "boot", "errors", "hw", "kvm", "memory", "proto", "virtio"},
     "images": {"boot", "errors", "proto"},
     "lab": {"errors", "images", "proto"},
-    "cli": {"", "boot", "errors", "images", "kvm", "lab", "proto"},
+    "cli": {"", "block", "boot", "errors", "images", "kvm", "lab", "proto"},
     "__main__": {"cli"},
     "metrics": {""},
-    "": {"aio", "boot", "errors", "kvm", "machine", "memory", "virtio"},
+    "": {"aio", "block", "boot", "errors", "kvm", "machine", "memory", "virtio"},
 }
 # Register models and parsers: a test drives them with no loop, no clock and no kernel.
 MODELS = {"hw", "boot", "proto", "virtio"}

@@ -1,5 +1,9 @@
 /* The only C surface that Python sees; _core.pyi gives it types. Read by cffi, not by the C compiler. */
 
+/* ---- file.h ---- */
+
+int aiokvm_punch_hole(int fd, uint64_t offset, uint64_t length);
+
 /* ---- exits.h: a machine: the table of its buses, and the news of its vCPUs ---- */
 
 #define AIOKVM_BUS_PIO ...
@@ -155,6 +159,85 @@ int aiokvm_vring_enable_notify(struct aiokvm_vring *vring);
 void aiokvm_vring_disable_notify(struct aiokvm_vring *vring);
 int aiokvm_vring_error(const struct aiokvm_vring *vring);
 const char *aiokvm_vring_strerror(int error);
+
+/* ---- blk.h: disks; ratelimit.h ---- */
+
+struct aiokvm_ratelimit *aiokvm_ratelimit_new(uint64_t bytes_per_second, uint64_t burst_bytes,
+                                              uint64_t operations_per_second, uint64_t burst_operations);
+void aiokvm_ratelimit_free(struct aiokvm_ratelimit *limit);
+uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes);
+
+#define AIOKVM_BLK_AUTO ...
+#define AIOKVM_BLK_IO_URING ...
+#define AIOKVM_BLK_THREADS ...
+#define AIOKVM_BLK_IDLE ...
+#define AIOKVM_BLK_RUNNING ...
+#define AIOKVM_BLK_EXITED ...
+#define AIOKVM_BLK_FAILED ...
+#define AIOKVM_BLK_BROKEN ...
+#define AIOKVM_BLK_EHEADER ...
+#define AIOKVM_BLK_ESTATUS ...
+
+struct aiokvm_blk_config {
+    int fd;
+    uint32_t engine;
+    uint32_t threads;
+    uint32_t readonly;
+    uint32_t discard;
+    uint32_t pause;
+    uint32_t align;
+    uint64_t capacity_sectors;
+    struct aiokvm_ratelimit *limit;
+    const char *name;
+    const char *id;
+    ...;
+};
+
+struct aiokvm_blk_event {
+    uint32_t kind;
+    uint32_t queue;
+    int32_t error;
+    uint32_t type;
+    uint64_t offset;
+    uint64_t length;
+    uint64_t missed;
+    ...;
+};
+
+struct aiokvm_blk_stats {
+    uint64_t reads;
+    uint64_t writes;
+    uint64_t flushes;
+    uint64_t discards;
+    uint64_t read_bytes;
+    uint64_t written_bytes;
+    uint64_t errors;
+    uint64_t throttled;
+    uint64_t batches;
+    uint64_t interrupts;
+    uint64_t in_flight;
+    ...;
+};
+
+struct aiokvm_blk *aiokvm_blk_new(const struct aiokvm_blk_config *config, int *error);
+void aiokvm_blk_free(struct aiokvm_blk *blk);
+uint32_t aiokvm_blk_engine(const struct aiokvm_blk *blk, int *refused);
+int aiokvm_blk_fd(const struct aiokvm_blk *blk);
+uint32_t aiokvm_blk_state(const struct aiokvm_blk *blk);
+int aiokvm_blk_tid(const struct aiokvm_blk *blk);
+int aiokvm_blk_take(struct aiokvm_blk *blk, struct aiokvm_blk_event *event);
+void aiokvm_blk_stats(const struct aiokvm_blk *blk, struct aiokvm_blk_stats *stats);
+int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick,
+                         const struct aiokvm_notifier *notifier);
+int aiokvm_blk_set_features(struct aiokvm_blk *blk, uint64_t features);
+int aiokvm_blk_run(struct aiokvm_blk *blk);
+int aiokvm_blk_stop(struct aiokvm_blk *blk, int32_t queue);
+int aiokvm_blk_exit(struct aiokvm_blk *blk);
+int aiokvm_blk_join(struct aiokvm_blk *blk);
+int aiokvm_blk_retry(struct aiokvm_blk *blk);
+void aiokvm_blk_set_capacity(struct aiokvm_blk *blk, uint64_t sectors);
+void aiokvm_blk_set_writeback(struct aiokvm_blk *blk, int writeback);
+int aiokvm_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 
 /* ---- ioctl, with a failure as the negative errno ---- */
 

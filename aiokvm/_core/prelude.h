@@ -1,9 +1,12 @@
 /* Pasted by cffi before the code that it generates for cdef.h. */
+#include "blk.h"
 #include "exits.h"
+#include "file.h"
 #include "ioctl.h"
 #include "kvm_compat.h"
 #include "memory.h"
 #include "notify.h"
+#include "ratelimit.h"
 #include "turn.h"
 #include "vcpu.h"
 #include "vring.h"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aiokvm import lab
+from aiokvm.cli import disks
 from aiokvm.cli.progress import Fetching
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class InLab:
             console.open()
             config = lab.LabConfig(
                 memory_bytes=self._options.memory + _EXTRA_MEMORY_BYTES,
-                writable=(folder,),
+                writable=(folder, *disks.lab_directories(self._options.disks)),
                 env={key: value for key, value in os.environ.items() if key == "PYTHONPATH"},
             )
             try:
@@ -80,6 +81,8 @@ class InLab:
         argv = [sys.executable, "-P", "-m", "aiokvm", "run", "--lab", "never", "--json"]
         argv += ["--kernel", str(self._kernel), "--append", options.append]
         argv += ["--cpus", str(options.cpus), "--memory", str(options.memory), "--name", options.name]
+        for disk in options.disks:
+            argv += ["--disk", disks.text(disk)]
         if self._initrd is not None:
             argv += ["--initrd", str(self._initrd)]
         if options.timeout is not None:

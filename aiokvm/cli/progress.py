@@ -21,6 +21,7 @@ _STAGES = {
     "index": "asking Debian for its package list",
     "download": "downloading",
     "unpack": "unpacking",
+    "install": "installing packages",
     "build": "building",
 }
 

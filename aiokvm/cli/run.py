@@ -17,12 +17,13 @@ from anyio import to_thread
 
 import aiokvm
 from aiokvm import VM, AiokvmError, ConfigError, Exit, ExitReason, SerialClosedError
-from aiokvm.cli import common
+from aiokvm.cli import common, disks
 from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal, takes_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from aiokvm.block import DiskOption
     from aiokvm.cli.common import Interrupts
     from aiokvm.cli.console import File
     from aiokvm.images import Image
@@ -59,11 +60,12 @@ class Options:
     log: Path | None
     trace: Path | None
     command: tuple[str, ...]
+    disks: tuple[DiskOption, ...] = ()
 
     @property
     def cmdline(self) -> str:
         """The kernel's command line."""
-        return f"{CMDLINE} {self.append}".rstrip()
+        return " ".join(filter(None, (CMDLINE, disks.root(self.disks, self.append), self.append)))
 
 
 @dataclass
@@ -108,6 +110,7 @@ aiokvm run                                  a shell; poweroff -f ends it
 aiokvm run -c 2 -m 1G -- nproc              one command
 aiokvm run --kernel ./bzImage --initrd initramfs -- dmesg
 aiokvm run --kernel ./bzImage --initrd ./rootfs.cpio --append "root=/dev/ram0"
+aiokvm run --disk debian.img                boot from a disk: aiokvm images build debian
 aiokvm run --json --timeout 30 -- sh -c 'exit 3' 2>/dev/null
 
 \b
@@ -127,6 +130,14 @@ Exit status:
 @click.command(context_settings={"allow_interspersed_args": False}, epilog=_EPILOG)
 @click.option("--kernel", metavar="K", help=f"A bzImage or vmlinux, or the name of an image.  [{KERNEL}]")
 @click.option("--initrd", metavar="I", help="An initramfs, or the name of an image.  [the kernel's own]")
+@click.option(
+    "--disk",
+    "disks",
+    metavar="PATH[,ro][,format=F]",
+    type=disks.parse,
+    multiple=True,
+    help="A virtio disk: raw, or as its name or F says (qcow2, vmdk, vdi, vhdx); or an NBD URI. Repeat it.",
+)
 @click.option("--append", metavar="S", default="", help=f'What follows "{CMDLINE}" on the command line.')
 @click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
 @click.option("-m", "--memory", type=common.size, default="512M", show_default=True, help="RAM.")
@@ -163,8 +174,10 @@ def run(ctx: click.Context, /, **given: object) -> None:
     """Boot Linux on this terminal.
 
     With no kernel named, Debian's cloud kernel and a busybox initramfs: fetched once, then cached. See
-    `aiokvm images list` for the others. With a command, the guest runs it instead of a shell, its output is
-    all that goes to standard output, and its exit status is aiokvm's.
+    `aiokvm images list` for the others. With a disk, the kernel and initramfs that were built with it, if it
+    was by `aiokvm images build`, and the system on the first disk, unless --append has another root=. With a
+    command, the guest runs it instead of a shell or that system, its output is all that goes to standard
+    output, and its exit status is aiokvm's.
 
     On a terminal every key goes to the guest; Ctrl-] kills the machine and leaves. Other input is passed on
     as it comes; its end does not end the machine. SIGTERM, SIGINT and SIGHUP press the power button, 5
@@ -196,8 +209,7 @@ def check_command(options: Options) -> None:
     """Raise a usage error for a command that the initramfs cannot be told."""
     if not options.command:
         return
-    initrd = _initramfs_name(options)
-    if initrd is None or (image := _image(initrd)) is None or image.kind != "initramfs":
+    if not _takes_command(options):
         from aiokvm import images
 
         ours = ", ".join(image.name for image in images.catalogue() if image.kind == "initramfs")
@@ -205,10 +217,23 @@ def check_command(options: Options) -> None:
         raise click.UsageError(f"{given} cannot be told a command: only these initramfs images can: {ours}")
 
 
+def _takes_command(options: Options) -> bool:
+    """Tell whether the initramfs is one of ours."""
+    initrd = _initramfs_name(options)
+    if initrd is None:
+        return False
+    if (built := disks.built(options.disks)) and Path(initrd).absolute() == built.initrd:
+        return True
+    image = _image(initrd)
+    return image is not None and image.kind == "initramfs"
+
+
 def _initramfs_name(options: Options) -> str | None:
     """Return the initrd as given, else the name of the one that belongs to the kernel, else None."""
     if options.initrd is not None:
         return options.initrd
+    if options.kernel is None and (built := disks.built(options.disks)):
+        return str(built.initrd)
     kernel = _image(options.kernel or KERNEL)
     return kernel.initramfs or None if kernel else None
 
@@ -226,7 +251,8 @@ def _image(name: str) -> Image | None:
 async def _run(options: Options, report: Report, interrupts: Interrupts, warnings: common.Warnings) -> int:
     async with AsyncExitStack() as stack:
         with report.step("fetch"):
-            kernel = await _file(options.kernel or KERNEL, "kernel", "elf")
+            built = disks.built(options.disks) if options.kernel is None else None
+            kernel = built.kernel if built else await _file(options.kernel or KERNEL, "kernel", "elf")
             report.kernel = str(kernel)
             name = _initramfs_name(options)
             initrd = None if name is None else await _file(name, "initramfs")
@@ -249,8 +275,7 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
             import aiofiles  # type: ignore[import-untyped]
 
             log = await stack.enter_async_context(aiofiles.open(options.log, "wb", buffering=0))
-        ours = name is not None and _image(name) is not None
-        return await _attend(machine, options, log, ours, warnings)
+        return await _attend(machine, options, log, _takes_command(options), warnings)
 
 
 def _path(name: str, kinds: tuple[str, ...]) -> Path:
@@ -341,7 +366,11 @@ class Here:
         options, report = self._options, self._report
         with report.step("create"):
             vm = await VM.create(
-                boot=self._linux, cpus=options.cpus, memory=options.memory, name=options.name
+                boot=self._linux,
+                cpus=options.cpus,
+                memory=options.memory,
+                name=options.name,
+                disks=[disks.backend(option) for option in options.disks],
             )
         report.name = vm.name
         try:

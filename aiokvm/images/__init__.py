@@ -3,54 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import lzma
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
 from aiokvm.errors import ImageError
-from aiokvm.images import debian
+from aiokvm.images import debian, disk, modules
 from aiokvm.images.cache import Cache, default_root
+from aiokvm.images.disk import DebianDisk
 from aiokvm.images.initramfs import base_archive, command_archive, modules_archive
+from aiokvm.images.modules import GUEST_MODULES, LAB_MODULES
+from aiokvm.images.progress import Progress
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from aiokvm.images.cache import Record
 
-__all__ = ["LAB_MODULES", "Image", "Progress", "catalogue", "command_archive", "find", "path", "pull"]
-
-GUEST_MODULES = ("button", "evdev")
-LAB_MODULES = (
-    *(
-        "virtio_ring",
-        "virtio",
-        "virtio_pci_modern_dev",
-        "virtio_pci_legacy_dev",
-        "virtio_pci",
-        "virtio_console",
-    ),
-    *(
-        "netfs",
-        "fscache",
-        "9pnet",
-        "9pnet_virtio",
-        "9p",
-        "overlay",
-        "irqbypass",
-        "ccp",
-        "kvm",
-        "kvm-amd",
-        "tun",
-        "tap",
-    ),
-    *("vhost_iotlb", "vhost", "vhost_net", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock"),
-)
-"""The modules of the lab's kernel in the order in which they are loaded."""
+__all__ = [
+    "LAB_MODULES",
+    "DebianDisk",
+    "Image",
+    "Progress",
+    "build_debian",
+    "catalogue",
+    "command_archive",
+    "find",
+    "find_debian",
+    "path",
+    "pull",
+]
 
 
 @dataclass(frozen=True)
@@ -69,20 +54,6 @@ class Image:
     kind: Literal["kernel", "elf", "initramfs", "busybox", "modules"]
     parts: tuple[str, ...] = ()
     initramfs: str = ""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a pull is.
-
-    ``name`` is the image or the part of it being worked on. In the stage "download" ``done_bytes`` of
-    ``total_bytes`` have come; the other stages ("wait" is for another process's pull) count nothing.
-    """
-
-    name: str
-    stage: Literal["wait", "index", "download", "unpack", "build"]
-    done_bytes: int = 0
-    total_bytes: int | None = None
 
 
 _CLOUD, _GENERIC = "linux-image-cloud-amd64", "linux-image-amd64"
@@ -174,6 +145,44 @@ async def pull(
         async with cache.locked(lambda: pull_.progress(Progress(name, "wait"))):
             await pull_.make(image)
     return cache.path(name)
+
+
+def find_debian(
+    *, suite: str = "bookworm", packages: Sequence[str] = (), size_bytes: int = 1 << 30
+) -> DebianDisk | None:
+    """Return the disk that `build_debian` has cached, or None; `build_debian` also verifies it."""
+    return disk.cached(Cache(default_root()), disk.Recipe(suite, tuple(packages), size_bytes))
+
+
+async def build_debian(
+    *,
+    suite: str = "bookworm",
+    packages: Sequence[str] = (),
+    size_bytes: int = 1 << 30,
+    output: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    refresh: bool = False,
+) -> DebianDisk:
+    """Return a Debian root file system as a disk image, with the kernel and the initramfs that boot it.
+
+    It has Debian's essential packages, systemd with a login on every serial console, and ``packages``.
+    The image is raw ext4, sparse, ``size_bytes`` large, and the same for the same packages. It is built if it
+    is not in the cache, or not what was put there; ``refresh`` builds it anew. What is returned lies in the
+    cache and is not to be written to; with ``output`` it is a copy there, the others beside it.
+
+    Needs mmdebstrap and mke2fs, and root or a range of subordinate ids. Safe to call from several processes,
+    and to cancel. Raises ``ConfigError`` for an argument, ``ImageError`` for anything that failed.
+    """
+    recipe = disk.Recipe(suite, tuple(packages), size_bytes)
+    cache, tell = Cache(default_root()), progress or (lambda _: None)
+    found = None if refresh else await anyio.to_thread.run_sync(disk.verified, cache, recipe)
+    if found is None:
+        busybox = await pull("busybox", progress=progress, refresh=refresh)
+        async with cache.locked(lambda: tell(Progress(recipe.name, "wait"))):
+            # Another process may have built it meanwhile.
+            found = None if refresh else await anyio.to_thread.run_sync(disk.verified, cache, recipe)
+            found = found or await disk.build(cache, recipe, busybox, tell, refresh=refresh)
+    return await disk.copy(found, output) if output else found
 
 
 def _current(cache: Cache, image: Image) -> Record | None:
@@ -270,7 +279,7 @@ class _Pull:
 
     def _store_package(self, image: Image, package: debian.Package, files: dict[str, bytes]) -> None:
         start = "boot/vmlinuz-" if image.kind == "kernel" else ""
-        found = [name for name in files if name.startswith(start) and not name.endswith(_MODULE_ENDS)]
+        found = [name for name in files if name.startswith(start) and not modules.is_module(name)]
         if len(found) != 1:
             raise ImageError(f"{package.name} {package.version} holds {found} where one file was looked for")
         self._cache.store(
@@ -280,10 +289,10 @@ class _Pull:
             version=package.version,
             source=package.sha256,
         )
-        for modules in _IMAGES.values():
-            if modules.kind == "modules" and modules.parts == (image.name,):
+        for part in _IMAGES.values():
+            if part.kind == "modules" and part.parts == (image.name,):
                 release = found[0].removeprefix(start)
-                self._store_built(modules, modules_archive(release, _modules(files, _module_names(modules))))
+                self._store_built(part, modules_archive(release, modules.pick(files, _module_names(part))))
 
     def _store_built(self, image: Image, data: bytes) -> None:
         source = _source(self._cache, image)
@@ -293,23 +302,6 @@ class _Pull:
         self._cache.store(image.name, data, package=first.package, version=first.version, source=source)
 
 
-_MODULE_ENDS = (".ko", ".ko.xz")
-
-
 def _wanted(name: str) -> bool:
     """Tell whether a file of a package is a kernel, busybox or one of the modules that are used."""
-    if name.startswith("boot/vmlinuz-") or name.endswith("bin/busybox"):
-        return True
-    stem = PurePosixPath(name).name.split(".")[0]
-    return name.endswith(_MODULE_ENDS) and stem in (*GUEST_MODULES, *LAB_MODULES)
-
-
-def _modules(files: dict[str, bytes], names: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the named modules that a kernel has (others are built into it, or gone), unpacked, in order."""
-    found = {PurePosixPath(name).name.split(".")[0]: name for name in files if name.endswith(_MODULE_ENDS)}
-    modules = {}
-    for name in names:
-        if name in found:
-            data = files[found[name]]
-            modules[f"{name}.ko"] = lzma.decompress(data) if found[name].endswith(".xz") else data
-    return modules
+    return name.startswith("boot/vmlinuz-") or name.endswith("bin/busybox") or modules.wanted(name)

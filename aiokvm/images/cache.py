@@ -82,18 +82,22 @@ class Cache:
 
     def store(self, name: str, data: bytes, *, package: str, version: str, source: str) -> Record:
         """Put an image in; the caller holds the lock. Returns its record."""
-        record = Record(package, version, source, hashlib.sha256(data).hexdigest())
-        text = json.dumps(asdict(record), indent=1) + "\n"
         with self.work() as folder:
-            for target, content in ((self.path(name), data), (self._record_path(name), text.encode())):
-                fresh = folder / target.name
-                with fresh.open("wb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    # Without it a power cut can leave a renamed file that is empty.
-                    os.fsync(stream.fileno())
-                target.parent.mkdir(exist_ok=True)
-                fresh.replace(target)
+            _write(folder / name, data)
+            return self.adopt(name, folder / name, package=package, version=version, source=source)
+
+    def adopt(self, name: str, file: Path, *, package: str, version: str, source: str) -> Record:
+        """Put a file of the same file system in by renaming it; else as `store`."""
+        record = Record(package, version, source, sha256_file(file))
+        text = json.dumps(asdict(record), indent=1) + "\n"
+        with self.work() as folder, file.open("rb") as stream:
+            # Without it a power cut can leave a renamed file that is empty.
+            os.fsync(stream.fileno())
+            fresh = folder / "record"
+            _write(fresh, text.encode())
+            self.path(name).parent.mkdir(exist_ok=True)
+            file.replace(self.path(name))
+            fresh.replace(self._record_path(name))
         return record
 
     @contextmanager
@@ -140,6 +144,13 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 INDEX_MAX_AGE_S = 24 * 3600
 _CONFIG = Path(__file__).with_name("apt.conf")
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _PROGRESS = re.compile(rb"dlstatus:\d+:([0-9.]+):")
 # No package of interest has a file near it: a damaged archive shall not fill the memory.
 _MEMBER_MAX_BYTES = 256 << 20
@@ -83,6 +84,16 @@ class Apt:
                 f"the package sources of this machine have no {wanted} for {self.architecture} ({error}); "
                 "check the network and the files in /etc/apt"
             ) from error
+
+    async def sources(self, suite: str) -> list[str]:
+        """Return the sources.list lines of this machine for a suite of Debian's and its updates.
+
+        Empty if it has none: its own packages are of another suite.
+        """
+        columns = "$(CODENAME) $(REPO_URI) $(RELEASE) $(COMPONENT)"
+        command = self._command("apt-get", "indextargets", "--format", columns)
+        text = await run([*command, "Created-By: Packages", "Origin: Debian"])
+        return source_lines(text.decode(), suite)
 
     async def download(self, package: Package, folder: Path, progress: Callable[[int], None]) -> Path:
         """Fetch the .deb into the empty ``folder`` and verify it; ``progress`` is told the bytes so far.
@@ -143,6 +154,17 @@ def parse_package(text: str) -> Package:
         raise ImageError(f"the package index entry has no usable {error}") from None
 
 
+def source_lines(text: str, suite: str) -> list[str]:
+    """Choose from lines of codename, URI, release and component those of a suite and its updates."""
+    rows = [line.split() for line in text.splitlines()]
+    wanted = (suite, f"{suite}-updates", f"{suite}-security")
+    rows = [row for row in rows if len(row) == 4 and row[0] in wanted and row[3] == "main"]
+    if suite not in (row[0] for row in rows):
+        return []
+    keys = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
+    return list(dict.fromkeys(f"deb {keys}{uri} {release} main" for _, uri, release, _ in rows))
+
+
 def kernel_dependency(package: Package) -> tuple[str, str]:
     """Return name and version of the kernel that a meta package such as linux-image-amd64 stands for."""
     match = re.search(r"(?:^|[ ,])(linux-image-[a-z0-9.+-]+) \(= ([^)\s]+)\)", package.depends)
@@ -170,11 +192,16 @@ def verify(folder: Path, package: Package) -> Path:
 async def unpack(deb: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Return the regular files of a .deb whose path (without a leading ``./``) is wanted."""
     with (deb.parent / "files.tar").open("w+b") as tar:
-        async with child(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=tar) as process:
-            if status := await process.wait():
-                raise ImageError(f"dpkg-deb cannot unpack {deb.name}: it failed with status {status}")
-        tar.seek(0)
+        await unpack_tar(deb, tar)
         return await anyio.to_thread.run_sync(pick, tar, wanted)
+
+
+async def unpack_tar(deb: Path, tar: IO[bytes]) -> None:
+    """Write the archive of a .deb's files into ``tar``, and go to its start."""
+    async with child(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=tar) as process:
+        if status := await process.wait():
+            raise ImageError(f"dpkg-deb cannot unpack {deb.name}: it failed with status {status}")
+    tar.seek(0)
 
 
 def pick(tar: IO[bytes], wanted: Callable[[str], bool]) -> dict[str, bytes]:

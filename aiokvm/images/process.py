@@ -14,12 +14,18 @@ import anyio
 from aiokvm.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from anyio.abc import Process
 
-PACKAGES = {"apt-get": "apt", "apt-cache": "apt", "dpkg-deb": "dpkg"}
+PACKAGES = {
+    "apt-get": "apt",
+    "apt-cache": "apt",
+    "dpkg-deb": "dpkg",
+    "mke2fs": "e2fsprogs",
+    "newuidmap": "uidmap",
+}
 """Debian's package of a program where the two differ in name."""
 
 _STDERR_BYTES = 1000  # what of a failed program's complaints an error message shows: the end of them
@@ -33,10 +39,13 @@ async def child(
     stdout: int | IO[bytes] = subprocess.PIPE,
     stderr: int | IO[bytes] = subprocess.DEVNULL,
     cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    grace_s: float = 0.0,
 ) -> AsyncIterator[Process]:
     """Run a program; if it still runs when the block is left, kill it and all that it started.
 
-    Its language is C, so that messages can be read. Raises ``ImageError`` if the program is missing.
+    Its language is C, so that messages can be read; ``env`` is added to the environment. With ``grace_s`` it
+    may first clean up, after SIGTERM, for so many seconds. Raises ``ImageError`` if the program is missing.
     """
     try:
         process = await anyio.open_process(
@@ -45,7 +54,7 @@ async def child(
             stdout=stdout,
             stderr=stderr,
             cwd=cwd,
-            env=os.environ | {"LC_ALL": "C"},
+            env={**os.environ, "LC_ALL": "C", **(env or {})},
             start_new_session=True,
         )
     except FileNotFoundError:
@@ -55,6 +64,10 @@ async def child(
         yield process
     finally:
         with anyio.CancelScope(shield=True):
+            if process.returncode is None and grace_s:
+                os.killpg(process.pid, signal.SIGTERM)
+                with anyio.move_on_after(grace_s):
+                    await process.wait()
             # Only before it is reaped is the process group certain to be the child's.
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -65,22 +78,28 @@ async def run(
     argv: Sequence[str],
     *,
     stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] = subprocess.PIPE,
     cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    grace_s: float = 0.0,
     line: Callable[[bytes], None] | None = None,
 ) -> bytes:
     """Run a program to its end and return its standard output; ``line`` sees each line as it comes.
 
-    Raises ``ImageError`` with the end of its standard error if it fails or is missing.
+    Returns nothing if ``stdout`` is a file; ``env`` and ``grace_s`` are as in `child`. Raises ``ImageError``
+    with the end of its standard error if it fails or is missing.
     """
     with tempfile.TemporaryFile() as stderr:
-        async with child(argv, stdin=stdin, stderr=stderr, cwd=cwd) as process:
-            assert process.stdout is not None
+        async with child(
+            argv, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, grace_s=grace_s
+        ) as process:
             output, seen = bytearray(), 0
-            async for chunk in process.stdout:
-                output += chunk
-                while line and (end := output.find(b"\n", seen)) >= 0:
-                    line(bytes(output[seen:end]))
-                    seen = end + 1
+            if process.stdout is not None:
+                async for chunk in process.stdout:
+                    output += chunk
+                    while line and (end := output.find(b"\n", seen)) >= 0:
+                        line(bytes(output[seen:end]))
+                        seen = end + 1
             status = await process.wait()
         if status:
             stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))

@@ -95,6 +95,21 @@ class DeviceNeedsReset(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DiskFailed(Event):
+    """The host failed a request of disk ``disk``: ``length`` bytes at ``offset``. ``error`` has the errno.
+
+    ``operation`` is read, write, flush, discard or write_zeroes. ``paused``: the machine is paused for it.
+    """
+
+    disk: str
+    operation: str
+    offset: int
+    length: int
+    error: OSError
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Exited(Event):
     """The machine ended; no event follows."""
 

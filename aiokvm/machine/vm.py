@@ -22,6 +22,7 @@ from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
+from aiokvm.machine.disks import Disks
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
 
     from aiokvm import kvm
     from aiokvm.aio import Handle, Loop
+    from aiokvm.block import BlockBackend
     from aiokvm.boot import BootPlan, BootProtocol
     from aiokvm.hw.bus import BusDevice
     from aiokvm.machine.console import SerialConsole
     from aiokvm.machine.device import Device, Placement
+    from aiokvm.machine.disks import Disk, VmDisk
     from aiokvm.machine.hardware import Hardware
     from aiokvm.machine.stats import VmStats
     from aiokvm.machine.trace import Trace
@@ -96,6 +99,7 @@ class VM:
         self._threads: set[int] = set()
         self._kicker: Handle | None = None
         self._failures = Failures(config.name, self._logger, self._hub)
+        self._disks = Disks(loop, config.name, self._hub, self._logger, self.pause)
         self._kvm_stats: kvm.Stats | None = None
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
@@ -140,6 +144,7 @@ class VM:
         name: str = "",
         serial_ports: int = 2,
         hugepages: int | str | None = None,
+        disks: Iterable[BlockBackend | Disk] = (),
         devices: Iterable[Placement] = (),
         virtio: Iterable[VirtioDevice] = (),
         poll_ns: int = POLL_NS,
@@ -149,11 +154,13 @@ class VM:
 
         ``boot`` says what runs in it: `boot.Linux` or `boot.Flat`. ``memory`` is in bytes, or with K, M, G or
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
-        ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``devices`` are the program's own,
-        as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns``
-        is how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least
-        while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is,
-        ever more sparingly; each then waits for the loop.
+        ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``disks`` are what the guest has as
+        virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which has
+        options; they are opened here and closed with the machine. ``devices`` are the program's own, as
+        `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns`` is
+        how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least while
+        they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is, ever more
+        sparingly; each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
@@ -168,7 +175,7 @@ class VM:
             poll_ns=poll_ns,
         )
         try:
-            return await cls._create(config, devices, tuple(virtio), log_unclaimed)
+            return await cls._create(config, tuple(disks), devices, tuple(virtio), log_unclaimed)
         except (AiokvmError, OSError, RuntimeError) as error:
             raise named(error, f"cannot create machine {config.name}", config.cpus)  # noqa: B904
 
@@ -176,17 +183,19 @@ class VM:
     async def _create(
         cls,
         config: Config,
+        disks: Sequence[BlockBackend | Disk],
         devices: Iterable[Placement],
         virtio: Sequence[VirtioDevice],
         log_unclaimed: bool,
     ) -> VM:
-        plan = await boot_plan(config, islice(places(config), len(virtio)))
+        plan = await boot_plan(config, islice(places(config), len(disks) + len(virtio)))
         loop = current_loop()
         async with AsyncExitStack() as undo:
             hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
-            for device in virtio:
+            await vm._disks.open(disks, undo)
+            for device in (*(disk.device for disk in vm.disks), *virtio):
                 vm._virtio.attach(device)
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
@@ -228,6 +237,11 @@ class VM:
     def serial_ports(self) -> tuple[SerialConsole, ...]:
         """All serial ports."""
         return self._platform.consoles
+
+    @property
+    def disks(self) -> tuple[VmDisk, ...]:
+        """The disks that it was created with."""
+        return self._disks.all
 
     def events(self) -> AsyncIterator[events.Event]:
         """What happens to the machine from now on; ends after `Exited`."""
@@ -373,6 +387,7 @@ class VM:
             if self._state is not VmState.RUNNING:
                 self._require(VmState.PAUSED)
                 self._unpark()
+                self._disks.retry()
                 self._hub.emit(events.Resumed(self.name))
 
     async def reset(self) -> None:
@@ -592,6 +607,7 @@ class VM:
         self._parked.set()
         self._exits.cancel()
         self._attachments.stop()
+        self._disks.stop()
         self._virtio.stop()
         if not self._threads:
             self._on_ended()

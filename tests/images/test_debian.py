@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiokvm.errors import ImageError
+from aiokvm.images import debian
 from aiokvm.images.debian import Package, kernel_dependency, parse_package, pick, verify
 
 if TYPE_CHECKING:
@@ -116,3 +117,29 @@ def test_damaged_tar_is_a_typed_error_or_less_than_there_was(data: st.DataObject
     except ImageError:
         return
     assert sum(map(len, found.values())) <= len(content)
+
+
+def test_sources_are_those_of_the_suite_and_its_updates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = """
+bookworm http://mirror/debian/ stable main
+bookworm http://mirror/debian/ stable contrib
+bookworm-updates http://mirror/debian/ bookworm-updates main
+bookworm-security http://mirror/security/ bookworm-security main
+trixie http://mirror/debian/ trixie main
+bookworm-backports http://mirror/debian/ bookworm-backports main
+"""
+    monkeypatch.setattr(debian, "_KEYRING", tmp_path / "keys")
+    expected = [
+        "deb http://mirror/debian/ stable main",
+        "deb http://mirror/debian/ bookworm-updates main",
+        "deb http://mirror/security/ bookworm-security main",
+    ]
+    assert debian.source_lines(text, "bookworm") == expected
+    (tmp_path / "keys").touch()
+    assert debian.source_lines(text, "trixie") == [
+        f"deb [signed-by={tmp_path}/keys] http://mirror/debian/ trixie main"
+    ]
+    assert debian.source_lines("bookworm-updates http://x bookworm-updates main\n", "bookworm") == []
+    assert debian.source_lines("", "sid") == []

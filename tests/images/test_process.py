@@ -54,3 +54,30 @@ async def test_cancelling_ends_grandchildren_too() -> None:
         # A killed grandchild is not ours to wait for.
         while any(map(lives, pids)):  # noqa: ASYNC110
             await anyio.sleep(0.01)
+
+
+async def test_a_program_with_grace_may_clean_up(tmp_path: Path) -> None:
+    script = "trap 'touch cleaned; exit' TERM; echo ready; while :; do sleep 0.05; done"
+    with anyio.CancelScope() as scope:
+        await run(["sh", "-c", script], cwd=tmp_path, grace_s=30, line=lambda _: scope.cancel())
+    assert scope.cancelled_caught
+    assert (tmp_path / "cleaned").exists()
+
+
+async def test_a_program_that_uses_its_grace_up_is_killed(tmp_path: Path) -> None:
+    script = "trap '' TERM; echo $$; while :; do sleep 0.05; done"
+    pids: list[int] = []
+    with anyio.CancelScope() as scope:
+
+        def line(text: bytes) -> None:
+            pids.append(int(text))
+            scope.cancel()
+
+        await run(["sh", "-c", script], cwd=tmp_path, grace_s=0.1, line=line)
+    assert not lives(pids[0])
+
+
+async def test_output_goes_into_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as stdout:
+        assert await run(["sh", "-c", 'printf "$WORD"'], stdout=stdout, env={"WORD": "hello"}) == b""
+    assert (tmp_path / "file").read_bytes() == b"hello"

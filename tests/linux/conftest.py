@@ -26,7 +26,7 @@ COMMAND_S = 120.0
 BLOB_BYTES = 20_000
 
 # A shell that neither echoes nor edits, and tells the status of each line that it was given.
-_SHELL = (
+SHELL = (
     rb"""exec sh -c 'stty -echo -onlcr; while printf "\001%d\n" $?; IFS= read -r x; do eval "$x"; done'"""
     b"\n"
 )
@@ -53,7 +53,7 @@ class Guest:
         log = await self.vm.serial.expect(b"aiokvm: init ", BOOT_S)
         log += await self.vm.serial.expect(b"# ", COMMAND_S)
         self.log = log.decode(errors="replace").replace("\r\n", "\n")
-        await self.vm.serial.send(_SHELL)
+        await self.vm.serial.send(SHELL)
         await self.vm.serial.expect(b"\0010\n", COMMAND_S)
 
     async def run(self, command: str, timeout: float = COMMAND_S) -> str:

@@ -1,0 +1,73 @@
+"""The disks of ``aiokvm run``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from aiokvm import ConfigError, block
+from aiokvm.block import DiskOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiokvm.block import BlockBackend
+    from aiokvm.images import DebianDisk
+
+
+def parse(text: str) -> DiskOption:
+    """Return the disk that PATH[,ro][,format=F] names: a parameter type. A usage error for anything else."""
+    try:
+        option = block.parse_disk(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+    if option.format == "nbd":
+        return option
+    return DiskOption(os.path.abspath(option.path), option.format, option.readonly)
+
+
+def text(option: DiskOption) -> str:
+    """Return what `parse` takes for the same disk."""
+    words = [option.path, *(["ro"] if option.readonly else [])]
+    if option.format != "nbd":
+        words.append(f"format={option.format}")
+    return ",".join(words)
+
+
+def backend(option: DiskOption) -> BlockBackend:
+    """Return what the machine's disk is connected to."""
+    if option.format == "nbd":
+        return block.Nbd(option.path, readonly=option.readonly)
+    if option.format == "raw":
+        return block.Raw(option.path, readonly=option.readonly)
+    return block.Image(option.path, format=option.format, readonly=option.readonly)
+
+
+def root(options: Sequence[DiskOption], append: str) -> str:
+    """Return what has the kernel boot from the first disk; nothing if ``append`` names a root itself."""
+    if not options or any(word.startswith("root=") for word in append.split()):
+        return ""
+    return f"root=/dev/vda {'ro' if options[0].readonly else 'rw'}"
+
+
+def built(options: Sequence[DiskOption]) -> DebianDisk | None:
+    """Return the first disk if the kernel and the initramfs that were built with it are beside it."""
+    if not options or options[0].format != "raw":
+        return None
+    from aiokvm import images
+
+    disk = images.DebianDisk.beside(Path(options[0].path))
+    return disk if disk.kernel.is_file() and disk.initrd.is_file() else None
+
+
+def lab_directories(options: Sequence[DiskOption]) -> tuple[Path, ...]:
+    """Return the directories that the lab has to write to. ConfigError for what is out of reach."""
+    for option in options:
+        if option.format == "nbd":
+            raise ConfigError(f"the lab has no network: {option.path} cannot be reached from there")
+        if not Path(option.path).exists():
+            raise ConfigError(f"there is no disk {option.path}")
+    return tuple({Path(option.path).resolve().parent for option in options if not option.readonly})

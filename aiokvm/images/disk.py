@@ -1,0 +1,292 @@
+"""A Debian root file system as a disk, with the kernel and the initramfs that boot it."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+import anyio.to_thread
+
+from aiokvm.errors import ConfigError, ImageError
+from aiokvm.images import debian, modules, rootfs
+from aiokvm.images.initramfs import base_archive, modules_archive
+from aiokvm.images.process import PACKAGES, child, run
+from aiokvm.images.progress import Progress
+from aiokvm.proto import cpio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aiokvm.images.cache import Cache, Record
+
+KERNEL = "linux-image-cloud-amd64"
+MIN_SIZE_BYTES = 64 << 20
+RANGES = (Path("/etc/subuid"), Path("/etc/subgid"))
+_ALIGNMENT = 4096  # ext4's block
+
+# mmdebstrap's messages, and what they begin.
+_STAGES: tuple[tuple[bytes, Literal["index", "download", "unpack", "install", "build"]], ...] = (
+    (b"I: running apt-get update", "index"),
+    (b"I: downloading packages", "download"),
+    (b"I: extracting archives", "unpack"),
+    (b"I: installing", "install"),
+    (b"I: creating tarball", "build"),
+)
+_COMPLAINT_LINES = 5
+# An unshared mmdebstrap has to remove its directory itself: the files are not this user's.
+_GRACE_S = 20.0
+
+
+@dataclass(frozen=True)
+class DebianDisk:
+    """A Debian root file system: paths of the raw ext4 ``disk`` and of the ``kernel`` and ``initrd`` for it.
+
+    Boot with ``root=/dev/vda rw`` (or ``ro``) on the kernel's command line. ``root`` has no password;
+    ``aiokvm.autologin`` on the command line logs it in. ``/lib/modules`` has all of the kernel's modules.
+    """
+
+    disk: Path
+    kernel: Path
+    initrd: Path
+
+    @classmethod
+    def beside(cls, disk: Path) -> DebianDisk:
+        """Return the paths that belong to a disk."""
+        return cls(disk, disk.with_name(f"{disk.name}.vmlinuz"), disk.with_name(f"{disk.name}.initrd"))
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """All three, the disk last."""
+        return self.kernel, self.initrd, self.disk
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What goes into a disk. Raises ``ConfigError`` for what cannot."""
+
+    suite: str
+    packages: tuple[str, ...]
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9.-]*", self.suite):
+            raise ConfigError(f"suite={self.suite!r} is no name of a suite of Debian's, such as bookworm")
+        for package in self.packages:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
+                raise ConfigError(f"{package!r} is no name of a package: it has a-z, 0-9, and inside + - .")
+        if self.size_bytes < MIN_SIZE_BYTES or self.size_bytes % _ALIGNMENT:
+            raise ConfigError(
+                f"size_bytes={self.size_bytes}: it has to be at least {MIN_SIZE_BYTES} (64M) "
+                f"and a multiple of {_ALIGNMENT}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The disk's name in the cache."""
+        content = json.dumps([self.suite, sorted(set(self.packages)), self.size_bytes])
+        return f"debian-{self.suite}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    @property
+    def source(self) -> str:
+        """A digest of what the code adds: a disk of an older one is built anew."""
+        code = Path(rootfs.__file__).read_bytes() + base_archive(b"", "amd64")
+        return hashlib.sha256(code + " ".join(modules.GUEST_MODULES).encode()).hexdigest()
+
+
+def cached(cache: Cache, recipe: Recipe) -> DebianDisk | None:
+    """Return the disk in the cache, not verified."""
+    return _found(cache, recipe, cache.record)
+
+
+def verified(cache: Cache, recipe: Recipe) -> DebianDisk | None:
+    """Return the disk in the cache if it is what was put there, by the code of today."""
+    return _found(cache, recipe, cache.verified)
+
+
+def _found(cache: Cache, recipe: Recipe, record: Callable[[str], Record | None]) -> DebianDisk | None:
+    disk = DebianDisk.beside(cache.path(recipe.name))
+    records = [record(file.name) for file in disk.files]
+    first = records[0]
+    if first is None or first.source != recipe.source:
+        return None
+    # A kernel and modules of different versions are what a build leaves that was killed between them.
+    same = all(other and (other.source, other.version) == (first.source, first.version) for other in records)
+    return disk if same else None
+
+
+async def build(
+    cache: Cache, recipe: Recipe, busybox: Path, progress: Callable[[Progress], None], *, refresh: bool
+) -> DebianDisk:
+    """Build a disk into the cache, whose lock the caller holds. Raises ``ImageError``."""
+    mode = check_host()
+    if shutil.disk_usage(cache.root).free < MIN_SIZE_BYTES:
+        raise ImageError(f"{cache.root} has no room for a disk image: set AIOKVM_CACHE to a larger place")
+    try:
+        with cache.work() as folder:
+            return await _Build(cache, recipe, mode, folder, progress).run(busybox, refresh=refresh)
+    except OSError as error:
+        raise ImageError(f"cannot build {recipe.name} in {cache.root}: {error.strerror}") from error
+
+
+async def copy(disk: DebianDisk, output: Path) -> DebianDisk:
+    """Copy a disk and what is beside it, sparse. Raises ``ImageError``, and then leaves what was there."""
+    target = DebianDisk.beside(output)
+    fresh = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in target.files]
+    try:
+        for source, copied in zip(disk.files, fresh, strict=True):
+            await run(["cp", "--sparse=always", "--reflink=auto", str(source), str(copied)])
+            copied.chmod(0o644)
+        for copied, file in zip(fresh, target.files, strict=True):
+            copied.replace(file)
+    except OSError as error:
+        raise ImageError(f"cannot write {output}: {error.strerror}") from error
+    finally:
+        for copied in fresh:
+            copied.unlink(missing_ok=True)
+    return target
+
+
+def check_host() -> Literal["root", "unshare"]:
+    """Return mmdebstrap's mode for this user; ``ImageError`` if a program or a privilege is missing."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    for program in ("mmdebstrap", "mke2fs", *(() if os.geteuid() == 0 else ("newuidmap",))):
+        if shutil.which(program, path=path) is None:
+            package = PACKAGES.get(program, program)
+            raise ImageError(f"the program {program} is missing: install the Debian package {package}")
+    if os.geteuid() == 0:
+        return "root"
+    user = getpass.getuser()
+    if not all(_has_range(file, user, os.geteuid()) for file in RANGES):
+        raise ImageError(
+            f"{user} has no range of user ids for the owners of Debian's files: build as root, "
+            f"or let root run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+        )
+    return "unshare"
+
+
+def _has_range(file: Path, user: str, uid: int) -> bool:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.split(":")[0] in (user, str(uid)) for line in lines)
+
+
+class _Build:
+    """One build, in a folder that is removed after it."""
+
+    def __init__(
+        self, cache: Cache, recipe: Recipe, mode: str, folder: Path, progress: Callable[[Progress], None]
+    ) -> None:
+        self._cache = cache
+        self._recipe = recipe
+        self._mode = mode
+        self._folder = folder
+        self._progress = progress
+        # As root temporary files go where they are removed if this process is killed; others cannot let a
+        # user of a namespace into their directories.
+        self._env = {"SOURCE_DATE_EPOCH": str(rootfs.EPOCH), "E2FSPROGS_FAKE_TIME": str(rootfs.EPOCH)}
+        if mode == "root":
+            self._env["TMPDIR"] = str(folder)
+
+    async def run(self, busybox: Path, *, refresh: bool) -> DebianDisk:
+        apt = debian.Apt(self._cache.root, "amd64")
+        self._tell("index")
+        await apt.update(force=refresh)
+        package = await apt.show(*debian.kernel_dependency(await apt.show(KERNEL)))
+        release = await self._kernel(apt, package, busybox)
+        await self._debootstrap(await apt.sources(self._recipe.suite), release)
+        self._tell("build")
+        await self._image()
+        return await anyio.to_thread.run_sync(self._store, package)
+
+    def _tell(self, stage: Literal["index", "download", "unpack", "install", "build"]) -> None:
+        self._progress(Progress(self._recipe.name, stage))
+
+    async def _kernel(self, apt: debian.Apt, package: debian.Package, busybox: Path) -> str:
+        """Fetch the kernel; write it, its initramfs and its modules; return its release."""
+
+        def progress(done_bytes: int) -> None:
+            self._progress(Progress(KERNEL, "download", done_bytes, package.size))
+
+        deb = await apt.download(package, self._folder, progress)
+        self._progress(Progress(KERNEL, "unpack"))
+        with (self._folder / "kernel.tar").open("w+b") as tar:
+            await debian.unpack_tar(deb, tar)
+            return await anyio.to_thread.run_sync(self._unpack_kernel, tar, busybox)
+
+    def _unpack_kernel(self, tar: IO[bytes], busybox: Path) -> str:
+        with (self._folder / "overlay.tar").open("wb") as overlay:
+            release = rootfs.write_overlay(tar, overlay)
+        tar.seek(0)
+        kernel = f"boot/vmlinuz-{release}"
+        files = debian.pick(tar, lambda name: name == kernel or modules.wanted(name))
+        if kernel not in files:
+            raise ImageError(f"the kernel's package holds no {kernel}")
+        picked = modules_archive(release, modules.pick(files, modules.GUEST_MODULES))
+        initrd = cpio.join(base_archive(busybox.read_bytes(), "amd64"), picked)
+        (self._folder / "kernel").write_bytes(files[kernel])
+        (self._folder / "initrd").write_bytes(initrd)
+        return release
+
+    async def _debootstrap(self, sources: Sequence[str], release: str) -> None:
+        """Have mmdebstrap write root.tar."""
+        options = [f"--dpkgopt={option}" for option in rootfs.DPKG_OPTIONS]
+        overlay = shlex.quote(str(self._folder / "overlay.tar"))
+        options += [f"--customize-hook={hook}" for hook in rootfs.hooks(overlay, release)]
+        packages = ",".join((*rootfs.PACKAGES, *self._recipe.packages))
+        argv = ["mmdebstrap", f"--mode={self._mode}", "--variant=essential", "--architectures=amd64"]
+        argv += ["--format=tar", f"--include={packages}", *options]
+        argv += [self._recipe.suite, str(self._folder / "root.tar"), *sources]
+        last: deque[bytes] = deque(maxlen=_COMPLAINT_LINES)
+        async with child(argv, stderr=subprocess.STDOUT, env=self._env, grace_s=_GRACE_S) as process:
+            assert process.stdout is not None
+            rest = b""
+            async for chunk in process.stdout:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    self._line(line)
+                    last.append(line)
+            status = await process.wait()
+        if status:
+            complaint = b"\n".join([*last, rest]).decode(errors="replace").strip()
+            raise ImageError(f"mmdebstrap failed with status {status}: {complaint}")
+
+    def _line(self, line: bytes) -> None:
+        for start, stage in _STAGES:
+            if line.startswith(start):
+                self._tell(stage)
+
+    async def _image(self) -> None:
+        command = rootfs.image_command(self._recipe.size_bytes)
+        if self._mode == "unshare":
+            command = ["mmdebstrap", "--unshare-helper", *command]
+        disk = self._folder / "disk"
+        disk.touch()
+        # Only who has the descriptor gets at it, in a directory of this user's alone; the command is another.
+        disk.chmod(0o666)
+        with (self._folder / "root.tar").open("rb") as tar, disk.open("r+b") as image:
+            await run(command, stdin=tar, stdout=image, env=self._env, grace_s=_GRACE_S)
+        disk.chmod(0o444)
+
+    def _store(self, package: debian.Package) -> DebianDisk:
+        target = DebianDisk.beside(self._cache.path(self._recipe.name))
+        for name, file in zip(("kernel", "initrd", "disk"), target.files, strict=True):
+            self._cache.adopt(
+                file.name,
+                self._folder / name,
+                package=package.name,
+                version=package.version,
+                source=self._recipe.source,
+            )
+        return target
