@@ -25,6 +25,10 @@ class DeviceError(AiokvmError):
     """A device could not be attached, or failed."""
 
 
+class VirtqueueError(DeviceError):
+    """The driver has put into its virtqueue what the specification forbids, or a place that cannot be."""
+
+
 class ImageError(AiokvmError):
     """A kernel or image could not be found, fetched, verified or built."""
 

@@ -15,6 +15,8 @@ from aiokvm._core import ffi, lib
 from aiokvm.errors import ConfigError, GuestMemoryError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
     from aiokvm._core import Pointer
@@ -46,6 +48,14 @@ class RamRegion:
     size: int
     host_address: int
     bytes: memoryview
+
+
+def core_ranges(regions: Sequence[RamRegion]) -> Pointer:
+    """The ranges as the C core takes them: an array of ``struct aiokvm_ram``, which owns no RAM."""
+    return ffi.new(
+        "struct aiokvm_ram[]",
+        [(region.gpa, region.size, ffi.cast("uint8_t *", region.host_address)) for region in regions],
+    )
 
 
 class GuestMemory:

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "hw": {"errors"},
     "boot": {"errors"},
     "proto": {"errors"},
-    "machine": {"_core", "aio", "boot", "errors", "hw", "kvm", "memory", "proto"},
+    "virtio": {"_core", "errors", "hw", "memory"},
+    "machine": {"_core", "aio", "boot", "errors", "hw", "kvm", "memory", "proto", "virtio"},
     "images": {"boot", "errors", "proto"},
     "lab": {"errors", "images", "proto"},
     "cli": {"", "boot", "errors", "images", "kvm", "lab", "proto"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "": {"aio", "boot", "errors", "kvm", "machine", "memory"},
 }
 # Register models and parsers: a test drives them with no loop, no clock and no kernel.
-MODELS = {"hw", "boot", "proto"}
+MODELS = {"hw", "boot", "proto", "virtio"}
 NOT_IN_MODELS = {
     *(
         "asyncio",

@@ -102,6 +102,41 @@ void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats 
 void *aiokvm_map(int fd, size_t size, size_t align, int *error);
 void aiokvm_unmap(void *address, size_t size);
 
+/* vring.h */
+#define AIOKVM_VRING_ESIZE ...
+struct iovec {
+    void *iov_base;
+    size_t iov_len;
+};
+struct aiokvm_ram {
+    uint64_t gpa;
+    uint64_t size;
+    uint8_t *host;
+};
+struct aiokvm_chain {
+    uint32_t id;
+    uint32_t readable;
+    uint32_t writable;
+    uint64_t readable_bytes;
+    uint64_t writable_bytes;
+    struct iovec *iov;
+    ...;
+};
+struct aiokvm_vring;
+struct aiokvm_vring *aiokvm_vring_new(const struct aiokvm_ram *ram, size_t count, uint32_t max_size);
+void aiokvm_vring_free(struct aiokvm_vring *vring);
+int aiokvm_vring_start(struct aiokvm_vring *vring, uint32_t size, uint64_t desc, uint64_t driver,
+                       uint64_t device, uint64_t features);
+void aiokvm_vring_stop(struct aiokvm_vring *vring);
+int aiokvm_vring_pop(struct aiokvm_vring *vring, struct aiokvm_chain **chain);
+void aiokvm_vring_push(struct aiokvm_vring *vring, struct aiokvm_chain *chain, uint32_t written);
+void aiokvm_vring_drop(struct aiokvm_vring *vring, struct aiokvm_chain *chain);
+int aiokvm_vring_publish(struct aiokvm_vring *vring);
+int aiokvm_vring_enable_notify(struct aiokvm_vring *vring);
+void aiokvm_vring_disable_notify(struct aiokvm_vring *vring);
+int aiokvm_vring_error(const struct aiokvm_vring *vring);
+const char *aiokvm_vring_strerror(int error);
+
 /* ---- ioctl, with a failure as the negative errno ---- */
 
 long aiokvm_ioctl(int fd, unsigned long request, void *arg);

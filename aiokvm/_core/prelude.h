@@ -4,3 +4,4 @@
 #include "kvm_compat.h"
 #include "memory.h"
 #include "vcpu.h"
+#include "vring.h"

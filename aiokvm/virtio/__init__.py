@@ -1,1 +1,1 @@
-"""Virtio 1.2: devices, virtqueues and transports. Models only: no loop, no thread, no KVM."""
+"""virtio devices: queues, transports and register models, as pure state machines (virtio 1.2)."""

@@ -38,6 +38,3 @@ VIRTIO_ID_INPUT = 18
 VIRTIO_ID_VSOCK = 19
 VIRTIO_ID_FS = 26
 VIRTIO_ID_PMEM = 27
-
-# The largest queue, split or packed (2.7, 2.8).
-VIRTQUEUE_MAX_SIZE = 32768

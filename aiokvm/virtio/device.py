@@ -1,7 +1,7 @@
 """A virtio device as its author sees it: what it offers, what it is told, and what it may ask for.
 
-Virtio 1.2, section 2. A device is a synchronous state machine. It knows queues, features and its configuration
-space; registers, addresses and interrupts are the transport's, such as :mod:`aiokvm.virtio.mmio`.
+Virtio 1.2, section 2. A device is a synchronous state machine. It knows queues, features and its
+configuration space; registers, addresses and interrupts are the transport's (:mod:`aiokvm.virtio.mmio`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class VirtioHost(Protocol):
     """What an attached device is given, as ``device.host``. All of it belongs to the machine's loop."""
 
     def interrupt(self, queue: int) -> None:
-        """Tell the driver of used buffers in ``queue``; after `Virtqueue.publish` has said that it wants it."""
+        """Tell the driver of used buffers in ``queue``, if `Virtqueue.publish` has said that it wants it."""
 
     def config_changed(self) -> None:
-        """The configuration space has changed: a new config generation and a configuration interrupt (2.5)."""
+        """The configuration space has changed: a new config generation, and an interrupt (2.5)."""
 
     def needs_reset(self, reason: str) -> None:
         """The device cannot go on, and says so: DEVICE_NEEDS_RESET (2.1.2). Nothing is notified any more."""
@@ -44,7 +44,7 @@ class VirtioHost(Protocol):
     def again(self, queue: int) -> None:
         """Call `VirtioDevice.notified` for ``queue`` once more when the loop has looked at everything else.
 
-        For a device that has served enough at once: a queue that the driver keeps full must not hold the loop.
+        For a device that has served enough at once: a driver that keeps a queue full must not hold the loop.
         """
 
     def now_ns(self) -> int:
@@ -54,9 +54,9 @@ class VirtioHost(Protocol):
         """Call back when `now_ns` has reached ``deadline_ns``; as `aiokvm.Device.timer`."""
 
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Cancellable:
-        """Run a coroutine function beside the guest. It is cancelled, and waited for, when the device is reset.
+        """Run a coroutine function beside the guest; what it raises is told as a failure of the device.
 
-        What it raises is told as a failure of the device.
+        A reset of the device calls `VirtioDevice.reset`, which may cancel it, and then waits for its end.
         """
 
     def take_queue(self, queue: int) -> int:
@@ -94,7 +94,7 @@ class VirtioDevice:
     """The device type, VIRTIO_ID_* (5)."""
 
     queue_size_max: tuple[int, ...] = ()
-    """For each queue the most descriptors that it may have: a power of two, up to 32768."""
+    """For each queue the most descriptors that it may have: a power of two, up to 1024."""
 
     device_features: int = 0
     """The features that the device offers, of its type's own bits: 0 to 23 and 50 to 63 (2.2)."""
@@ -126,7 +126,7 @@ class VirtioDevice:
         return self._host
 
     def accept_features(self, features: int) -> bool:  # noqa: ARG002
-        """Whether the device works with this subset of what was offered (2.2.2); unless overridden it does."""
+        """Whether the device works with this subset of what was offered (2.2.2). Unless overridden: yes."""
         return True
 
     def read_config(self, offset: int, size: int) -> int:
@@ -138,7 +138,7 @@ class VirtioDevice:
         return int.from_bytes(data.ljust(size, b"\xff"), "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """The driver wrote ``value`` of ``size`` bytes (1, 2 or 4) at ``offset``. Unless overridden: ignored."""
+        """The driver wrote ``value``, sized and aligned as in a read. Unless overridden it is ignored."""
 
     def activate(self, features: int, queues: Sequence[Virtqueue]) -> None:
         """The driver is ready (DRIVER_OK) with these negotiated features; `features` and `queues` are set.
@@ -160,12 +160,17 @@ class VirtioDevice:
         """Be as new. The driver waits until no buffer is touched any more (2.4).
 
         What the device still has in flight is waited for by what is returned; None: there is nothing. Chains
-        that are completed meanwhile do not reach the driver.
+        that are completed meanwhile do not reach the driver. It may be called again before the wait is over,
+        when the machine ends.
         """
         return None
 
+    def stop_queue(self, queue: int) -> Awaitable[None] | None:  # noqa: ARG002
+        """The driver takes back one queue (QueueReady is zero): as `reset`, for its buffers alone."""
+        return None
+
     async def run(self) -> None:
-        """A task beside the guest, from the machine's start to its end; the driver's resets do not touch it."""
+        """A task beside the guest, from the machine's start to its end; the driver's resets do not end it."""
 
     def close(self) -> Awaitable[None] | None:
         """The machine is at its end, after a last `reset`: give back what the device holds."""
