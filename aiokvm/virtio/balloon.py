@@ -9,11 +9,9 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Protocol
 
-from aiokvm.errors import DeviceError
+from aiokvm.errors import DeviceError, VirtqueueError
 from aiokvm.virtio.constants import VIRTIO_ID_BALLOON
 from aiokvm.virtio.device import VirtioDevice
-from aiokvm.virtio.queue import VirtqueueError
-from aiokvm.virtio.take import take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -180,13 +178,18 @@ class Balloon(VirtioDevice):
         except VirtqueueError as error:
             self.host.needs_reset(str(error))
 
+    def stop_queue(self, queue: int) -> None:
+        """Forget what of it was held."""
+        self._held.pop(queue, None)
+        if queue in REPORTING_VQS:
+            self._report.clear()
+        if queue == STATSQ:
+            self._stats = None
+
     def reset(self) -> None:
         """Forget the driver. Its memory is its own again; what it is asked for stays."""
-        for chain in (*self._held.values(), *([self._stats] if self._stats else ())):
-            chain.drop()
-        self._held.clear()
-        self._report.clear()
-        self._stats = None
+        for queue in range(len(self.queue_size_max)):
+            self.stop_queue(queue)
         self._inside = bytearray(len(self._inside))
         self.pages = 0
         self.config[_ACTUAL:] = bytes(_CONFIG.size - _ACTUAL)
@@ -204,7 +207,7 @@ class Balloon(VirtioDevice):
         # A chain with no page in it costs something, too.
         chains = queue.size
         while budget > 0 and chains:
-            chain = self._held.pop(index, None) or take(queue)
+            chain = self._held.pop(index, None) or queue.pop()
             if chain is None:
                 break
             numbers = chain.read(4 * budget)
@@ -271,7 +274,7 @@ class Balloon(VirtioDevice):
         queue = self.queues[STATSQ]
         stats: dict[str, int] | None = None
         for _ in range(queue.size):
-            if (chain := take(queue)) is None:
+            if (chain := queue.pop()) is None:
                 break
             # A driver has one buffer there. Of one that has more the newest counts.
             if self._stats:
@@ -297,7 +300,7 @@ class Balloon(VirtioDevice):
         while budget > 0 and chains:
             chain = self._held.pop(index, None)
             if chain is None:
-                chain = take(queue)
+                chain = queue.pop()
                 if chain is None:
                     break
                 self._report = [] if keep else list(chain.writable)

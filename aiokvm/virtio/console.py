@@ -9,11 +9,9 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Protocol
 
-from aiokvm.errors import DeviceError
+from aiokvm.errors import DeviceError, VirtqueueError
 from aiokvm.virtio.constants import VIRTIO_ID_CONSOLE
 from aiokvm.virtio.device import VirtioDevice
-from aiokvm.virtio.queue import VirtqueueError
-from aiokvm.virtio.take import take
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -207,13 +205,17 @@ class Console(VirtioDevice):
         except VirtqueueError as error:
             self.host.needs_reset(str(error))
 
+    def stop_queue(self, queue: int) -> None:
+        """Forget what of it was held."""
+        for port in self.ports:
+            if port and port._transmitq == queue:
+                port._held = None
+
     def reset(self) -> None:
         """Forget the driver. The ports stay, closed at the guest's end."""
         for port in self.ports:
             if port:
-                if port._held:
-                    port._held.drop()
-                    port._held = None
+                port._held = None
                 port._added = False
                 self._close(port)
         self._messages.clear()
@@ -237,7 +239,7 @@ class Console(VirtioDevice):
         chains = queue.size
         while chains and budget and (room := port.end.room()) > 0:
             if not port._held:
-                port._held = take(queue)
+                port._held = queue.pop()
                 if not port._held:
                     break
                 port._left = port._held.readable_bytes
@@ -265,7 +267,7 @@ class Console(VirtioDevice):
         taken = 0
         try:
             for _ in range(queue.size):
-                if taken == len(data) or (chain := take(queue)) is None:
+                if taken == len(data) or (chain := queue.pop()) is None:
                     break
                 taken += chain.write(data[taken:])
                 chain.push()
@@ -316,7 +318,7 @@ class Console(VirtioDevice):
     def _send_messages(self) -> None:
         queue = self.queues[CONTROL_RECEIVEQ]
         for _ in range(queue.size):
-            if not self._messages or (chain := take(queue)) is None:
+            if not self._messages or (chain := queue.pop()) is None:
                 break
             key, message = next(iter(self._messages.items()))
             # A buffer that is too small for it comes back empty.
@@ -335,7 +337,7 @@ class Console(VirtioDevice):
     def _receive_messages(self) -> None:
         queue = self.queues[CONTROL_TRANSMITQ]
         for _ in range(queue.size):
-            if (chain := take(queue)) is None:
+            if (chain := queue.pop()) is None:
                 break
             message = chain.read(_CONTROL.size)
             chain.push()

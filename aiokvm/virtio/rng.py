@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm.errors import DeviceError
+from aiokvm.errors import DeviceError, VirtqueueError
 from aiokvm.virtio.constants import VIRTIO_ID_RNG
 from aiokvm.virtio.device import VirtioDevice
-from aiokvm.virtio.queue import VirtqueueError
-from aiokvm.virtio.take import take
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +76,7 @@ class Rng(VirtioDevice):
         budget = SERVE_BYTES
         for _ in range(queue.size):
             allowed = self._allowed()
-            if allowed < WORTH_BYTES or budget <= 0 or (chain := take(queue)) is None:
+            if allowed < WORTH_BYTES or budget <= 0 or (chain := queue.pop()) is None:
                 break
             if wanted := min(chain.writable_bytes, REQUEST_BYTES, allowed):
                 given = chain.write(self._random(wanted))
