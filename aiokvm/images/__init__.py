@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LAB_MODULES", "Image", "Progress", "catalogue", "command_archive", "find", "path", "pull"]
 
-GUEST_MODULES = ("button", "evdev")
+GUEST_MODULES = (
+    *("button", "evdev"),
+    *("virtio_ring", "virtio", "virtio_mmio", "virtio_console", "virtio-rng", "virtio_balloon"),
+)
+"""The modules that the small guest's init loads, in this order."""
 LAB_MODULES = (
     *(
         "virtio_ring",

@@ -71,7 +71,7 @@ class MemoryBalloon:
         return self.device.dropped
 
     async def reached(self) -> None:
-        """Wait until `actual` is `target`, which a guest may never do. Raises StateError if the machine ends."""
+        """Wait until `actual` is `target`, which may never be. Raises StateError if the machine ends."""
         while self.actual != self.target:
             self._require_guest()
             await self._moved.wait()
@@ -79,8 +79,8 @@ class MemoryBalloon:
     async def stats(self, timeout: float = ANSWER_SECONDS) -> Mapping[str, int]:
         """What the guest says about its memory now, by the names of `aiokvm.virtio.balloon.STATISTICS`.
 
-        A guest gives those that it has, true or not. Raises TimeoutError if it does not answer, as one without a
-        driver, and StateError if the machine ends.
+        A guest gives those that it has, true or not. Raises TimeoutError if it does not answer, as a guest
+        with no driver, and StateError if the machine ends.
         """
         self._require_guest()
         self.device.request_stats()

@@ -27,8 +27,8 @@ class ConsoleStream(SerialConsole):
     """The host's end of a port: `send`, `read`, `expect` and `lines` as of a serial port.
 
     What the guest writes to a terminal, such as hvc0, never waits: output that nobody reads is kept up to
-    `OUTPUT_LIMIT` bytes, then the oldest is dropped. Other ports lose nothing: with so much unread, the guest's
-    writers wait. (Only an `expect` or `lines` that needs more than that drops the oldest there.)
+    `OUTPUT_LIMIT` bytes, then the oldest is dropped. Other ports lose nothing: with so much unread, the
+    guest's writers wait. (Only an `expect` or `lines` that needs more than that drops the oldest there.)
 
     Input waits until the guest has opened the port, and takes it.
     """
@@ -135,7 +135,7 @@ class Consoles(Mapping[str, ConsoleStream]):
         return self._add(name)
 
     def remove(self, name: str) -> None:
-        """Take a port away from the guest; readers get what is left. Raises KeyError, ConfigError for hvc0."""
+        """Take a port away; readers get what is left. Raises KeyError, and ConfigError for hvc0."""
         if name == FIRST:
             raise ConfigError(f"{FIRST} stays: guests take port 0 for granted")
         stream = self._streams.pop(name)

@@ -31,8 +31,8 @@ PAGE_BYTES = 1 << VIRTIO_BALLOON_PFN_SHIFT
 INFLATEQ = 0
 DEFLATEQ = 1
 STATSQ = 2
-# The specification gives reporting_vq the number 4; Linux and QEMU number the queues that there are, which makes
-# it 3 with no free_page_vq. A driver uses one of them.
+# The specification gives reporting_vq the number 4. Linux and QEMU number the queues that there are, which
+# makes it 3 with no free_page_vq. A driver uses one of them.
 REPORTING_VQS = (3, 4)
 
 # Linux puts up to 256 page numbers, or 32 ranges of free pages, into one chain.
@@ -83,8 +83,8 @@ class Balloon(VirtioDevice):
     """A balloon over ``memory``.
 
     ``release`` gives a range of RAM back to the host, which then reads as zeros; of a range that does not
-    begin or end with a page, the whole pages in it. ``on_actual`` is called when the guest says how many pages
-    are in the balloon, ``on_stats`` when it has sent statistics: numbers by their name in `STATISTICS`.
+    begin or end with a page, the whole pages in it. ``on_actual`` is called when the guest says how many
+    pages are in the balloon, ``on_stats`` when it has sent statistics: numbers by their name in `STATISTICS`.
 
     ``dropped`` counts page numbers that were not in RAM, given up twice, or taken back without having been
     given up; ``released_bytes`` what went back to the host, again and again for pages that the guest used

@@ -52,7 +52,7 @@ class PortEnd(Protocol):
     """The host's end of a port."""
 
     def room(self) -> int:
-        """How many bytes of output it takes now; at 0 the guest's wait in the queue until `ConsolePort.resume`."""
+        """How many bytes of output it takes now; at 0 they wait in the queue until `ConsolePort.resume`."""
 
     def on_transmit(self, data: bytes) -> None:
         """The guest wrote bytes, no more than there was room."""
@@ -123,9 +123,9 @@ class ConsolePort:
 
 
 class Console(VirtioDevice):
-    """A console with up to ``max_nr_ports`` ports, which come and go at any time; ``ports`` has them by number.
+    """A console with up to ``max_nr_ports`` ports, which come and go at any time.
 
-    ``ignored`` counts control messages of the driver that made no sense.
+    ``ports`` has them by number; ``ignored`` counts control messages of the driver that made no sense.
     """
 
     device_id = VIRTIO_ID_CONSOLE

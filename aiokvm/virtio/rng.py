@@ -28,9 +28,9 @@ _SECOND_NS = 1_000_000_000
 class Rng(VirtioDevice):
     """Gives the guest random bytes.
 
-    ``random`` makes up to so many bytes, and at least one, such as `os.getrandom`. ``bytes_per_second`` limits
-    what the guest gets in the long run, ``burst_bytes`` what it gets at once after a pause. ``served_bytes``
-    counts them.
+    ``random`` makes up to so many bytes, and at least one, as `os.getrandom` does. ``bytes_per_second``
+    limits what the guest gets in the long run, ``burst_bytes`` what it gets at once after a pause.
+    ``served_bytes`` counts them.
     """
 
     device_id = VIRTIO_ID_RNG
