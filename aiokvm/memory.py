@@ -52,10 +52,12 @@ class RamRegion:
 
 def core_ranges(regions: Sequence[RamRegion]) -> Pointer:
     """The ranges as the C core takes them: an array of ``struct aiokvm_ram``, which owns no RAM."""
-    return ffi.new(
-        "struct aiokvm_ram[]",
-        [(region.gpa, region.size, ffi.cast("uint8_t *", region.host_address)) for region in regions],
-    )
+    ranges: Pointer = ffi.new("struct aiokvm_ram[]", len(regions))
+    for i, region in enumerate(regions):
+        ranges[i].gpa = region.gpa
+        ranges[i].size = region.size
+        ranges[i].host = ffi.cast("uint8_t *", region.host_address)
+    return ranges
 
 
 class GuestMemory:

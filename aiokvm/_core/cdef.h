@@ -103,8 +103,10 @@ void *aiokvm_map(int fd, size_t size, size_t align, int *error);
 void aiokvm_unmap(void *address, size_t size);
 int aiokvm_discard(void *address, size_t size);
 
-/* vring.h */
-#define AIOKVM_VRING_ESIZE ...
+/* ---- vring.h: the device's side of virtqueues ---- */
+
+#define AIOKVM_VRING_MAX_SIZE ...
+
 struct iovec {
     void *iov_base;
     size_t iov_len;

@@ -65,27 +65,28 @@ struct aiokvm_chain {
 
 struct aiokvm_vring;
 
-/* A queue of at most max_size (1 to AIOKVM_VRING_MAX_SIZE), not started. The ranges are copied; the RAM must outlive it.
- * NULL: no memory, or no such size. In a child of fork every vring is stopped, and cannot be started. */
+/* A queue of at most max_size (1 to AIOKVM_VRING_MAX_SIZE) entries, not started. The ranges are copied; the RAM must
+ * outlive it. NULL: no memory, or no such size. In a child of fork every vring is stopped, and cannot be started. */
 struct aiokvm_vring *aiokvm_vring_new(const struct aiokvm_ram *ram, size_t count, uint32_t max_size);
 void aiokvm_vring_free(struct aiokvm_vring *vring);
 
 /* Begins at the beginning of rings of size entries at these guest addresses: descriptor area, driver area, device
- * area. The driver is to notify. features: what was negotiated. Returns 0, or what is wrong: ESIZE, EALIGN, ERING, or EBUSY
- * (too many chains of earlier starts are neither pushed nor dropped). */
+ * area. The driver is to notify. features: what was negotiated. Returns 0, or what is wrong: ESIZE, EALIGN,
+ * ERING, or EBUSY (too many chains of earlier starts are neither pushed nor dropped). */
 int aiokvm_vring_start(struct aiokvm_vring *vring, uint32_t size, uint64_t desc, uint64_t driver,
                        uint64_t device, uint64_t features);
 /* The rings are touched no more. Chains that are out stay valid; pushing them is dropping them. */
 void aiokvm_vring_stop(struct aiokvm_vring *vring);
 
 /* Takes the next chain. 1: *chain is it. 0: there is none, or the vring is stopped; unless notifications are
- * disabled the driver will notify when there is one. Below 0: what the driver has done wrong, from now on until the vring is
- * started again. */
+ * disabled the driver will notify when there is one. Below 0: what the driver has done wrong, from now on until
+ * the vring is stopped. */
 int aiokvm_vring_pop(struct aiokvm_vring *vring, struct aiokvm_chain **chain);
 /* Completes a chain of whose writable bytes the first `written` were written. Chains may be pushed in any order: with
  * IN_ORDER they wait for each other here. The driver sees it after aiokvm_vring_publish. */
 void aiokvm_vring_push(struct aiokvm_vring *vring, struct aiokvm_chain *chain, uint32_t written);
-/* Gives a chain's memory back; unless the vring was stopped since, the driver never gets its buffers back. */
+/* Gives a chain's memory back. Unless the vring was stopped since, the driver never gets its buffers back, nor, with
+ * IN_ORDER, any that came later. */
 void aiokvm_vring_drop(struct aiokvm_vring *vring, struct aiokvm_chain *chain);
 /* Makes all that was pushed visible to the driver. 1: it wants an interrupt. */
 int aiokvm_vring_publish(struct aiokvm_vring *vring);
@@ -95,7 +96,7 @@ int aiokvm_vring_enable_notify(struct aiokvm_vring *vring);
 /* The driver need not notify; it may all the same. */
 void aiokvm_vring_disable_notify(struct aiokvm_vring *vring);
 
-/* Any thread: what aiokvm_vring_pop found wrong since the start; 0: nothing. */
+/* Any thread: what aiokvm_vring_pop has found wrong; 0: nothing, or the vring was stopped since. */
 int aiokvm_vring_error(const struct aiokvm_vring *vring);
 /* The words for a negative result. */
 const char *aiokvm_vring_strerror(int error);

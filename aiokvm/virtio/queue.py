@@ -1,7 +1,7 @@
 """Virtqueues for devices that are written in Python: a thin layer over ``_core/vring.c``.
 
-virtio 1.2, sections 2.6 to 2.8. A queue belongs to the thread of the event loop, or, by ``core``, to one thread
-in C; never to both at a time.
+virtio 1.2, sections 2.6 to 2.8. A queue belongs to the thread of the event loop, or, by ``core``, to one
+thread in C; never to both at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.memory import RamRegion
 
-MAX_SIZE = 1024  # AIOKVM_VRING_MAX_SIZE of vring.h
+MAX_SIZE = lib.AIOKVM_VRING_MAX_SIZE
 
 
 class Memory(Protocol):
@@ -73,8 +73,6 @@ class Virtqueue:
         not in RAM, or too many chains of earlier starts are still held in C.
         """
         self.stop()
-        if not 0 < size <= self.max_size:
-            raise VirtqueueError(_words(lib.AIOKVM_VRING_ESIZE))
         code = lib.aiokvm_vring_start(self.core, size, desc, driver, device, features)
         if code:
             raise VirtqueueError(_words(code))
@@ -88,7 +86,7 @@ class Virtqueue:
             chain.drop()
 
     def pop(self) -> Chain | None:
-        """The next chain that the driver has made available; None if there is none, or the queue is not ready.
+        """The next chain that the driver has made available, None if there is none or the queue is not ready.
 
         After None the driver notifies when there is one, unless `disable_notify` was called. Raises
         VirtqueueError if the driver has done what it must not; from then on the queue is ``broken``.
@@ -107,7 +105,7 @@ class Virtqueue:
         return bool(lib.aiokvm_vring_publish(self.core))
 
     def enable_notify(self) -> bool:
-        """Ask the driver to notify of new chains; whether there are some already, that it will not notify of."""
+        """Ask the driver to notify of new chains; whether some are there already, of which it will not."""
         return bool(lib.aiokvm_vring_enable_notify(self.core))
 
     def disable_notify(self) -> None:
@@ -130,9 +128,9 @@ class Virtqueue:
 class Chain:
     """One buffer of the driver's: a part that the device reads, then a part that it writes.
 
-    ``readable_bytes`` and ``writable_bytes`` are the parts' lengths; ``readable`` and ``writable`` are their
-    pieces, the guest's own memory with no copy: the guest may change it at any time, and a device reads each byte
-    once. `read` and `write` go through them from the beginning on.
+    ``readable_bytes`` and ``writable_bytes`` are the parts' lengths in bytes; ``readable`` and ``writable``
+    are their pieces, the guest's own memory with no copy: the guest may change it at any time, so a device
+    reads each byte once. `read` and `write` go through them from the beginning on.
 
     A chain is pushed once, in any order with others. A chain that was pushed or dropped, or whose queue was
     stopped, is void: nothing is read or written, and pushing it does nothing.
@@ -155,7 +153,7 @@ class Chain:
         return self._core is None
 
     def read(self, n: int = -1) -> bytes:
-        """The next ``n`` bytes of the readable part, all that are left if there are fewer or ``n`` is below 0.
+        """The next ``n`` bytes of the readable part; all that are left if there are fewer, or ``n`` is -1.
 
         How many that is, up to 4 GiB, is the driver's choice: bound it.
         """
