@@ -25,12 +25,14 @@ from aiokvm.errors import (
     SerialClosedError,
     StateError,
     TraceError,
+    VirtqueueError,
 )
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
 from aiokvm.machine.device import Device, ErrorPolicy, Placement, RegionMode, Timer
 from aiokvm.machine.events import (
     DeviceFailed,
+    DeviceNeedsReset,
     Event,
     Exit,
     Exited,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from aiokvm.machine.limits import Limit, check_limits, host_limits
     from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
     from aiokvm.machine.trace import Trace
+    from aiokvm.machine.virtio_host import VirtioAttachment
+    from aiokvm.virtio.device import VirtioDevice, VirtioQueue, VirtioRequest
 
 __all__ = [
     "VM",
@@ -60,6 +64,7 @@ __all__ = [
     "Device",
     "DeviceError",
     "DeviceFailed",
+    "DeviceNeedsReset",
     "DeviceStats",
     "ErrorPolicy",
     "Event",
@@ -88,6 +93,11 @@ __all__ = [
     "TraceError",
     "VcpuState",
     "VcpuStats",
+    "VirtioAttachment",
+    "VirtioDevice",
+    "VirtioQueue",
+    "VirtioRequest",
+    "VirtqueueError",
     "VirtualCpu",
     "VmState",
     "VmStats",
@@ -110,6 +120,10 @@ _LATER = {
     "VcpuStats": "aiokvm.machine.stats",
     "VmStats": "aiokvm.machine.stats",
     "Trace": "aiokvm.machine.trace",
+    "VirtioAttachment": "aiokvm.machine.virtio_host",
+    "VirtioDevice": "aiokvm.virtio.device",
+    "VirtioQueue": "aiokvm.virtio.device",
+    "VirtioRequest": "aiokvm.virtio.device",
 }
 
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "cli": {"", "boot", "errors", "images", "kvm", "lab", "proto"},
     "__main__": {"cli"},
     "metrics": {""},
-    "": {"aio", "boot", "errors", "kvm", "machine", "memory"},
+    "": {"aio", "boot", "errors", "kvm", "machine", "memory", "virtio"},
 }
 # Register models and parsers: a test drives them with no loop, no clock and no kernel.
 MODELS = {"hw", "boot", "proto", "virtio"}

@@ -11,8 +11,19 @@ struct aiokvm_region {
     uint32_t id;
     uint32_t posted;
     uint32_t *latch;
+    uint32_t *status;
+    uint32_t status_offset;
+    uint32_t clear_offset;
     ...;
 };
+
+struct aiokvm_notifier {
+    int irqfd;
+    uint32_t *status;
+};
+void aiokvm_notify(const struct aiokvm_notifier *notifier, uint32_t bits);
+uint32_t aiokvm_status_read(const uint32_t *status);
+void aiokvm_status_clear(uint32_t *status, uint32_t bits);
 
 #define AIOKVM_FAST_OFFSETS ...
 #define AIOKVM_POSTED_ALL ...

@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "notify.h"
 #include "vcpu.h"
 
 /* About what an answer takes if both sides have a CPU. */
@@ -153,6 +154,23 @@ static bool post(struct aiokvm_machine *machine, unsigned bus, const struct aiok
     return fits;
 }
 
+/* Whether the access is one to the region's word of events, and done. */
+static bool access_status(const struct aiokvm_region *region, uint64_t offset, bool is_write, uint8_t *data)
+{
+    uint32_t bits;
+    if (is_write && offset == region->clear_offset) {
+        memcpy(&bits, data, sizeof(bits));
+        aiokvm_status_clear(region->status, bits);
+        return true;
+    }
+    if (!is_write && offset == region->status_offset) {
+        bits = aiokvm_status_read(region->status);
+        memcpy(data, &bits, sizeof(bits));
+        return true;
+    }
+    return false;
+}
+
 enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigned bus, uint64_t address,
                                          bool is_write, size_t size, size_t count, uint8_t *data,
                                          struct aiokvm_region *found)
@@ -174,6 +192,9 @@ enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigne
                 *data = (uint8_t)word;
                 result = AIOKVM_DONE;
             }
+        } else if (region->status && size == sizeof(uint32_t) && count == 1 &&
+                   access_status(region, offset, is_write, data)) {
+            result = AIOKVM_DONE;
         }
     }
     pthread_rwlock_unlock(&machine->lock);

@@ -27,13 +27,19 @@ enum { AIOKVM_FAST_OFFSETS = 8 };
  *
  * posted has a bit for each of the first offsets: a byte that the guest writes there is queued for the loop,
  * and the vCPU runs on. latch, if there is one, has a word for each of them: a byte that the guest reads
- * there comes from it, without the loop, while AIOKVM_LATCHED is set. */
+ * there comes from it, without the loop, while AIOKVM_LATCHED is set.
+ *
+ * status, if there is one, is a word of events that other threads set (notify.h): 4 bytes that the guest reads at
+ * status_offset are it, and bits that it writes with 4 bytes at clear_offset are cleared, without the loop. */
 struct aiokvm_region {
     uint64_t base;
     uint64_t size;
     uint32_t id;
     uint32_t posted;
     uint32_t *latch;
+    uint32_t *status;
+    uint32_t status_offset;
+    uint32_t clear_offset;
 };
 
 /* What a vCPU is doing. */
@@ -176,7 +182,7 @@ void aiokvm_latch_set(uint32_t *latch, unsigned offset, int value);
 /* A vCPU: an access of size bytes, count times, to data. */
 enum aiokvm_access {
     AIOKVM_UNCLAIMED, /* nothing is there */
-    AIOKVM_DONE,      /* it was posted, or answered by the latch */
+    AIOKVM_DONE,      /* it was posted, or answered by the latch or the status */
     AIOKVM_ASK,       /* *found is for the loop */
 };
 enum aiokvm_access aiokvm_machine_access(struct aiokvm_machine *machine, unsigned bus, uint64_t address,

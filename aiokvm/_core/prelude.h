@@ -3,5 +3,6 @@
 #include "ioctl.h"
 #include "kvm_compat.h"
 #include "memory.h"
+#include "notify.h"
 #include "vcpu.h"
 #include "vring.h"

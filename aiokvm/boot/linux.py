@@ -33,7 +33,9 @@ class Linux:
     """Boot a Linux kernel directly (Documentation/arch/x86/boot.rst; PVH for an ELF file with its note).
 
     ``kernel`` is a bzImage (boot protocol 2.06 or later) or an uncompressed ELF vmlinux, ``initrd`` what
-    the kernel unpacks as its initramfs. ``cmdline`` is passed on in UTF-8, exactly as it is.
+    the kernel unpacks as its initramfs. ``cmdline`` is passed on in UTF-8, exactly as it is, unless
+    ``virtio_mmio_cmdline`` is set: then ``virtio_mmio.device=`` of each virtio device stands before it, for a
+    kernel that was built without ACPI. With ACPI it would find each device twice.
 
     A bzImage is entered in 64-bit mode if it can be, else in 32-bit mode. An ELF file is entered by PVH if it
     has the note, else as an unpacked bzImage, in the mode of its machine.
@@ -44,6 +46,7 @@ class Linux:
     kernel: str | PathLike[str]
     initrd: str | PathLike[str] | None = None
     cmdline: str = ""
+    virtio_mmio_cmdline: bool = False
 
     def __post_init__(self) -> None:
         if "\0" in self.cmdline:
@@ -85,7 +88,7 @@ class Linux:
     ) -> CpuState:
         builder.claim("the kernel", *kernel.span)
         builder.place(kernel.load, kernel.code)
-        self._load_cmdline(builder, kernel.cmdline_size)
+        self._load_cmdline(builder, guest, kernel.cmdline_size)
         initrd_gpa = _load_initrd(builder, initrd, kernel.initrd_addr_max)
         page = zero_page(
             guest, kernel.setup, load=kernel.load, initrd_gpa=initrd_gpa, initrd_size=len(initrd or b"")
@@ -102,7 +105,7 @@ class Linux:
                 )
             builder.copy("a segment of the kernel", segment.paddr, segment.data, segment.memsz)
         is_64bit = kernel.machine == EM_X86_64
-        self._load_cmdline(builder, _ELF_CMDLINE_MAX)
+        self._load_cmdline(builder, guest, _ELF_CMDLINE_MAX)
         initrd_gpa = _load_initrd(builder, initrd, _ELF_INITRD_ADDR_MAX[is_64bit])
         initrd_size = len(initrd or b"")
         if kernel.pvh_entry is not None:
@@ -114,8 +117,14 @@ class Linux:
         )
         return _enter_with_zero_page(builder, page, kernel.entry, is_64bit=is_64bit)
 
-    def _load_cmdline(self, builder: PlanBuilder, limit: int) -> None:
-        data = self.cmdline.encode()
+    def _load_cmdline(self, builder: PlanBuilder, guest: GuestInfo, limit: int) -> None:
+        words = [self.cmdline]
+        if self.virtio_mmio_cmdline:
+            # Documentation/admin-guide/kernel-parameters.txt. What follows "--" is not for the kernel.
+            words[:0] = (
+                f"virtio_mmio.device={size >> 10}K@{base:#x}:{gsi}" for base, size, gsi in guest.virtio_mmio
+            )
+        data = " ".join(filter(None, words)).encode()
         limit = min(limit, CMDLINE_SIZE - 1)
         if len(data) > limit:
             raise ConfigError(f"cmdline has {len(data)} bytes, this kernel takes at most {limit}: shorten it")

@@ -29,11 +29,13 @@ class GuestInfo:
     """What a loader knows of the machine.
 
     ``ram`` holds (gpa, size in bytes) of each range of RAM, sorted and disjoint; ``rsdp`` is the gpa of the
-    ACPI root pointer, 0 for a machine without ACPI tables.
+    ACPI root pointer, 0 for a machine without ACPI tables. ``virtio_mmio`` holds (gpa, size in bytes, GSI) of
+    each virtio device, for a kernel that is told of them by its command line.
     """
 
     ram: tuple[tuple[int, int], ...]
     rsdp: int = 0
+    virtio_mmio: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

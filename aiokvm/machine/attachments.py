@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aiokvm import kvm
     from aiokvm.aio import Loop, Task
-    from aiokvm.hw.bus import Bus, BusDevice
+    from aiokvm.hw.bus import BusDevice
     from aiokvm.machine.exits import Exits
     from aiokvm.memory import GuestMemory
 
@@ -85,8 +85,8 @@ def _window(attachment: Attachment, first: int) -> BusDevice:
 
 def device_name(device: BusDevice) -> str:
     """The class of what is at a region of a bus: of a device of the user's own, if it is one."""
-    attachment = getattr(device, "attachment", None)
-    return type(attachment.device if attachment else device).__name__
+    owner = getattr(device, "attachment", device)
+    return type(getattr(owner, "device", owner)).__name__
 
 
 class Attachments:
@@ -250,11 +250,7 @@ class Attachments:
         if not attachment.pio:
             self._refuse_ram(attachment)
         region = bus.attach(_window(attachment, offset), attachment.base, attachment.size, posted=posted)
-        undo.callback(self._unclaim, bus, region)
-        self._exits.publish()
-
-    def _unclaim(self, bus: Bus, region: Any) -> None:
-        bus.detach(region)
+        undo.callback(self._exits.withdraw, bus, region)
         self._exits.publish()
 
     def _refuse_ram(self, attachment: Attachment) -> None:
@@ -274,7 +270,7 @@ class Attachments:
         self._refuse_ram(attachment)
         # The bus knows the range, so that no other region gets it; no access of the guest arrives there.
         region = self._exits.mmio.attach(_window(attachment, 0), attachment.base, attachment.size)
-        undo.callback(self._unclaim, self._exits.mmio, region)
+        undo.callback(self._exits.withdraw, self._exits.mmio, region)
         try:
             pages = SharedPages(attachment.size)
         except OSError as error:

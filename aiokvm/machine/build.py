@@ -13,14 +13,17 @@ from aiokvm.boot.plan import GuestInfo, Segment
 from aiokvm.machine.files import read_files
 from aiokvm.machine.hardware import Hardware
 from aiokvm.machine.platform import acpi_platform
+from aiokvm.machine.virtio import VIRTIO_SIZE, described
 from aiokvm.memory import ram_ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AsyncExitStack
 
     from aiokvm.aio import Loop
     from aiokvm.boot import BootPlan
     from aiokvm.machine.config import Config
+    from aiokvm.machine.virtio import Place
 
 
 def poll_ns(config: Config) -> int:
@@ -29,11 +32,21 @@ def poll_ns(config: Config) -> int:
     return config.poll_ns if len(os.sched_getaffinity(0)) > 1 else 0
 
 
-async def boot_plan(config: Config) -> BootPlan:
+def acpi_tables(config: Config, virtio: Iterable[Place]) -> acpi.Tables:
+    """The tables of a machine with virtio devices at these places."""
+    return acpi.build(acpi_platform(config, described(virtio)))
+
+
+async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
     """What has to be in RAM and registers; nothing has been allocated for it."""
-    tables = acpi.build(acpi_platform(config))
+    virtio = tuple(virtio)
+    tables = acpi_tables(config, virtio)
     files = await read_files(config.boot.files(), config.memory_bytes)
-    guest = GuestInfo(ram=ram_ranges(config.memory_bytes), rsdp=tables.rsdp)
+    guest = GuestInfo(
+        ram=ram_ranges(config.memory_bytes),
+        rsdp=tables.rsdp,
+        virtio_mmio=tuple((base, VIRTIO_SIZE, gsi) for base, gsi in virtio),
+    )
     booted = config.boot.plan(files, guest)
     return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiokvm.errors import DeviceError
 
@@ -154,13 +154,20 @@ class Placement:
     where: dict[str, Any]
 
 
+class TimerOwner(Protocol):
+    """Whose timers end with it, and who is told what they raise."""
+
+    _timers: set[Timer] | None
+    _failed: Callable[[str, Exception], None] | None
+
+
 class Timer:
     """A timer of a device; made by `Device.timer`. ``deadline_ns`` is when it calls back next."""
 
     def __init__(
         self,
         loop: Loop,
-        device: Device,
+        device: TimerOwner,
         deadline_ns: int,
         callback: Callable[[], object],
         period_ns: int,

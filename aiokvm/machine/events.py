@@ -84,6 +84,17 @@ class DeviceFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceNeedsReset(Event):
+    """A virtio device stands still until its driver resets it: ``reason`` says what is wrong.
+
+    Mostly the driver has put something into a queue that no device can work with. ``device`` is the class.
+    """
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exited(Event):
     """The machine ended; no event follows."""
 

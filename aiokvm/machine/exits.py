@@ -134,6 +134,7 @@ class Exits:
         self._targets: dict[tuple[int, int], _Target] = {}
         # What the vCPU threads read belongs to cffi objects: they must live as long as the machine.
         self._latches: dict[PostedWrites, Pointer] = {}
+        self._words: dict[Region, tuple[Pointer, int, int]] = {}
         self._vcpus: Sequence[Pointer] = ()
         self._tell_unclaimed = False
         self._listener = listener
@@ -161,8 +162,24 @@ class Exits:
                     device.connect_latch(_Latch(entry.latch))
                 elif region.posted:
                     entry.posted = lib.AIOKVM_POSTED_ALL
+                if region in self._words:
+                    entry.status, entry.status_offset, entry.clear_offset = self._words[region]
             check(lib.aiokvm_machine_publish(self.core, number, table, len(regions)), "publishing the bus")
         self._targets = targets
+
+    def withdraw(self, bus: Bus, region: Region) -> None:
+        """Take a region off its bus, and publish that."""
+        bus.detach(region)
+        self.publish()
+        self._words.pop(region, None)
+
+    def share_word(self, region: Region, word: Pointer, status_offset: int, clear_offset: int) -> None:
+        """Have a ``uint32_t`` of events read and cleared at two offsets of a region, 4 bytes each.
+
+        What the guest does there does not reach the device, from the next `publish` on; the word is the
+        machine's then.
+        """
+        self._words[region] = word, status_offset, clear_offset
 
     def serve_vcpus(self, vcpus: Sequence[Pointer]) -> None:
         """The core's vCPUs, by index."""

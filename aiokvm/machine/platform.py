@@ -158,7 +158,7 @@ class Platform:
             self._timer = None
 
 
-def acpi_platform(config: Config) -> acpi.Platform:
+def acpi_platform(config: Config, virtio: tuple[acpi.VirtioMmio, ...] = ()) -> acpi.Platform:
     """The machine as its ACPI tables describe it. Raises ConfigError if they cannot."""
     serial = (
         acpi.SerialPort(port, gsi, uid)
@@ -170,4 +170,5 @@ def acpi_platform(config: Config) -> acpi.Platform:
         pm_port=PM_PORT,
         sci_gsi=SCI_GSI,
         debug_exit_port=DEBUG_EXIT_PORT,
+        virtio=virtio,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from contextlib import AsyncExitStack
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,16 +14,17 @@ from anyio import to_thread
 
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
-from aiokvm.errors import AiokvmError, KvmError, StateError
+from aiokvm.errors import AiokvmError, ConfigError, KvmError, StateError
 from aiokvm.kvm import KvmExit
 from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
-from aiokvm.machine.build import boot_plan, build_hardware, poll_ns
+from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
+from aiokvm.machine.failures import Failures
 
 # Not when it is asked for: then there may be no descriptor left to read it with.
 from aiokvm.machine.limits import named
@@ -30,9 +32,10 @@ from aiokvm.machine.log import machine_logger
 from aiokvm.machine.platform import Platform
 from aiokvm.machine.postmortem import describe, explain
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
+from aiokvm.machine.virtio import DRAIN_SECONDS, VirtioDevices, places
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -45,7 +48,9 @@ if TYPE_CHECKING:
     from aiokvm.machine.hardware import Hardware
     from aiokvm.machine.stats import VmStats
     from aiokvm.machine.trace import Trace
+    from aiokvm.machine.virtio_host import VirtioAttachment
     from aiokvm.memory import GuestMemory
+    from aiokvm.virtio.device import VirtioDevice
 
 # A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
 KICK_AGAIN_NS = 20_000_000
@@ -55,8 +60,6 @@ KICK_AGAIN_MOST_NS = 640_000_000
 STUCK_SECONDS = 10.0
 # How long the end waits for what devices run on the loop, when that was told to end, too.
 DEVICES_SECONDS = 10.0
-# Errors of devices that are logged one by one; after that those whose number is a power of two.
-LOGGED_ERRORS = 10
 
 
 class VmState(enum.Enum):
@@ -92,7 +95,7 @@ class VM:
         self._closing = False
         self._threads: set[int] = set()
         self._kicker: Handle | None = None
-        self._device_errors = 0
+        self._failures = Failures(config.name, self._logger, self._hub)
         self._kvm_stats: kvm.Stats | None = None
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
@@ -112,6 +115,16 @@ class VM:
                 loop, self._exits, hardware.vm, hardware.memory, self._on_device_failed
             )
             undo.append(self._attachments.close)
+            self._virtio = VirtioDevices(
+                loop,
+                config,
+                self._exits,
+                hardware.vm,
+                hardware.memory,
+                self._attachments,
+                self._failures,
+            )
+            undo.append(self._virtio.close)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -128,6 +141,7 @@ class VM:
         serial_ports: int = 2,
         hugepages: int | str | None = None,
         devices: Iterable[Placement] = (),
+        virtio: Iterable[VirtioDevice] = (),
         poll_ns: int = POLL_NS,
         log_unclaimed: bool = False,
     ) -> VM:
@@ -136,9 +150,10 @@ class VM:
         ``boot`` says what runs in it: `boot.Linux` or `boot.Flat`. ``memory`` is in bytes, or with K, M, G or
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``devices`` are the program's own,
-        as `Device.at` places them. ``poll_ns`` is how long at most the loop and a vCPU poll for each other
-        before they sleep: an exit costs least while they do, 0 spares the CPU time. ``log_unclaimed`` logs
-        accesses to addresses where nothing is; each then waits for the loop.
+        as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns``
+        is how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least
+        while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is;
+        each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
@@ -153,18 +168,26 @@ class VM:
             poll_ns=poll_ns,
         )
         try:
-            return await cls._create(config, devices, log_unclaimed)
+            return await cls._create(config, devices, tuple(virtio), log_unclaimed)
         except (AiokvmError, OSError, RuntimeError) as error:
             raise named(error, f"cannot create machine {config.name}", config.cpus)  # noqa: B904
 
     @classmethod
-    async def _create(cls, config: Config, devices: Iterable[Placement], log_unclaimed: bool) -> VM:
-        plan = await boot_plan(config)
+    async def _create(
+        cls,
+        config: Config,
+        devices: Iterable[Placement],
+        virtio: Sequence[VirtioDevice],
+        log_unclaimed: bool,
+    ) -> VM:
+        plan = await boot_plan(config, islice(places(config), len(virtio)))
         loop = current_loop()
         async with AsyncExitStack() as undo:
             hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
+            for device in virtio:
+                vm._virtio.attach(device)
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
             vm._exits.ask_unclaimed(log_unclaimed)
@@ -254,6 +277,22 @@ class VM:
         self._exits.check_owner()
         self._attachments.detach(attachment)
 
+    def attach_virtio(self, device: VirtioDevice) -> VirtioAttachment:
+        """Give the machine a virtio device, by virtio-mmio: before it starts, as guests look for it but once.
+
+        It gets the next free place and GSI, and stands in the ACPI tables. Raises StateError once the machine
+        has started, DeviceError for a device that is in a machine, ConfigError for what cannot be, and for
+        a guest that is told of its devices by its command line: these have to be given to `VM.create`.
+        """
+        self._require(VmState.CREATED)
+        if getattr(self._config.boot, "virtio_mmio_cmdline", False):
+            raise ConfigError("with virtio_mmio_cmdline, virtio devices are given to VM.create: virtio=[...]")
+        attachment = self._virtio.attach(device)
+        # The RSDP has stayed where it was.
+        tables = acpi_tables(self._config, self._virtio.places)
+        self.memory.write(tables.gpa, tables.data)
+        return attachment
+
     def stats(self) -> VmStats:
         """What the machine has done so far, in numbers. StateError when it is closed."""
         from aiokvm.machine.stats import DeviceStats, VmStats
@@ -277,7 +316,7 @@ class VM:
             poll_hits=core.poll_hits,
             poll_misses=core.poll_misses,
             rings=core.rings,
-            device_errors=self._device_errors,
+            device_errors=self._failures.errors,
             kvm=self._kvm_stats.read() if self._kvm_stats else {},
         )
 
@@ -311,6 +350,7 @@ class VM:
             self._end(Exit(ExitReason.ERROR, detail=str(told)))
             raise told  # noqa: B904
         self._attachments.start()
+        self._virtio.start()
         for vcpu in self.vcpus[:-1]:
             vcpu.resume()
         self._hub.emit(events.Started(self.name))
@@ -342,7 +382,7 @@ class VM:
         BootError, ConfigError, and StateError if the machine has not started or ends meanwhile. A reset that
         is cancelled has happened wholly or not at all.
         """
-        plan = await boot_plan(self._config)
+        plan = await boot_plan(self._config, self._virtio.places)
         async with self._changing:
             self._require(VmState.RUNNING, VmState.PAUSED)
             was_running = self._state is VmState.RUNNING
@@ -441,7 +481,7 @@ class VM:
     def on_failed(self, device: BusDevice, access: str, error: Exception) -> None:
         """A device raised."""
         if not self._attachments.failed(device, access, error):
-            self._tell_failed(type(device).__name__, access, error)
+            self._failures.on_failed(device_name(device), access, error)
 
     def set_irq_line(self, gsi: int, level: bool) -> None:
         """A device drives its interrupt."""
@@ -463,20 +503,13 @@ class VM:
 
     def _on_device_failed(self, attachment: Attachment, access: str, error: Exception) -> None:
         name = type(attachment.device).__name__
-        self._tell_failed(name, access, error)
+        self._failures.on_failed(name, access, error)
         if attachment.on_error is ErrorPolicy.STOP_MACHINE:
             self._end(Exit(ExitReason.ERROR, detail=f"{name}: {access}: {error!r}"))
         elif attachment.on_error is ErrorPolicy.STOP_DEVICE:
             for other in self._attachments:
                 if other.device is attachment.device:
                     self._attachments.detach(other)
-
-    def _tell_failed(self, name: str, access: str, error: Exception) -> None:
-        self._device_errors = count = self._device_errors + 1
-        # A guest can have a device fail as often as it likes: its log must not grow as fast.
-        if count <= LOGGED_ERRORS or count & (count - 1) == 0:
-            self._logger.error("%s: %s failed", name, access, exc_info=error)
-        self._hub.emit(events.DeviceFailed(self.name, name, access, error))
 
     def _require(self, *states: VmState) -> None:
         self._exits.check_owner()
@@ -498,6 +531,8 @@ class VM:
 
     async def _reset(self, plan: BootPlan, then_run: bool) -> None:
         try:
+            # First: it ends what still writes to the guest's memory.
+            await self._virtio.reset()
             await to_thread.run_sync(self._hardware.reset)
             self._platform.reset()
             self._attachments.reset()
@@ -559,6 +594,7 @@ class VM:
         self._parked.set()
         self._exits.cancel()
         self._attachments.stop()
+        self._virtio.stop()
         if not self._threads:
             self._on_ended()
             return
@@ -587,6 +623,7 @@ class VM:
             # A reset under way writes to what is freed here, until it sees that the machine has ended.
             async with self._changing:
                 await self._devices_finished()
+                self._virtio.close()
                 self._attachments.close()
                 if self._kvm_stats:
                     self._kvm_stats.close()
@@ -600,12 +637,15 @@ class VM:
             self._closed.set()
 
     async def _devices_finished(self) -> None:
-        with anyio.move_on_after(DEVICES_SECONDS):
+        with anyio.move_on_after(DEVICES_SECONDS) as waited:
             await self._exits.finished()
             await self._attachments.finished()
-            return
-        self._logger.error(
-            "%s: what a device runs has been cancelled and does not end in %g s: it is left to itself",
-            self.name,
-            DEVICES_SECONDS,
-        )
+        with anyio.move_on_after(DRAIN_SECONDS) as drained:
+            await self._virtio.finished()
+        for scope, seconds in ((waited, DEVICES_SECONDS), (drained, DRAIN_SECONDS)):
+            if scope.cancelled_caught:
+                self._logger.error(
+                    "%s: what a device runs has been told to end and does not in %g s: it is left to itself",
+                    self.name,
+                    seconds,
+                )

@@ -19,7 +19,9 @@ from aiokvm.virtio.constants import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-    from aiokvm.virtio.queue import Chain, Virtqueue
+    from typing_extensions import Buffer
+
+    from aiokvm.virtio.queue import Virtqueue
 
 
 class Cancellable(Protocol):
@@ -73,13 +75,42 @@ class VirtioHost(Protocol):
         """The bytes of one of `VirtioDevice.shared_memory`, that the driver sees, too (2.10)."""
 
 
-class RequestQueue(Protocol):
-    """A queue that gives its requests as they come; see `VirtioDevice.serve`."""
+class VirtioRequest(Protocol):
+    """Buffers from the driver: first a part that the device reads, then one that it writes; lengths in bytes.
+
+    To be completed with `push`, in any order with others. After a reset of the device nothing is read or
+    written any more, and completing it does nothing.
+    """
+
+    @property
+    def readable_bytes(self) -> int:
+        """How long the readable part is."""
+
+    @property
+    def writable_bytes(self) -> int:
+        """How long the writable part is."""
+
+    def read(self, n: int = -1) -> bytes:
+        """The next ``n`` bytes of the readable part, or all the rest; the driver says how many: bound it."""
+
+    def write(self, data: Buffer) -> int:
+        """Put data next into the writable part; how many bytes fitted."""
+
+    def push(self, written: int | None = None) -> None:
+        """Complete it, and interrupt the driver if it wants that.
+
+        ``written``: how many bytes of the writable part were; unless given, those that `write` has put there.
+        """
+
+
+class VirtioQueue(Protocol):
+    """The requests of one queue, as they come: ``async for request in queue``; see `VirtioDevice.serve`."""
 
     index: int
+    """Which queue of the device it is."""
 
-    def __aiter__(self) -> AsyncIterator[Chain]:
-        """Each chain, once. Its ``push()`` completes it, and interrupts the driver if that wants it."""
+    def __aiter__(self) -> AsyncIterator[VirtioRequest]:
+        """Each request, once, until the device is reset."""
 
 
 class VirtioDevice:
@@ -149,7 +180,7 @@ class VirtioDevice:
     def notified(self, queue: int) -> None:
         """The driver says that there are buffers in ``queue``; maybe there are none, or more than one."""
 
-    async def serve(self, queue: RequestQueue) -> None:
+    async def serve(self, queue: VirtioQueue) -> None:
         """Overridden, it is a task for each queue that is ready, from DRIVER_OK until the device is reset.
 
         ``async for request in queue`` gives the requests. It is cancelled by a reset; requests that it has

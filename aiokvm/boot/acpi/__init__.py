@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from aiokvm.boot.acpi.build import Tables, build
-from aiokvm.boot.acpi.config import MAX_PROCESSORS, Platform, SerialPort
+from aiokvm.boot.acpi.config import MAX_PROCESSORS, MAX_VIRTIO, Platform, SerialPort, VirtioMmio
 
-__all__ = ["MAX_PROCESSORS", "Platform", "SerialPort", "Tables", "build"]
+__all__ = ["MAX_PROCESSORS", "MAX_VIRTIO", "Platform", "SerialPort", "Tables", "VirtioMmio", "build"]

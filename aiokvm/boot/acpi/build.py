@@ -10,7 +10,7 @@ from aiokvm.boot.acpi.dsdt import dsdt
 from aiokvm.boot.acpi.facs import facs
 from aiokvm.boot.acpi.fadt import fadt
 from aiokvm.boot.acpi.madt import madt
-from aiokvm.boot.acpi.rsdp import rsdp
+from aiokvm.boot.acpi.rsdp import RSDP_SIZE, rsdp
 from aiokvm.boot.acpi.xsdt import rsdt, xsdt
 from aiokvm.errors import ConfigError
 
@@ -57,8 +57,10 @@ def build(platform: Platform, gpa: int = 0xE_0000, limit: int = 0x10_0000) -> Ta
             )
         return address
 
+    # First, so that it stays where it is however many devices the tables describe; who boots has its address.
+    rsdp_gpa = place(bytes(RSDP_SIZE))
     # Each table after those that it points to.
     fadt_gpa = place(fadt(platform, place(facs(), _FACS_ALIGN), place(dsdt(platform))))
     pointers = fadt_gpa, place(madt(platform))
-    rsdp_gpa = place(rsdp(place(rsdt(pointers)), place(xsdt(pointers))))
+    data[:RSDP_SIZE] = rsdp(place(rsdt(pointers)), place(xsdt(pointers)))
     return Tables(gpa, bytes(data), rsdp_gpa)

@@ -12,6 +12,9 @@ MAX_PROCESSORS = 4096
 IOAPIC_PINS = 24
 """GSIs of KVM's in-kernel I/O APIC."""
 
+MAX_VIRTIO = 256
+"""As many virtio devices as the two hex digits of a device's name can count."""
+
 PM_PORTS = 9
 """Ports of the power management block: PM1_STS, PM1_EN, PM1_CNT (two each), two unused, reset register."""
 
@@ -36,13 +39,35 @@ class SerialPort:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtioMmio:
+    """The registers of a virtio device, ``size`` bytes from ``base``, raising ``gsi`` by edges.
+
+    ``shared``: other devices raise the same.
+    """
+
+    base: int
+    size: int
+    gsi: int
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.base < self.base + self.size <= 1 << 32:
+            raise ConfigError(f"virtio device of {self.size:#x} bytes at {self.base:#x}: put it below 4 GiB")
+        if not 0 < self.gsi < IOAPIC_PINS or self.gsi == 2:
+            raise ConfigError(
+                f"virtio device on GSI {self.gsi}: use 1 to {IOAPIC_PINS - 1}, but 2, the timer's"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Platform:
     """A machine with KVM's in-kernel PIC, I/O APIC and PIT, and fixed ACPI power management hardware.
 
     ``apic_ids`` has the local APIC id of each processor, ascending; a processor's UID is its index.
     ``pm_port`` is the first port of PM1_STS (+0), PM1_EN (+2), PM1_CNT (+4) and the reset register (+8, which
     resets when 1 is written). That device holds ``sci_gsi`` high for as long as an enabled event is pending.
-    ``debug_exit_port`` is reserved for the debug-exit device, None where there is no such device.
+    ``debug_exit_port`` is reserved for the debug-exit device, None where there is no such device. ``virtio``
+    are the virtio devices; a device's UID is its index.
 
     Raises ConfigError for what the tables cannot describe.
     """
@@ -59,6 +84,7 @@ class Platform:
     i8042: bool = True
     rtc: bool = True
     debug_exit_port: int | None = 0xF4
+    virtio: tuple[VirtioMmio, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.apic_ids) <= MAX_PROCESSORS:
@@ -81,6 +107,13 @@ class Platform:
                 raise ConfigError(
                     f"serial port {port.port:#x} is edge triggered, GSI {port.gsi} of the SCI is not"
                 )
+        for device in self.virtio:
+            if device.gsi == self.sci_gsi:
+                raise ConfigError(
+                    f"virtio device {device.base:#x} is edge triggered, GSI {device.gsi} of the SCI is not"
+                )
+        if len(self.virtio) > MAX_VIRTIO:
+            raise ConfigError(f"{len(self.virtio)} virtio devices: there are at most {MAX_VIRTIO}")
         if len({port.uid for port in self.serial}) != len(self.serial):
             raise ConfigError(f"serial ports {[port.uid for port in self.serial]}: give each its own uid")
         for what, address in ("ioapic_address", self.ioapic_address), ("lapic_address", self.lapic_address):

@@ -11,7 +11,7 @@ from aiokvm.boot.acpi.table import table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from aiokvm.boot.acpi.config import Platform, SerialPort
+    from aiokvm.boot.acpi.config import Platform, SerialPort, VirtioMmio
 
 # 2 or more: AML integers have 64 bits.
 _REVISION = 2
@@ -43,6 +43,12 @@ def _serial(index: int, port: SerialPort) -> bytes:
     return device(f"SE{index:02X}", aml.eisa_id("PNP0501"), aml.io(port.port, 8), irq, uid=port.uid)
 
 
+def _virtio(index: int, at: VirtioMmio) -> bytes:
+    # The id that Linux and others bind virtio-mmio by; the interrupt of virtio 1.2, 4.2.3.4, is an edge here.
+    resources = aml.memory32_fixed(at.base, at.size), aml.interrupt(at.gsi, shared=at.shared)
+    return device(f"VR{index:02X}", "LNRO0005", *resources, uid=index)
+
+
 def _devices(platform: Platform) -> Iterator[bytes]:
     for uid in range(len(platform.apic_ids)):
         yield _processor(uid)
@@ -52,6 +58,8 @@ def _devices(platform: Platform) -> Iterator[bytes]:
         yield device("KBD", aml.eisa_id("PNP0303"), aml.io(0x60, 1), aml.io(0x64, 1), aml.irq_no_flags(1))
     if platform.rtc:
         yield device("RTC", aml.eisa_id("PNP0B00"), aml.io(0x70, 2), aml.irq_no_flags(8))
+    for index, virtio in enumerate(platform.virtio):
+        yield _virtio(index, virtio)
     reserved = [aml.io(platform.pm_port, PM_PORTS)]
     if platform.debug_exit_port is not None:
         reserved.append(aml.io(platform.debug_exit_port, _DEBUG_EXIT_PORTS))

@@ -8,7 +8,7 @@ from aiokvm.boot.acpi.table import OEM_ID, checksum
 
 _REVISION = 2
 _ACPI_1 = struct.Struct("<8sB6sBI")
-_LENGTH = 36
+RSDP_SIZE = 36
 
 
 def rsdp(rsdt: int, xsdt: int) -> bytes:
@@ -16,5 +16,5 @@ def rsdp(rsdt: int, xsdt: int) -> bytes:
     # ACPI 1.0 knows the first 20 bytes, and their checksum, only.
     first = _ACPI_1.pack(b"RSD PTR ", 0, OEM_ID, _REVISION, rsdt)
     first = _ACPI_1.pack(b"RSD PTR ", checksum(first), OEM_ID, _REVISION, rsdt)
-    second = struct.pack("<IQ", _LENGTH, xsdt)
+    second = struct.pack("<IQ", RSDP_SIZE, xsdt)
     return first + second + bytes([checksum(first + second), 0, 0, 0])
