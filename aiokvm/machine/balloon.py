@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -11,8 +11,8 @@ from aiokvm.memory import PAGE_SIZE, discard
 from aiokvm.virtio.balloon import Balloon
 
 if TYPE_CHECKING:
-    import logging
     from collections.abc import Mapping
+    from logging import LoggerAdapter
 
     from aiokvm.memory import GuestMemory
 
@@ -27,7 +27,7 @@ class MemoryBalloon:
     once. It takes pages out again when `target` is lowered, and may when it runs out of memory.
     """
 
-    def __init__(self, memory: GuestMemory, name: str, logger: logging.Logger) -> None:
+    def __init__(self, memory: GuestMemory, name: str, logger: LoggerAdapter[Any]) -> None:
         self.device = Balloon(memory, self._release, on_actual=self._on_actual, on_stats=self._on_stats)
         self._size_bytes = memory.size_bytes
         self._name = name

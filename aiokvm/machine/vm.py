@@ -20,7 +20,7 @@ from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDO
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
-from aiokvm.machine.config import POLL_NS, Config, parse_size
+from aiokvm.machine.config import POLL_NS, Config, RngConfig, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
@@ -29,6 +29,8 @@ from aiokvm.machine.failures import Failures
 # Not when it is asked for: then there may be no descriptor left to read it with.
 from aiokvm.machine.limits import named
 from aiokvm.machine.log import machine_logger
+from aiokvm.machine.peripherals import Peripherals, port_names
+from aiokvm.machine.peripherals import count as peripherals_count
 from aiokvm.machine.platform import Platform
 from aiokvm.machine.postmortem import describe, explain
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
     from aiokvm.aio import Handle, Loop
     from aiokvm.boot import BootPlan, BootProtocol
     from aiokvm.hw.bus import BusDevice
+    from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.console import SerialConsole
     from aiokvm.machine.device import Device, Placement
     from aiokvm.machine.hardware import Hardware
+    from aiokvm.machine.ports import Consoles
     from aiokvm.machine.stats import VmStats
     from aiokvm.machine.trace import Trace
     from aiokvm.machine.virtio_host import VirtioAttachment
@@ -125,6 +129,7 @@ class VM:
                 self._failures,
             )
             undo.append(self._virtio.close)
+            self._peripherals = Peripherals(config, hardware.memory, self._logger)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -142,6 +147,9 @@ class VM:
         hugepages: int | str | None = None,
         devices: Iterable[Placement] = (),
         virtio: Iterable[VirtioDevice] = (),
+        console: bool | Iterable[str] = False,
+        rng: bool | RngConfig = False,
+        balloon: bool = False,
         poll_ns: int = POLL_NS,
         log_unclaimed: bool = False,
     ) -> VM:
@@ -150,10 +158,14 @@ class VM:
         ``boot`` says what runs in it: `boot.Linux` or `boot.Flat`. ``memory`` is in bytes, or with K, M, G or
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``devices`` are the program's own,
-        as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns``
-        is how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least
-        while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is;
-        each then waits for the loop.
+        as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them.
+
+        ``console`` gives the guest a virtio console: a terminal, hvc0, and a port of each name that is listed.
+        ``rng`` gives it randomness of the host's, ``balloon`` lets it lend memory to the host.
+
+        ``poll_ns`` is how long at most the loop and a vCPU poll for each other before they sleep: an exit costs
+        least while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing
+        is; each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
@@ -166,6 +178,9 @@ class VM:
             serial_ports=serial_ports,
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
             poll_ns=poll_ns,
+            console=port_names(console),
+            rng=RngConfig() if rng is True else rng or None,
+            balloon=balloon,
         )
         try:
             return await cls._create(config, devices, tuple(virtio), log_unclaimed)
@@ -180,13 +195,13 @@ class VM:
         virtio: Sequence[VirtioDevice],
         log_unclaimed: bool,
     ) -> VM:
-        plan = await boot_plan(config, islice(places(config), len(virtio)))
+        plan = await boot_plan(config, islice(places(config), peripherals_count(config) + len(virtio)))
         loop = current_loop()
         async with AsyncExitStack() as undo:
             hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
-            for device in virtio:
+            for device in (*vm._peripherals.devices, *virtio):
                 vm._virtio.attach(device)
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
@@ -228,6 +243,22 @@ class VM:
     def serial_ports(self) -> tuple[SerialConsole, ...]:
         """All serial ports."""
         return self._platform.consoles
+
+    @property
+    def console(self) -> Consoles:
+        """The ports of the virtio console, by name. Raises StateError if the machine was made without."""
+        if self._peripherals.console is None:
+            raise StateError(
+                f"machine {self.name} has no virtio console: VM.create(console=...) gives it one"
+            )
+        return self._peripherals.console
+
+    @property
+    def balloon(self) -> MemoryBalloon:
+        """The memory balloon. Raises StateError if the machine was made without."""
+        if self._peripherals.balloon is None:
+            raise StateError(f"machine {self.name} has no balloon: VM.create(balloon=True) gives it one")
+        return self._peripherals.balloon
 
     def events(self) -> AsyncIterator[events.Event]:
         """What happens to the machine from now on; ends after `Exited`."""
@@ -535,6 +566,7 @@ class VM:
             await self._virtio.reset()
             await to_thread.run_sync(self._hardware.reset)
             self._platform.reset()
+            self._peripherals.reset()
             self._attachments.reset()
             for gpa, size in plan.zero:
                 self.memory.fill(gpa, size)
@@ -608,6 +640,7 @@ class VM:
             self._kicker.cancel()
             self._kicker = None
         self._platform.close()
+        self._peripherals.close()
         assert self.exit is not None
         self._hub.emit(events.Exited(self.name, self.exit))
         self._hub.close()

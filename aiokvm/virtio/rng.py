@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm.errors import DeviceError, VirtqueueError
+from aiokvm.errors import ConfigError, VirtqueueError
 from aiokvm.virtio.constants import VIRTIO_ID_RNG
 from aiokvm.virtio.device import VirtioDevice
 
@@ -30,7 +30,7 @@ class Rng(VirtioDevice):
 
     ``random`` makes up to so many bytes, and at least one, as `os.getrandom` does. ``bytes_per_second``
     limits what the guest gets in the long run, ``burst_bytes`` what it gets at once after a pause.
-    ``served_bytes`` counts them.
+    ``served_bytes`` counts them. Raises ConfigError for a limit that would give the guest nothing.
     """
 
     device_id = VIRTIO_ID_RNG
@@ -44,9 +44,9 @@ class Rng(VirtioDevice):
         burst_bytes: int = REQUEST_BYTES,
     ) -> None:
         if bytes_per_second is not None and bytes_per_second < 1:
-            raise DeviceError(f"bytes_per_second is {bytes_per_second}: at least 1, or None for no limit")
+            raise ConfigError(f"bytes_per_second is {bytes_per_second}: at least 1, or None for no limit")
         if burst_bytes < WORTH_BYTES:
-            raise DeviceError(f"burst_bytes is {burst_bytes}: at least {WORTH_BYTES}")
+            raise ConfigError(f"burst_bytes is {burst_bytes}: at least {WORTH_BYTES}")
         self.served_bytes = 0
         self._random = random
         self._rate = bytes_per_second
