@@ -39,7 +39,7 @@ def parse_size(size: int | str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RngConfig:
-    """How much randomness a guest gets: so many bytes a second, None for no limit, and a burst after a pause."""
+    """How much randomness a guest gets: in a second, if there is a limit, and at once after a pause."""
 
     bytes_per_second: int | None = None
     burst_bytes: int = 64 << 10

@@ -91,8 +91,9 @@ class ConsoleStream(SerialConsole):
 
     async def _wait_for_output(self, seen: int) -> None:
         drops = self._drops
-        # Whoever waits with a full buffer needs more than it holds.
-        self._drops = drops or len(self._output) >= limits.OUTPUT_LIMIT
+        # Whoever has seen all of a full buffer and waits needs more than it holds.
+        waits = len(self._output) + self.dropped <= seen
+        self._drops = drops or (waits and len(self._output) >= limits.OUTPUT_LIMIT)
         try:
             if self._drops is not drops:
                 self.port.resume()

@@ -160,12 +160,12 @@ class VM:
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``devices`` are the program's own,
         as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them.
 
-        ``console`` gives the guest a virtio console: a terminal, hvc0, and a port of each name that is listed.
-        ``rng`` gives it randomness of the host's, ``balloon`` lets it lend memory to the host.
+        ``console`` gives the guest a virtio console: a terminal, hvc0, and a port of each name that is
+        listed. ``rng`` gives it randomness of the host's, ``balloon`` lets it lend memory to the host.
 
-        ``poll_ns`` is how long at most the loop and a vCPU poll for each other before they sleep: an exit costs
-        least while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing
-        is; each then waits for the loop.
+        ``poll_ns`` is how long at most the loop and a vCPU poll for each other before they sleep: an exit
+        costs least while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where
+        nothing is; each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
