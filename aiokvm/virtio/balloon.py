@@ -118,8 +118,8 @@ class Balloon(VirtioDevice):
         self._on_actual = on_actual
         self._on_stats = on_stats
         # One bit a page of RAM, range after range.
-        pages = sum(ram.size for ram in memory.regions) >> VIRTIO_BALLOON_PFN_SHIFT
-        self._inside = bytearray((pages + 7) // 8)
+        self._most = sum(ram.size for ram in memory.regions) >> VIRTIO_BALLOON_PFN_SHIFT
+        self._inside = bytearray((self._most + 7) // 8)
         # By queue: a chain that is not finished.
         self._held: dict[int, Chain] = {}
         # What of a report is not yet released, and the chain of statistics by which the next are asked for.
@@ -133,9 +133,8 @@ class Balloon(VirtioDevice):
 
     @num_pages.setter
     def num_pages(self, pages: int) -> None:
-        most = sum(ram.size for ram in self._memory.regions) >> VIRTIO_BALLOON_PFN_SHIFT
-        if not 0 <= pages <= most:
-            raise DeviceError(f"a balloon of {pages} pages: RAM has {most}")
+        if not 0 <= pages <= self._most:
+            raise DeviceError(f"a balloon of {pages} pages: RAM has {self._most}")
         self.config[:_ACTUAL] = pages.to_bytes(4, "little")
         if self.queues:
             self.host.config_changed()

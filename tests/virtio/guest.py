@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiokvm.virtio.device import VirtioDevice
+    from tests.virtio.driver import Memory
 
 # Each queue's rings and buffers have a range of RAM of their own.
 RANGE_BYTES = 1 << 20
@@ -101,7 +102,7 @@ class DeviceGuest:
         device: VirtioDevice,
         features: int = 0,
         *,
-        memory: FakeMemory | None = None,
+        memory: Memory | None = None,
         size: int = 8,
         without: int = 0,
         missing: tuple[int, ...] = (),
