@@ -68,6 +68,13 @@ int aiokvm_vring_area(struct aiokvm_vring *vring, uint64_t gpa, uint64_t size, u
     return gpa % align || (uintptr_t)*area % align ? AIOKVM_VRING_EALIGN : 0;
 }
 
+static void release(struct aiokvm_vring *vring, struct aiokvm_chain *chain)
+{
+    chain->next_free = vring->free;
+    vring->free = chain;
+    vring->free_count++;
+}
+
 static int look(struct aiokvm_vring *vring)
 {
     return vring->packed ? aiokvm_packed_look(vring) : aiokvm_split_look(vring);
@@ -115,6 +122,12 @@ int aiokvm_vring_start(struct aiokvm_vring *vring, uint32_t size, uint64_t desc,
 
 void aiokvm_vring_stop(struct aiokvm_vring *vring)
 {
+    /* Pushed, but those before them were not. */
+    for (; vring->completed != vring->popped; vring->completed++) {
+        struct aiokvm_chain *chain = vring->order[vring->completed % AIOKVM_VRING_MAX_SIZE];
+        if (chain && chain->done)
+            release(vring, chain);
+    }
     vring->started = false;
     vring->error = 0;
     vring->generation++;
@@ -199,13 +212,6 @@ int aiokvm_vring_pop(struct aiokvm_vring *vring, struct aiokvm_chain **chain)
     if (result < 0)
         vring->error = result;
     return result;
-}
-
-static void release(struct aiokvm_vring *vring, struct aiokvm_chain *chain)
-{
-    chain->next_free = vring->free;
-    vring->free = chain;
-    vring->free_count++;
 }
 
 /* Puts a completion into the ring that makes slots free, and with it those before it that were left out. */
