@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiokvm.machine import events
 
 if TYPE_CHECKING:
-    from logging import LoggerAdapter
+    from logging import Logger, LoggerAdapter
 
 # Those that are logged one by one; after that each whose number is a power of two.
 LOGGED_ERRORS = 10
@@ -16,7 +16,7 @@ LOGGED_ERRORS = 10
 class Failures:
     """``errors`` is how often a device raised."""
 
-    def __init__(self, machine: str, logger: LoggerAdapter[Any], hub: events.EventHub) -> None:
+    def __init__(self, machine: str, logger: LoggerAdapter[Logger], hub: events.EventHub) -> None:
         self.errors = 0
         self._needed_resets = 0
         self._machine = machine

@@ -6,6 +6,7 @@ configuration space; registers, addresses and interrupts are the transport's (:m
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiokvm.errors import DeviceError
@@ -135,7 +136,7 @@ class VirtioDevice:
     )
     """What its queues may be; VIRTIO_F_VERSION_1 comes with it."""
 
-    shared_memory: Mapping[int, int] = {}
+    shared_memory: Mapping[int, int] = MappingProxyType({})
     """Shared memory regions (2.10): the size in bytes of each, a multiple of 4096, by its shmid."""
 
     config: bytearray

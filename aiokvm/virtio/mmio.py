@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from aiokvm.errors import VirtqueueError
+from aiokvm.errors import ConfigError, VirtqueueError
 from aiokvm.virtio.constants import (
     DEVICE_FEATURES,
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
@@ -23,7 +23,7 @@ from aiokvm.virtio.constants import (
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_VERSION_1,
 )
-from aiokvm.virtio.queue import Virtqueue
+from aiokvm.virtio.queue import MAX_SIZE, Virtqueue
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -133,6 +133,8 @@ class VirtioMmio:
     ``shared`` holds (gpa, size in bytes) of its shared memory regions by shmid. ``on_needs_reset`` is told
     why DEVICE_NEEDS_RESET was set. ``calls`` takes the place of the device in what `Calls` lists.
 
+    Raises ConfigError for queues that cannot be.
+
     ``dropped_notifies`` counts notifications of queues that are not there or not in use.
     """
 
@@ -146,6 +148,11 @@ class VirtioMmio:
         on_needs_reset: Callable[[str], None] = lambda _: None,
         calls: Calls | None = None,
     ) -> None:
+        for size in device.queue_size_max:
+            if not 0 < size <= MAX_SIZE or size & (size - 1):
+                raise ConfigError(
+                    f"{type(device).__name__} has a queue of {size}: use a power of two, up to {MAX_SIZE}"
+                )
         self.device = device
         self.queues = tuple(Virtqueue(memory, size) for size in device.queue_size_max)
         self.features = (
@@ -273,7 +280,10 @@ class VirtioMmio:
         self._draining = False
 
     def close(self) -> None:
-        """The machine is gone, and its memory with it. The device has been reset."""
+        """The machine is gone, and its memory unless that is in use: the device could not be reset then."""
+        if not self._draining:
+            for queue in self.queues:
+                queue.close()
         self.queues = ()
         self._clear()
 

@@ -85,6 +85,12 @@ class Virtqueue:
         for chain in tuple(self._chains):
             chain.drop()
 
+    def close(self) -> None:
+        """Stop for good, and let go of the guest's RAM. Nobody uses ``core`` any more. Idempotent."""
+        self.stop()
+        self.max_size = 0
+        self._regions = ()
+
     def pop(self) -> Chain | None:
         """The next chain that the driver has made available, None if there is none or the queue is not ready.
 
