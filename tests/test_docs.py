@@ -180,3 +180,16 @@ def test_the_exit_statuses_are_those_of_the_help(command: str) -> None:
     there = re.findall(r"^ +([\d-]+|128 \+ N)  ", table, re.MULTILINE)
     assert there
     assert re.findall(r"^\| (\d[\d+N -]*?) \|", documented(command), re.MULTILINE) == there
+
+
+def test_the_tests_that_virtio_md_names_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.(?:py|c))::(\w+)`", (DOCS / "virtio.md").read_text())
+    assert named
+    for file, test in named:
+        assert re.search(rf"(?:def |TEST\(){test}\(?\b", (ROOT / file).read_text()), f"{file}::{test}"
+
+
+def test_every_demand_of_virtio_md_names_a_test() -> None:
+    for line in (DOCS / "virtio.md").read_text().splitlines():
+        if line.startswith("|") and re.search(r"\bMUST\b", line):
+            assert "`tests/" in line, line

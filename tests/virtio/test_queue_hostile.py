@@ -286,11 +286,12 @@ def test_a_next_outside_the_indirect_table() -> None:
 
 
 @LAYOUTS
-def test_descriptors_before_an_indirect_one_and_a_table_anywhere(layout: Driver) -> None:
+@pytest.mark.parametrize("flags", [INDIRECT, INDIRECT | WRITE])  # of these WRITE is ignored
+def test_descriptors_before_an_indirect_one_and_a_table_anywhere(layout: Driver, flags: int) -> None:
     driver, queue = pair(layout)
     driver.memory.write(0x100, b"abcdefgh")
     driver.memory.write(TABLE + 1, driver.table([Descriptor(0x102, 2), Descriptor(0x104, 4, WRITE)]))
-    driver.expose([Descriptor(0x100, 2), Descriptor(TABLE + 1, 2 * DESC_SIZE, INDIRECT)])
+    driver.expose([Descriptor(0x100, 2), Descriptor(TABLE + 1, 2 * DESC_SIZE, flags)])
     chain = queue.pop()
     assert chain
     assert (chain.read(), chain.writable_bytes) == (b"abcd", 4)
