@@ -25,6 +25,7 @@ from aiokvm.errors import (
     SerialClosedError,
     StateError,
     TraceError,
+    VirtqueueError,
 )
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
@@ -88,6 +89,7 @@ __all__ = [
     "TraceError",
     "VcpuState",
     "VcpuStats",
+    "VirtqueueError",
     "VirtualCpu",
     "VmState",
     "VmStats",
