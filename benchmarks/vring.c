@@ -21,7 +21,9 @@ static uint64_t now_ns(void)
 uint64_t run_vring(uint64_t features, uint32_t count, uint32_t batch)
 {
     static struct driver driver;
-    const struct driver_buffer buffers[] = { { DATA, 16, false }, { DATA + 4096, 4096, true }, { DATA + 16, 1, true } };
+    const struct driver_buffer buffers[] = {
+        { DATA, 16, false }, { DATA + 4096, 4096, true }, { DATA + 16, 1, true },
+    };
     uint8_t *ram = aligned_alloc(4096, RAM);
     if (!ram)
         return 0;

@@ -1,6 +1,7 @@
 /* vring.c under libFuzzer: the input is what a driver writes into the rings, and what the device does meanwhile.
  *
  * The two ranges of RAM are separate allocations: AddressSanitizer sees every byte outside them. */
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,7 +51,8 @@ static void check_chain(const struct aiokvm_chain *chain, const struct aiokvm_ra
     for (uint32_t i = 0; i < chain->readable + chain->writable; i++) {
         volatile uint8_t *base = chain->iov[i].iov_base;
         size_t len = chain->iov[i].iov_len;
-        const struct aiokvm_ram *ram = base >= ranges[0].host && base < ranges[0].host + RANGE ? &ranges[0] : &ranges[1];
+        bool low = base >= ranges[0].host && base < ranges[0].host + RANGE;
+        const struct aiokvm_ram *ram = &ranges[low ? 0 : 1];
         REQUIRE(len && base >= ram->host && len <= RANGE && base - ram->host <= (ptrdiff_t)(RANGE - len));
         bytes[i >= chain->readable] += len;
         base[0] ^= 1;
