@@ -24,11 +24,13 @@ from aiokvm import (
     StateError,
     VirtioDevice,
     VirtqueueError,
+    VmState,
     boot,
 )
 from aiokvm._core import lib
 from aiokvm.boot.layout import CMDLINE
 from aiokvm.kvm.constants import KVM_IRQCHIP_IOAPIC
+from aiokvm.machine import vm as machine
 from aiokvm.machine.config import Config
 from aiokvm.machine.virtio import SHARED_BASE, VIRTIO_BASE, VIRTIO_SIZE, Place, described, places
 from aiokvm.virtio import mmio
@@ -252,6 +254,19 @@ async def test_a_machine_ends_while_a_reset_waits(guest: Guest) -> None:
         assert await vm.kill() == Exit(ExitReason.KILLED)
         device.drain = None
     assert (device.resets, device.closed) == (2, 1)
+
+
+@pytest.mark.kvm
+async def test_what_is_never_drained_holds_the_end_up_for_a_bounded_time(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    device = Counter()
+    device.drain = anyio.sleep_forever
+    async with guest(b"\xf4\xeb\xfd", virtio=[device]) as vm:
+        pass
+    assert vm.state is VmState.CLOSED
+    assert "does not end in 0.05 s" in caplog.text
 
 
 @pytest.mark.kvm
