@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
     "device_http": r"the guest read 21500 from its register at 0xd0000000\n",
     "on_trio": r"the guest read 21500 from its register at 0xd0000000\n",
+    "virtio_device": r"the guest got 7{16}\n",
     "asgi_service": r"(hello from a guest\n){3}",
     # Which flags an instruction leaves is not the point.
     "debugger": (

@@ -673,12 +673,17 @@ class VM:
         with anyio.move_on_after(DEVICES_SECONDS) as waited:
             await self._exits.finished()
             await self._attachments.finished()
+        if waited.cancelled_caught:
+            self._logger.error(
+                "%s: what a device runs has been cancelled and does not end in %g s: it is left to itself",
+                self.name,
+                DEVICES_SECONDS,
+            )
         with anyio.move_on_after(DRAIN_SECONDS) as drained:
             await self._virtio.finished()
-        for scope, seconds in ((waited, DEVICES_SECONDS), (drained, DRAIN_SECONDS)):
-            if scope.cancelled_caught:
-                self._logger.error(
-                    "%s: what a device runs has been told to end and does not in %g s: it is left to itself",
-                    self.name,
-                    seconds,
-                )
+        if drained.cancelled_caught:
+            self._logger.error(
+                "%s: what virtio devices have in flight does not end in %g s: it is left to itself",
+                self.name,
+                DRAIN_SECONDS,
+            )
