@@ -24,11 +24,11 @@ CHUNK_BYTES = 16 << 10
 
 
 class ConsoleStream(SerialConsole):
-    """The host's end of a port: `send`, `read`, `expect` and `lines` as of a serial port.
+    """The host's end of a port, read and written as that of a serial port.
 
     What the guest writes to a terminal, such as hvc0, never waits: output that nobody reads is kept up to
     `OUTPUT_LIMIT` bytes, then the oldest is dropped. Other ports lose nothing: with so much unread, the
-    guest's writers wait. (Only an `expect` or `lines` that needs more than that drops the oldest there.)
+    guest's writers wait. (Only an ``expect`` or ``lines`` that needs more than that drops the oldest there.)
 
     Input waits until the guest has opened the port, and takes it.
     """
