@@ -6,11 +6,12 @@ BIN := .venv/bin
 SOURCES := $(shell find aiokvm -type f -not -name '*.pyc') meson.build pyproject.toml
 IMAGES := cloud cloud-elf generic i386 i386-pae initramfs initramfs-generic initramfs-i386 initramfs-i386-pae
 
-.PHONY: help setup demo test bench lint docs clean core-tests
+.PHONY: help setup demo test bench lint docs clean core-tests fuzz
 
 help:
 	@echo "make demo    check this machine, boot Debian's kernel and show it working"
 	@echo "make test    lint, types, the C core under sanitizers, all tests; real guests run in the lab"
+	@echo "make fuzz    the C core's parsers under libFuzzer, for an hour each"
 	@echo "make bench   measure, against QEMU where it is the peer"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    write docs/api.md from the docstrings"
@@ -42,10 +43,15 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# An hour for each: FUZZ_SECONDS says otherwise.
+fuzz: build/packages
+	tools/fuzz $(or $(FUZZ_SECONDS),3600)
+
 core-tests: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/core-tests
 
 test: build/installed lint core-tests
+	tools/fuzz 10
 	$(BIN)/aiokvm images pull $(IMAGES)
 	$(BIN)/aiokvm images build debian
 	$(BIN)/pytest -m "not linux"

@@ -52,7 +52,10 @@ from aiokvm.memory import GuestMemory, RamRegion
 
 if TYPE_CHECKING:
     from aiokvm.aio.watchdog import HoldUp, Watchdog
+    from aiokvm.machine.balloon import MemoryBalloon
+    from aiokvm.machine.config import RngConfig
     from aiokvm.machine.limits import Limit, check_limits, host_limits
+    from aiokvm.machine.ports import Consoles, ConsoleStream
     from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
     from aiokvm.machine.trace import Trace
     from aiokvm.machine.virtio_host import VirtioAttachment
@@ -64,6 +67,8 @@ __all__ = [
     "Attachment",
     "BootError",
     "ConfigError",
+    "ConsoleStream",
+    "Consoles",
     "Device",
     "DeviceError",
     "DeviceFailed",
@@ -86,12 +91,14 @@ __all__ = [
     "KvmError",
     "LabError",
     "Limit",
+    "MemoryBalloon",
     "NbdError",
     "Paused",
     "Placement",
     "RamRegion",
     "RegionMode",
     "Resumed",
+    "RngConfig",
     "SerialClosedError",
     "SerialConsole",
     "Started",
@@ -129,6 +136,10 @@ _LATER = {
     "DeviceStats": "aiokvm.machine.stats",
     "VcpuStats": "aiokvm.machine.stats",
     "VmStats": "aiokvm.machine.stats",
+    "MemoryBalloon": "aiokvm.machine.balloon",
+    "RngConfig": "aiokvm.machine.config",
+    "ConsoleStream": "aiokvm.machine.ports",
+    "Consoles": "aiokvm.machine.ports",
     "Trace": "aiokvm.machine.trace",
     "VirtioAttachment": "aiokvm.machine.virtio_host",
     "VirtioDevice": "aiokvm.virtio.device",

@@ -172,6 +172,17 @@ class _Unmap:
             lib.aiokvm_unmap(address, self._size)
 
 
+def discard(pages: memoryview) -> None:
+    """Give RAM back to the host: the whole pages that a view of `GuestMemory` covers read as zeros then.
+
+    Raises OSError if the host refuses, as it does for memory that is locked.
+    """
+    with memoryview(pages).cast("B") as view:
+        code = lib.aiokvm_discard(ffi.from_buffer("uint8_t[]", view), len(view))
+    if code:
+        raise OSError(-code, os.strerror(-code))
+
+
 class SharedPages:
     """Pages of RAM of their own, zeroed, that a device shares with the guest.
 

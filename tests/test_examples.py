@@ -24,6 +24,7 @@ SHOWN = {
     "device_http": r"the guest read 21500 from its register at 0xd0000000\n",
     "on_trio": r"the guest read 21500 from its register at 0xd0000000\n",
     "http_disk": r"a disk of 1048576 bytes\nfetched bytes=0-262143\nfetched bytes=524288-786431\n",
+    "virtio_device": r"the guest got 7{16}\n",
     "asgi_service": r"(hello from a guest\n){3}",
     # Which flags an instruction leaves is not the point.
     "debugger": (

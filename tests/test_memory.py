@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiokvm.errors import ConfigError, GuestMemoryError
-from aiokvm.memory import PCI_HOLE_END, PCI_HOLE_START, GuestMemory, ram_ranges
+from aiokvm.memory import PCI_HOLE_END, PCI_HOLE_START, GuestMemory, discard, ram_ranges
 
 GIB = 1 << 30
 
@@ -155,3 +155,29 @@ def test_a_child_of_fork_is_refused_instead_of_crashing() -> None:
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     memory.close()
+
+
+def test_discard_gives_whole_pages_back_and_leaves_their_neighbours() -> None:
+    memory = GuestMemory(0x10000)
+    memory.write(0, b"x" * 0x10000)
+    blocks = os.fstat(memory.fd).st_blocks
+    with memory.view(0x1001, 0x3000) as view:
+        discard(view)
+    assert os.fstat(memory.fd).st_blocks == blocks - 2 * 8
+    assert memory.read(0, 0x2000) == b"x" * 0x2000
+    assert memory.read(0x2000, 0x2000) == bytes(0x2000)
+    assert memory.read(0x4000, 0xC000) == b"x" * 0xC000
+    with memory.view(0x4001, 10) as view:
+        discard(view)
+    with memory.view(0x4000, 0) as view:
+        discard(view)
+    assert memory.read(0x4000, 0xC000) == b"x" * 0xC000
+    memory.close()
+
+
+def test_discard_of_memory_that_cannot_go_is_told() -> None:
+    with mmap.mmap(-1, 0x1000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as private:
+        view = memoryview(private)
+        with pytest.raises(OSError, match="Invalid argument"):
+            discard(view)
+        view.release()

@@ -122,6 +122,7 @@ void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats 
 
 void *aiokvm_map(int fd, size_t size, size_t align, int *error);
 void aiokvm_unmap(void *address, size_t size);
+int aiokvm_discard(void *address, size_t size);
 
 /* ---- vring.h: the device's side of virtqueues ---- */
 

@@ -54,3 +54,14 @@ void aiokvm_unmap(void *address, size_t size)
 {
     munmap(address, size);
 }
+
+int aiokvm_discard(void *address, size_t size)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE) - 1;
+    uintptr_t start = ((uintptr_t)address + page) & ~page;
+    uintptr_t end = ((uintptr_t)address + size) & ~page;
+    /* Of a file's pages this makes a hole in the file, so that a host that is short of memory has it back. */
+    if (start < end && madvise((void *)start, end - start, MADV_REMOVE) < 0)
+        return -errno;
+    return 0;
+}

@@ -335,7 +335,8 @@ const char *aiokvm_vring_strerror(int error)
     case AIOKVM_VRING_EORDER:
         return "a readable buffer comes after a writable one";
     case AIOKVM_VRING_EINDIRECT:
-        return "an indirect descriptor was not negotiated, is nested, has a next one, or has a table of no possible size";
+        return "an indirect descriptor was not negotiated, is nested, has a next one, "
+               "or has a table of no possible size";
     default:
         return "unknown error";
     }

@@ -17,8 +17,8 @@ typedef uint64_t __attribute__((may_alias)) guest64;
 #define GUEST_LOAD(type, at, order) __atomic_load_n((const type *)(at), order)
 #define GUEST_STORE(type, at, value, order) __atomic_store_n((type *)(at), value, order)
 
-/* Each side writes one thing (chains or completions; the wish to be told of them) and then reads the other's: both are
- * sequentially consistent, so that one of the two sees the other. */
+/* Each side writes one thing (chains or completions; the wish to be told of them) and then reads the other's: both
+ * are sequentially consistent, so that one of the two sees the other. */
 
 /* A descriptor. Split: addr, len, flags, next. Packed: addr, len, id, flags. */
 enum { DESC_SIZE = 16, DESC_FLAGS_PACKED = 14 };

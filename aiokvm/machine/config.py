@@ -37,6 +37,14 @@ def parse_size(size: int | str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+@dataclass(frozen=True, slots=True)
+class RngConfig:
+    """How much randomness a guest gets: in a second, if there is a limit, and at once after a pause."""
+
+    bytes_per_second: int | None = None
+    burst_bytes: int = 64 << 10
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A machine's description. Raises ConfigError for what no host could build."""
@@ -48,6 +56,9 @@ class Config:
     serial_ports: int = 2
     hugepage_bytes: int | None = None
     poll_ns: int = POLL_NS
+    console: tuple[str, ...] | None = None
+    rng: RngConfig | None = None
+    balloon: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -34,7 +34,7 @@ class SerialConsole:
         self._receive = receive
         self._output = bytearray()
         self._input = bytearray()
-        self._closed = False
+        self._closed = ""
         self._reading = anyio.ResourceGuard("reading from")
         self._sending = anyio.Lock()
         self._news = anyio.Event()
@@ -60,9 +60,9 @@ class SerialConsole:
             if len(self._input) < INPUT_LIMIT:
                 self._room.set()
 
-    def close(self) -> None:
-        """The machine has ended: readers get what is left and then the end. Idempotent."""
-        self._closed = True
+    def close(self, reason: str = "the machine has ended") -> None:
+        """There is no guest behind it any more: readers get what is left and then the end. Idempotent."""
+        self._closed = self._closed or reason
         self._news.set()
         self._room.set()
 
@@ -86,14 +86,14 @@ class SerialConsole:
                     self._room = anyio.Event()
                     await self._room.wait()
                 if self._closed:
-                    raise SerialClosedError("the machine has ended: nobody reads this serial port")
+                    raise SerialClosedError(f"{self._closed}: nobody reads what is sent")
                 self._input += part
                 self.on_room()
 
     async def read(self, limit: int = 65536) -> bytes:
         """At least one and at most ``limit`` bytes of output; b"" when the machine has ended."""
         with self._reading:
-            await self._wait_for_output(0)
+            await self._wait_for_output(self.dropped)
             return self._take(min(limit, len(self._output)))
 
     async def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
@@ -110,7 +110,7 @@ class SerialConsole:
                     searched = 0
                     while (end := self._match_end(pattern, searched)) < 0:
                         if self._closed:
-                            raise SerialClosedError(f"the machine ended before {shown!r}{self._tail()}")
+                            raise SerialClosedError(f"{self._closed} before {shown!r}{self._tail()}")
                         searched = len(self._output)
                         await self._wait_for_output(searched + self.dropped)
                     return self._take(end)

@@ -20,7 +20,7 @@ from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDO
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
-from aiokvm.machine.config import POLL_NS, Config, parse_size
+from aiokvm.machine.config import POLL_NS, Config, RngConfig, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.disks import Disks
 from aiokvm.machine.events import Exit, ExitReason
@@ -30,6 +30,8 @@ from aiokvm.machine.failures import Failures
 # Not when it is asked for: then there may be no descriptor left to read it with.
 from aiokvm.machine.limits import named
 from aiokvm.machine.log import machine_logger
+from aiokvm.machine.peripherals import Peripherals, port_names
+from aiokvm.machine.peripherals import count as peripherals_count
 from aiokvm.machine.platform import Platform
 from aiokvm.machine.postmortem import describe, explain
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
@@ -45,10 +47,12 @@ if TYPE_CHECKING:
     from aiokvm.block import BlockBackend
     from aiokvm.boot import BootPlan, BootProtocol
     from aiokvm.hw.bus import BusDevice
+    from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.console import SerialConsole
     from aiokvm.machine.device import Device, Placement
     from aiokvm.machine.disks import Disk, VmDisk
     from aiokvm.machine.hardware import Hardware
+    from aiokvm.machine.ports import Consoles
     from aiokvm.machine.stats import VmStats
     from aiokvm.machine.trace import Trace
     from aiokvm.machine.virtio_host import VirtioAttachment
@@ -129,6 +133,7 @@ class VM:
                 self._failures,
             )
             undo.append(self._virtio.close)
+            self._peripherals = Peripherals(config, hardware.memory, self._logger)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -147,6 +152,9 @@ class VM:
         disks: Iterable[BlockBackend | Disk] = (),
         devices: Iterable[Placement] = (),
         virtio: Iterable[VirtioDevice] = (),
+        console: bool | Iterable[str] = False,
+        rng: bool | RngConfig = False,
+        balloon: bool = False,
         poll_ns: int = POLL_NS,
         log_unclaimed: bool = False,
     ) -> VM:
@@ -157,10 +165,14 @@ class VM:
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``disks`` are what the guest has as
         virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which has
         options; they are opened here and closed with the machine. ``devices`` are the program's own, as
-        `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them. ``poll_ns`` is
-        how long at most the loop and a vCPU poll for each other before they sleep: an exit costs least while
-        they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where nothing is, ever more
-        sparingly; each then waits for the loop.
+        `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them.
+
+        ``console`` gives the guest a virtio console: a terminal, hvc0, and a port of each name that is
+        listed. ``rng`` gives it randomness of the host's, ``balloon`` lets it lend memory to the host.
+
+        ``poll_ns`` is how long at most the loop and a vCPU poll for each other before they sleep: an exit
+        costs least while they do, 0 spares the CPU time. ``log_unclaimed`` logs accesses to addresses where
+        nothing is, ever more sparingly; each then waits for the loop.
 
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
@@ -173,6 +185,9 @@ class VM:
             serial_ports=serial_ports,
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
             poll_ns=poll_ns,
+            console=port_names(console),
+            rng=RngConfig() if rng is True else rng or None,
+            balloon=balloon,
         )
         try:
             return await cls._create(config, tuple(disks), devices, tuple(virtio), log_unclaimed)
@@ -188,14 +203,16 @@ class VM:
         virtio: Sequence[VirtioDevice],
         log_unclaimed: bool,
     ) -> VM:
-        plan = await boot_plan(config, islice(places(config), len(disks) + len(virtio)))
+        count = len(disks) + peripherals_count(config) + len(virtio)
+        plan = await boot_plan(config, islice(places(config), count))
         loop = current_loop()
         async with AsyncExitStack() as undo:
             hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
             await vm._disks.open(disks, undo)
-            for device in (*(disk.device for disk in vm.disks), *virtio):
+            disk_devices = (disk.device for disk in vm.disks)
+            for device in (*disk_devices, *vm._peripherals.devices, *virtio):
                 vm._virtio.attach(device)
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
@@ -242,6 +259,22 @@ class VM:
     def disks(self) -> tuple[VmDisk, ...]:
         """The disks that it was created with."""
         return self._disks.all
+
+    @property
+    def console(self) -> Consoles:
+        """The ports of the virtio console, by name. Raises StateError if the machine was made without."""
+        if self._peripherals.console is None:
+            raise StateError(
+                f"machine {self.name} has no virtio console: VM.create(console=...) gives it one"
+            )
+        return self._peripherals.console
+
+    @property
+    def balloon(self) -> MemoryBalloon:
+        """The memory balloon. Raises StateError if the machine was made without."""
+        if self._peripherals.balloon is None:
+            raise StateError(f"machine {self.name} has no balloon: VM.create(balloon=True) gives it one")
+        return self._peripherals.balloon
 
     def events(self) -> AsyncIterator[events.Event]:
         """What happens to the machine from now on; ends after `Exited`."""
@@ -548,6 +581,7 @@ class VM:
             await self._virtio.reset()
             await to_thread.run_sync(self._hardware.reset)
             self._platform.reset()
+            self._peripherals.reset()
             self._attachments.reset()
             for gpa, size in plan.zero:
                 self.memory.fill(gpa, size)
@@ -622,6 +656,7 @@ class VM:
             self._kicker.cancel()
             self._kicker = None
         self._platform.close()
+        self._peripherals.close()
         assert self.exit is not None
         self._hub.emit(events.Exited(self.name, self.exit))
         self._hub.close()
@@ -654,12 +689,17 @@ class VM:
         with anyio.move_on_after(DEVICES_SECONDS) as waited:
             await self._exits.finished()
             await self._attachments.finished()
+        if waited.cancelled_caught:
+            self._logger.error(
+                "%s: what a device runs has been cancelled and does not end in %g s: it is left to itself",
+                self.name,
+                DEVICES_SECONDS,
+            )
         with anyio.move_on_after(DRAIN_SECONDS) as drained:
             await self._virtio.finished()
-        for scope, seconds in ((waited, DEVICES_SECONDS), (drained, DRAIN_SECONDS)):
-            if scope.cancelled_caught:
-                self._logger.error(
-                    "%s: what a device runs has been told to end and does not in %g s: it is left to itself",
-                    self.name,
-                    seconds,
-                )
+        if drained.cancelled_caught:
+            self._logger.error(
+                "%s: what virtio devices have in flight does not end in %g s: it is left to itself",
+                self.name,
+                DRAIN_SECONDS,
+            )

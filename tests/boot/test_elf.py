@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aiokvm.boot import BootPlan, GuestInfo, Linux
 from aiokvm.boot.elf import Elf
+from aiokvm.boot.layout import CMDLINE
 from aiokvm.errors import BootError, ConfigError
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -311,3 +312,22 @@ def test_whatever_the_bytes_are(bits: int, pokes: list[tuple[int, int]], data: A
     except (BootError, ConfigError):
         return
     assert_sound(result, GUEST)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cmdline", "expected"),
+    [
+        (False, "quiet", b"quiet"),
+        (
+            True,
+            "quiet -- arg",
+            b"virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:5 quiet -- arg",
+        ),
+        (True, "", b"virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:5"),
+    ],
+)
+def test_virtio_devices_on_the_command_line(wanted: bool, cmdline: str, expected: bytes) -> None:
+    guest = GuestInfo(GUEST.ram, virtio_mmio=((0xD000_0000, 0x1000, 16), (0xD000_1000, 0x1000, 5)))
+    plan = Linux(KERNEL, cmdline=cmdline, virtio_mmio_cmdline=wanted).plan({KERNEL: elf()}, guest)
+    [segment] = [segment for segment in plan.segments if segment.gpa == CMDLINE]
+    assert segment.data == expected + b"\0"

@@ -153,3 +153,23 @@ TEST(a_core_dump_leaves_it_out)
     aiokvm_unmap(bytes, SIZE);
     close(fd);
 }
+
+TEST(whole_pages_of_a_part_can_be_discarded)
+{
+    int fd = ram(SIZE), error;
+    unsigned char *bytes = aiokvm_map(fd, SIZE, 0, &error);
+    CHECK(bytes);
+    memset(bytes, 'x', SIZE);
+    CHECK_EQ(aiokvm_discard(bytes + 1, 3 * PAGE), 0);
+    CHECK_EQ(aiokvm_discard(bytes + 8 * PAGE + 1, PAGE), 0);
+    CHECK_EQ(aiokvm_discard(bytes, 0), 0);
+    for (size_t i = 0; i < SIZE; i++)
+        CHECK_EQ(bytes[i], i / PAGE == 1 || i / PAGE == 2 ? 0 : 'x');
+    aiokvm_unmap(bytes, SIZE);
+    close(fd);
+
+    bytes = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(bytes != MAP_FAILED);
+    CHECK_EQ(aiokvm_discard(bytes, PAGE), -EINVAL);
+    munmap(bytes, PAGE);
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -93,6 +93,7 @@ async def _boot_linux(
     cmdline: str = "console=ttyS0 quiet panic=-1",
     cpus: int = 1,
     memory: int | str = "512M",
+    **devices: Any,
 ) -> AsyncIterator[Guest]:
     name = kernel if isinstance(kernel, str) else "cloud-elf"
     linux = boot.Linux(
@@ -100,7 +101,7 @@ async def _boot_linux(
         initrd or await image(images.find(name).initramfs),
         cmdline,
     )
-    async with await VM.create(boot=linux, cpus=cpus, memory=memory) as vm:
+    async with await VM.create(boot=linux, cpus=cpus, memory=memory, **devices) as vm:
         await vm.start()
         guest = Guest(vm)
         await guest.boot()

@@ -85,9 +85,10 @@ def pae() -> Iterator[None]:
 
 @pytest.mark.usefixtures("pae")
 async def test_boots_pae_kernel(boot_linux: LinuxBooter) -> None:
-    async with boot_linux("i386-pae", cpus=2) as guest:
+    async with boot_linux("i386-pae", cpus=2, console=True, rng=True, balloon=True) as guest:
         assert await guest.run("uname -m") == "i686"
         assert (await guest.run("uname -r")).endswith("-pae")
+        assert await guest.run("ls -d /sys/bus/virtio/drivers/*/virtio? | wc -l") == "3"
         assert await guest.run("nproc") == "2"
         assert await guest.troubles() == []
         assert await guest.vm.stop(timeout=60) == Exit(ExitReason.SHUTDOWN)

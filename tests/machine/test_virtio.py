@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,13 @@ from aiokvm import (
     StateError,
     VirtioDevice,
     VirtqueueError,
+    VmState,
     boot,
 )
 from aiokvm._core import lib
+from aiokvm.boot.layout import CMDLINE
 from aiokvm.kvm.constants import KVM_IRQCHIP_IOAPIC
+from aiokvm.machine import vm as machine
 from aiokvm.machine.config import Config
 from aiokvm.machine.virtio import SHARED_BASE, VIRTIO_BASE, VIRTIO_SIZE, Place, described, places
 from aiokvm.virtio import mmio
@@ -34,6 +38,7 @@ from tests.machine.virtio_guest import VirtioProgram, rings, steps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
 
     from aiokvm import VirtioQueue
     from aiokvm.virtio.queue import Virtqueue
@@ -249,6 +254,19 @@ async def test_a_machine_ends_while_a_reset_waits(guest: Guest) -> None:
         assert await vm.kill() == Exit(ExitReason.KILLED)
         device.drain = None
     assert (device.resets, device.closed) == (2, 1)
+
+
+@pytest.mark.kvm
+async def test_what_is_never_drained_holds_the_end_up_for_a_bounded_time(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    device = Counter()
+    device.drain = anyio.sleep_forever
+    async with guest(b"\xf4\xeb\xfd", virtio=[device]) as vm:
+        pass
+    assert vm.state is VmState.CLOSED
+    assert "does not end in 0.05 s" in caplog.text
 
 
 @pytest.mark.kvm
@@ -496,6 +514,24 @@ async def test_devices_are_attached_before_the_start(guest: Guest) -> None:
         await vm.start()
         with pytest.raises(StateError):
             vm.attach_virtio(Counter())
+
+
+@pytest.mark.kvm
+async def test_a_kernel_that_is_told_by_its_command_line_is_told_of_all(tmp_path: Path) -> None:
+    kernel = tmp_path / "vmlinux"
+    kernel.write_bytes(elf_kernel())
+    linux = boot.Linux(kernel, virtio_mmio_cmdline=True)
+    async with await VM.create(boot=linux, memory="32M", virtio=[Counter()]) as vm:
+        assert vm.memory.read(CMDLINE, 36) == b"virtio_mmio.device=4K@0xd0000000:16\0"
+        with pytest.raises(ConfigError, match=r"virtio=\[...\]"):
+            vm.attach_virtio(Counter())
+
+
+def elf_kernel() -> bytes:
+    """ELF64 for x86-64: one segment of two bytes at 16 MiB."""
+    ident = b"\x7fELF\2\1\1" + bytes(9)
+    header = struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 16 << 20, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    return ident + header + struct.pack("<IIQQQQQQ", 1, 5, 120, 0, 16 << 20, 2, 2, 4) + b"\xeb\xfe"
 
 
 @pytest.mark.kvm

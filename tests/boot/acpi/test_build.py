@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiokvm.boot.acpi import Platform, SerialPort, Tables, build
+from aiokvm.boot.acpi import MAX_VIRTIO, Platform, SerialPort, Tables, VirtioMmio, build
 from aiokvm.errors import ConfigError
 
 SERIAL = (SerialPort(0x3F8, 4, 0),)
@@ -97,3 +97,11 @@ def test_limit_is_exact() -> None:
 def test_refused_areas(gpa: int, limit: int) -> None:
     with pytest.raises(ConfigError, match="use an area below 4 GiB"):
         build(Platform((0,)), gpa, limit)
+
+
+def test_the_rsdp_stays_where_it_is_however_many_devices_there_are() -> None:
+    few = build(Platform((0,)))
+    virtio = tuple(VirtioMmio(0xD000_0000 + 0x1000 * index, 0x1000, 16, True) for index in range(MAX_VIRTIO))
+    many = build(Platform((0,), SERIAL, virtio=virtio))
+    assert few.rsdp == many.rsdp == few.gpa
+    assert len(walk(many)) == 6

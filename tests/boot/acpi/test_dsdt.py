@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokvm.boot.acpi import Platform, SerialPort, aml
+from aiokvm.boot.acpi import Platform, SerialPort, VirtioMmio, aml
 from aiokvm.boot.acpi.dsdt import device, dsdt
 
 if TYPE_CHECKING:
@@ -48,6 +48,25 @@ def test_absent_devices_are_not_described() -> None:
     for part in pnp0303, pnp0b00, debug_exit:
         assert part in full
         assert part not in bare
+
+
+def test_virtio_devices(iasl: Callable[[bytes], str]) -> None:
+    virtio = (
+        VirtioMmio(0xD000_0000, 0x1000, 16, shared=True),
+        VirtioMmio(0xD000_1000, 0x1000, 5),
+        VirtioMmio(0xD000_2000, 0x1000, 16, shared=True),
+    )
+    asl = iasl(dsdt(Platform((0,), virtio=virtio)))
+    assert re.findall(r"Device \((VR\w+)\)", asl) == ["VR00", "VR01", "VR02"]
+    assert asl.count('Name (_HID, "LNRO0005")') == 3
+    devices = asl[asl.index("VR00") : asl.index("MBRS")]
+    assert re.findall(r"_UID, (\w+)\)", devices) == ["Zero", "One", "0x02"]
+    assert re.findall(r"0x(\w{8}), +// Address Base", devices) == ["D0000000", "D0001000", "D0002000"]
+    assert re.findall(r"0x(\w{8}), +// Address Length", devices) == ["00001000"] * 3
+    interrupts = re.findall(
+        r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, (\w+), .*?{\s+(\w+),", devices, re.DOTALL
+    )
+    assert interrupts == [("Shared", "0x00000010"), ("Exclusive", "0x00000005"), ("Shared", "0x00000010")]
 
 
 @pytest.mark.parametrize("count", [1, 8, 255, 300])
