@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "exits.h"
+#include "clock.h"
 
 /* ---- the thread ---- */
 

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "exits.h"
+#include "clock.h"
 
 #define SECTOR_BYTES 512
 

@@ -3,31 +3,15 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
-/* About what an answer takes if both sides have a CPU. */
-#define YIELD_AFTER_NS 3000
+#include "clock.h"
+
 /* What a posted write may wait for the loop at least: a dozen come meanwhile, and are taken at once. */
 #define NAP_NS 50000
-
-uint64_t aiokvm_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-void aiokvm_relax(uint64_t waited_ns)
-{
-    if (waited_ns < YIELD_AFTER_NS)
-        __builtin_ia32_pause();
-    else
-        sched_yield();
-}
 
 struct aiokvm_turn *aiokvm_turn_new(int *error)
 {

@@ -65,9 +65,4 @@ void aiokvm_turn_tell(struct aiokvm_turn *turn, struct aiokvm_machine *machine, 
 /* The loop: the machine is about to be freed, and has no vCPUs. */
 void aiokvm_turn_forget(struct aiokvm_turn *turn, struct aiokvm_machine *machine);
 
-/* CLOCK_MONOTONIC. */
-uint64_t aiokvm_now_ns(void);
-/* Between two looks of one who has polled for so long: lets the other side run if it waits for this CPU. */
-void aiokvm_relax(uint64_t waited_ns);
-
 #endif

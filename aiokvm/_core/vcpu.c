@@ -12,8 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "ioctl.h"
-#include "turn.h"
 
 /* A thread of ours needs little stack: KVM_RUN, a look-up, a futex. */
 #ifdef __SANITIZE_THREAD__

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from aiokvm.machine.events import DeviceFailed, DeviceNeedsReset, EventHub
-from aiokvm.machine.failures import LOGGED_ERRORS, Failures
+from aiokvm.machine.failures import LOGGED, Failures
 
 pytestmark = pytest.mark.anyio
 
@@ -22,8 +22,8 @@ async def test_failures_are_logged_ever_more_seldom(caplog: pytest.LogCaptureFix
         failures.on_failed("Disk", "notified", error)
     hub.close()
     # 16, 32 and 64 follow the first ten.
-    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == LOGGED_ERRORS + 3
-    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == LOGGED_ERRORS + 3
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == LOGGED + 3
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == LOGGED + 3
     assert failures.errors == 100
     found = [event async for event in events]
     assert found[:2] == [
