@@ -1,4 +1,5 @@
 /* turn.c and vcpu.c: a loop and vCPUs that poll for each other, and sleep when that is in vain. */
+#include "clock.h"
 #include "guest.h"
 
 #include <errno.h>
