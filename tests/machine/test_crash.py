@@ -1,7 +1,7 @@
 """kill -9 of the program at any moment under a guest that writes: what a completed FLUSH covered is there.
 
-The guest (tests/guests/blk_writer.c) fills sector after sector with numbered writes and tells, after each FLUSH,
-below which number all are covered. The numbers come through a pipe, and when enough have come the program is
+The guest (tests/guests/blk_writer.c) fills sector after sector with numbered writes and tells, after each
+FLUSH, below which number all are covered. The numbers come through a pipe, and when enough have come the program is
 killed. ``AIOKVM_CRASHES`` says how often, for each kind of disk.
 """
 
@@ -70,9 +70,27 @@ anyio.run(main)
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest, compiled."""
     image = tmp_path_factory.mktemp("guest") / "blk_writer"
-    flags = "-std=gnu17 -O1 -Wall -Wextra -Werror -ffreestanding -fno-pie -no-pie -static -nostdlib".split()
-    flags += "-mgeneral-regs-only -mno-red-zone -fno-stack-protector -fcf-protection=none".split()
-    flags += ["-fno-asynchronous-unwind-tables", "-Wl,--build-id=none,--oformat=binary"]
+    flags = [
+        *(
+            "-std=gnu17",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-ffreestanding",
+            "-fno-pie",
+            "-no-pie",
+            "-static",
+        ),
+        *(
+            "-nostdlib",
+            "-mgeneral-regs-only",
+            "-mno-red-zone",
+            "-fno-stack-protector",
+            "-fcf-protection=none",
+        ),
+        *("-fno-asynchronous-unwind-tables", "-Wl,--build-id=none,--oformat=binary"),
+    ]
     source, script = GUESTS / "blk_writer.c", GUESTS / "flat.ld"
     subprocess.run(["cc", *flags, f"-Wl,-T,{script}", "-o", image, source], check=True)
     return image
