@@ -96,7 +96,8 @@ find . -printf 'sif "%p" atime @'"$SOURCE_DATE_EPOCH"'\nsif "%p" ctime @'"$SOURC
     debugfs -w -f - /proc/self/fd/3 >/dev/null
 """
 _UUID = "6b766d00-0000-4000-8000-64656269616e"
-_EXTENDED = "lazy_itable_init=0,lazy_journal_init=0"
+# A new file is all zeros.
+_EXTENDED = "lazy_itable_init=0,lazy_journal_init=0,assume_storage_prezeroed=1"
 # All that this kernel and the next know, whatever the mke2fs of this machine would take.
 _FEATURES = (
     "has_journal,resize_inode,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
