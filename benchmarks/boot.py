@@ -163,7 +163,7 @@ async def main(rounds: int, here: bool, results: Path) -> int:
             sys.stdout.buffer.flush()
 
         argv = [sys.executable, __file__, "--here", "--rounds", str(rounds), "--results", str(results)]
-        return await lab.run(argv, lab.LabConfig(cpus=2, writable=(results,)), output=output)
+        return await lab.run(argv, lab.LabConfig(writable=(results,)), output=output)
     figures = await measure(rounds, kernel, initrd)
     show(figures)
     (results / "boot.json").write_text(json.dumps(figures, indent=1))

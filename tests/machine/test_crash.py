@@ -1,8 +1,8 @@
 """kill -9 of the program at any moment under a guest that writes: what a completed FLUSH covered is there.
 
 The guest (tests/guests/blk_writer.c) fills sector after sector with numbered writes and tells, after each
-FLUSH, below which number all are covered. The numbers come through a pipe, and when enough have come the program is
-killed. ``AIOKVM_CRASHES`` says how often, for each kind of disk.
+FLUSH, below which number all are covered. The numbers come through a pipe, and when enough have come the
+program is killed. ``AIOKVM_CRASHES`` says how often, for each kind of disk.
 """
 
 from __future__ import annotations
