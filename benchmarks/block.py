@@ -1,11 +1,11 @@
 """Disks against QEMU's: fio in the same Debian guest, on the same kind of disk, with the same file behind it.
 
-The peer is QEMU's microvm with virtio-mmio, once with aio=threads and once with aio=io_uring; the ratio is to the
-better of the two. All use the host's page cache (cache=writeback). A figure is the median of the rounds, in each
-of which every monitor boots its guest anew. Where ring 0 has no hardware all of it runs in the lab.
+The peer is QEMU's microvm with virtio-mmio, once with aio=threads and once with aio=io_uring; the ratio is to
+the better of the two. All use the host's page cache (cache=writeback). A figure is the median of the rounds, in
+each of which every monitor boots its guest anew. Where ring 0 has no hardware all of it runs in the lab.
 
-While the guest keeps the disk busy a task of aiokvm's loop sleeps for 5 ms again and again; how late it wakes up
-is the loop's lag.
+While the guest keeps the disk busy a task of aiokvm's loop sleeps for 5 ms again and again; how late it wakes
+up is the loop's lag.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ async def run(monitor: str, debian: images.DebianDisk, queues: int, seconds: flo
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         # Written, so that neither monitor reads a hole.
-        with data.open("wb") as file:
-            for _ in range(DATA_BYTES >> 20):
-                file.write(b"\x5a" * (1 << 20))
+        await anyio.Path(data).write_bytes(b"\x5a" * DATA_BYTES)
         if monitor == "aiokvm":
             made = aiokvm_guest(debian, data, queues)
         else:
@@ -198,8 +196,7 @@ def has_hardware() -> bool:
 
 
 async def main(arguments: Any) -> int:
-    results: Path = arguments.results.absolute()
-    results.mkdir(exist_ok=True)
+    results: Path = arguments.results
     if arguments.disk:
         debian = images.DebianDisk.beside(arguments.disk)
     else:
@@ -227,4 +224,7 @@ if __name__ == "__main__":
     parser.add_argument("--disk", type=Path, help="a disk of `aiokvm images build debian --packages fio`")
     parser.add_argument("--here", action="store_true", help="not in the lab")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    sys.exit(anyio.run(main, parser.parse_args()))
+    parsed = parser.parse_args()
+    parsed.results = parsed.results.absolute()
+    parsed.results.mkdir(exist_ok=True)
+    sys.exit(anyio.run(main, parsed))
