@@ -1,8 +1,8 @@
 """Disks against QEMU's: fio in the same Debian guest, on the same kind of disk, with the same file behind it.
 
 The peer is QEMU's microvm with virtio-mmio, once with aio=threads and once with aio=io_uring; the ratio is to
-the better of the two. All use the host's page cache (cache=writeback). A figure is the median of the rounds, in
-each of which every monitor boots its guest anew. Where ring 0 has no hardware all of it runs in the lab.
+the better of the two. All use the host's page cache (cache=writeback). A figure is the median of the rounds,
+in each of which every monitor boots its guest anew. Where ring 0 has no hardware all of it runs in the lab.
 
 While the guest keeps the disk busy a task of aiokvm's loop sleeps for 5 ms again and again; how late it wakes
 up is the loop's lag.

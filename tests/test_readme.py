@@ -19,7 +19,7 @@ def programs(document: Path) -> list[str]:
 
 @pytest.mark.linux
 def test_the_first_program_runs() -> None:
-    program, _ = programs(ROOT / "README.md")
+    program, *_ = programs(ROOT / "README.md")
     assert len([line for line in program.splitlines() if line]) <= 15
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
@@ -32,7 +32,7 @@ def test_the_first_program_runs() -> None:
 
 @pytest.mark.kvm
 def test_the_device_answers() -> None:
-    _, program = programs(ROOT / "README.md")
+    _, program, *_ = programs(ROOT / "README.md")
     assert len([line for line in program.splitlines() if line]) <= 12
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
