@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aiokvm import VM, Device, VcpuState, boot
-from aiokvm.machine import vm as machine
+from aiokvm.machine import vcpus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -84,7 +84,7 @@ def figures(taken: list[int]) -> dict[str, float]:
 
 
 async def main(kicks: int, seed: int) -> None:
-    machine.KICK_AGAIN_NS = 3600 * 10**9
+    vcpus.KICK_AGAIN_NS = 3600 * 10**9
     moments = random.Random(seed)
     results: dict[str, dict[str, float]] = {}
     table = Table("guest", "kicks", "lost", "p50 us", "p99 us", "p99.9 us", "max us")

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi, lib
 from aiokvm.kvm import KvmExit
+from aiokvm.machine.attachments import device_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from aiokvm import kvm
     from aiokvm._core import Pointer
+    from aiokvm.machine.exits import Exits
+    from aiokvm.machine.failures import Failures
+    from aiokvm.machine.vcpu import VirtualCpu
 
     KvmStats = Mapping[str, int | tuple[int, ...]]
 
@@ -75,6 +80,26 @@ class VmStats:
     rings: int
     device_errors: int
     kvm: KvmStats
+
+
+def collect(
+    vcpus: Iterable[VirtualCpu], exits: Exits, failures: Failures, kvm_stats: kvm.Stats | None
+) -> VmStats:
+    """Read a machine's counters."""
+    core = exits.stats()
+    return VmStats(
+        vcpus=tuple(vcpu.stats() for vcpu in vcpus),
+        devices=tuple(
+            DeviceStats(device_name(region.device), bus, region.base, region.size, count)
+            for bus, region, count in exits.counts()
+        ),
+        serving_ns=core.serving_ns,
+        poll_hits=core.poll_hits,
+        poll_misses=core.poll_misses,
+        rings=core.rings,
+        device_errors=failures.errors,
+        kvm=kvm_stats.read() if kvm_stats else {},
+    )
 
 
 def vcpu_stats(core: Pointer, kvm: KvmStats) -> VcpuStats:

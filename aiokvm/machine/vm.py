@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from contextlib import AsyncExitStack
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ from aiokvm.machine.peripherals import Peripherals, port_names
 from aiokvm.machine.peripherals import count as peripherals_count
 from aiokvm.machine.platform import Platform
 from aiokvm.machine.postmortem import describe, explain
-from aiokvm.machine.vcpu import VcpuState, VirtualCpu
+from aiokvm.machine.vcpus import Vcpus
 from aiokvm.machine.virtio import DRAIN_SECONDS, VirtioDevices, places
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from aiokvm import kvm
-    from aiokvm.aio import Handle, Loop
+    from aiokvm.aio import Loop
     from aiokvm.block import BlockBackend
     from aiokvm.boot import BootPlan, BootProtocol
     from aiokvm.hw.bus import BusDevice
@@ -55,14 +54,11 @@ if TYPE_CHECKING:
     from aiokvm.machine.ports import Consoles
     from aiokvm.machine.stats import VmStats
     from aiokvm.machine.trace import Trace
+    from aiokvm.machine.vcpu import VirtualCpu
     from aiokvm.machine.virtio_host import VirtioAttachment
     from aiokvm.memory import GuestMemory
     from aiokvm.virtio.device import VirtioDevice
 
-# A kick is seen within microseconds. Should one get lost all the same, the next follows this much later.
-KICK_AGAIN_NS = 20_000_000
-# Each further one waits twice as long, up to this: a thousand machines that close at once keep a loop busy.
-KICK_AGAIN_MOST_NS = 640_000_000
 # A thread that a kick does not get out of KVM_RUN for so long is stuck in the kernel.
 STUCK_SECONDS = 10.0
 # How long the end waits for what devices run on the loop, when that was told to end, too.
@@ -96,12 +92,9 @@ class VM:
         self._logger = machine_logger(config.name)
         self._hub = events.EventHub()
         self._changing = anyio.Lock()
-        self._parked = anyio.Event()
         self._ended = anyio.Event()
         self._closed = anyio.Event()
         self._closing = False
-        self._threads: set[int] = set()
-        self._kicker: Handle | None = None
         self._failures = Failures(config.name, self._logger, self._hub)
         self._disks = Disks(loop, config.name, self._hub, self._logger, self.pause)
         self._kvm_stats: kvm.Stats | None = None
@@ -113,12 +106,8 @@ class VM:
             self._platform = Platform(loop, self, config, self._hardware.memory, self._exits.pio)
             undo.append(self._platform.close)
             self._exits.publish()
-            vcpus = []
-            for index, vcpu in enumerate(self._hardware.vcpus):
-                vcpus.append(VirtualCpu(self._exits.core, vcpu, index, config.name))
-                undo.append(vcpus[-1].close)
-            self.vcpus: tuple[VirtualCpu, ...] = tuple(vcpus)
-            self._exits.serve_vcpus([vcpu.core for vcpu in vcpus])
+            self._vcpus = Vcpus(loop, self._exits, hardware.vcpus, config.name)
+            undo.append(self._vcpus.close)
             self._attachments = Attachments(
                 loop, self._exits, hardware.vm, hardware.memory, self._on_device_failed
             )
@@ -241,6 +230,11 @@ class VM:
         return self._state
 
     @property
+    def vcpus(self) -> tuple[VirtualCpu, ...]:
+        """The vCPUs, by index."""
+        return self._vcpus.all
+
+    @property
     def memory(self) -> GuestMemory:
         """The guest's RAM."""
         return self._hardware.memory
@@ -342,7 +336,7 @@ class VM:
 
     def stats(self) -> VmStats:
         """What the machine has done so far, in numbers. StateError when it is closed."""
-        from aiokvm.machine.stats import DeviceStats, VmStats
+        from aiokvm.machine.stats import collect
 
         if self._state is VmState.CLOSED:
             raise StateError(f"machine {self.name} is closed")
@@ -352,20 +346,7 @@ class VM:
                 self._kvm_stats = self._hardware.vm.get_stats()
             except KvmError:
                 self._kvm_stats = None
-        core = self._exits.stats()
-        return VmStats(
-            vcpus=tuple(vcpu.stats() for vcpu in self.vcpus),
-            devices=tuple(
-                DeviceStats(device_name(region.device), bus, region.base, region.size, count)
-                for bus, region, count in self._exits.counts()
-            ),
-            serving_ns=core.serving_ns,
-            poll_hits=core.poll_hits,
-            poll_misses=core.poll_misses,
-            rings=core.rings,
-            device_errors=self._failures.errors,
-            kvm=self._kvm_stats.read() if self._kvm_stats else {},
-        )
+        return collect(self.vcpus, self._exits, self._failures, self._kvm_stats)
 
     def trace(self, write: Callable[[bytes], object]) -> Trace:
         """Record the exits that reach the loop, while the asynchronous context manager is entered.
@@ -386,20 +367,14 @@ class VM:
         self._require(VmState.CREATED)
         self._state = VmState.RUNNING
         try:
-            for vcpu in self.vcpus:
-                # They wait for each other, standing still, but nobody has to wait for the last.
-                if vcpu is self.vcpus[-1]:
-                    vcpu.resume()
-                vcpu.start()
-                self._threads.add(vcpu.index)
+            self._vcpus.start()
         except Exception as error:
             told = named(error, f"cannot start machine {self.name}", len(self.vcpus))
             self._end(Exit(ExitReason.ERROR, detail=str(told)))
             raise told  # noqa: B904
         self._attachments.start()
         self._virtio.start()
-        for vcpu in self.vcpus[:-1]:
-            vcpu.resume()
+        self._vcpus.go()
         self._hub.emit(events.Started(self.name))
 
     async def pause(self) -> None:
@@ -460,9 +435,9 @@ class VM:
         self._end(Exit(ExitReason.KILLED))
         with anyio.move_on_after(STUCK_SECONDS):
             return await self.wait()
-        stuck = min(self._threads)
+        stuck = min(self._vcpus.threads)
         raise AiokvmError(
-            f"machine {self.name}: {len(self._threads)} vCPU threads, vCPU {stuck}'s "
+            f"machine {self.name}: {len(self._vcpus.threads)} vCPU threads, vCPU {stuck}'s "
             f"(thread {self.vcpus[stuck].tid}) among them, have not left KVM_RUN in {STUCK_SECONDS:g} s: "
             "they are stuck in the kernel, see /proc/TID/stack; the machine's memory is not freed"
         )
@@ -490,15 +465,11 @@ class VM:
 
     def on_parked(self, index: int) -> None:
         """A vCPU stands still."""
-        self.vcpus[index].on_parked()
-        if all(vcpu.state is VcpuState.PAUSED for vcpu in self.vcpus):
-            self._parked.set()
+        self._vcpus.on_parked(index)
 
     def on_stopped(self, index: int) -> None:
         """A vCPU's thread has ended."""
-        self.vcpus[index].on_stopped()
-        self._threads.discard(index)
-        if not self._threads:
+        if self._vcpus.on_stopped(index):
             self._on_ended()
 
     def on_exit(self, index: int, reason: int, error: int) -> None:
@@ -597,12 +568,8 @@ class VM:
 
     async def _park(self) -> None:
         self._require(VmState.RUNNING)
-        self._parked = anyio.Event()
         try:
-            for vcpu in self.vcpus:
-                vcpu.pause()
-            self._kick_again_later()
-            await self._parked.wait()
+            await self._vcpus.pause()
             self._require(VmState.RUNNING)
         except BaseException:
             if self.exit is None:
@@ -611,50 +578,22 @@ class VM:
 
     def _unpark(self) -> None:
         self._state = VmState.RUNNING
-        for vcpu in self.vcpus:
-            vcpu.resume()
-
-    def _kick_again_later(self, after_ns: int = KICK_AGAIN_NS) -> None:
-        if not self._kicker:
-            self._kicker = self._loop.call_at(
-                self._loop.now_ns() + after_ns, partial(self._kick_again, after_ns)
-            )
-
-    def _kick_again(self, after_ns: int) -> None:
-        self._kicker = None
-        ending = self.exit is not None
-        late = [
-            vcpu
-            for vcpu in self.vcpus
-            if vcpu.index in self._threads and (ending or (vcpu.to_pause and vcpu.state is VcpuState.RUNNING))
-        ]
-        for vcpu in late:
-            vcpu.kick()
-        if late:
-            self._kick_again_later(min(2 * after_ns, KICK_AGAIN_MOST_NS))
+        self._vcpus.resume()
 
     def _end(self, exit: Exit) -> None:  # noqa: A002
         """The machine ends; the first reason stands."""
         if self.exit is not None:
             return
         self.exit = exit
-        self._parked.set()
         self._exits.cancel()
         self._attachments.stop()
         self._disks.stop()
         self._virtio.stop()
-        if not self._threads:
+        if not self._vcpus.stop():
             self._on_ended()
-            return
-        for index in self._threads:
-            self.vcpus[index].stop()
-        self._kick_again_later()
 
     def _on_ended(self) -> None:
         self._state = VmState.STOPPED
-        if self._kicker:
-            self._kicker.cancel()
-            self._kicker = None
         self._platform.close()
         self._peripherals.close()
         assert self.exit is not None
@@ -676,8 +615,7 @@ class VM:
                 self._attachments.close()
                 if self._kvm_stats:
                     self._kvm_stats.close()
-                for vcpu in self.vcpus:
-                    vcpu.close()
+                self._vcpus.close()
                 self._exits.close()
                 # Freeing gigabytes takes the kernel a while.
                 await to_thread.run_sync(self._hardware.close)

@@ -16,7 +16,7 @@ import pytest
 
 from aiokvm import VM, AiokvmError, ExitReason, VmState, boot, kvm
 from aiokvm._core import lib
-from aiokvm.machine import build, hardware, platform
+from aiokvm.machine import build, hardware, platform, vcpus
 from aiokvm.machine import vm as machine
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.vcpu import VirtualCpu
@@ -72,7 +72,7 @@ STEPS: list[tuple[Any, str]] = [
     (build, "Hardware"),
     (machine, "Exits"),
     (machine, "Platform"),
-    (machine, "VirtualCpu"),
+    (vcpus, "VirtualCpu"),
     (platform, "SerialConsole"),
     (platform, "I8042"),
     (platform, "Cmos"),

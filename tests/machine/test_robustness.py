@@ -13,8 +13,7 @@ import anyio.lowlevel
 import pytest
 
 from aiokvm import VM, Device, Exit, ExitReason, StateError, VcpuState, VmState, boot, kvm
-from aiokvm.machine import attachments
-from aiokvm.machine import vm as machine
+from aiokvm.machine import attachments, vcpus
 from aiokvm.machine.attachments import Attachments
 
 if TYPE_CHECKING:
@@ -272,7 +271,7 @@ async def test_no_kick_is_lost(
     guest: Guest, program: type[Program], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     # No second kick makes up for a lost one.
-    monkeypatch.setattr(machine, "KICK_AGAIN_NS", 3600 * 10**9)
+    monkeypatch.setattr(vcpus, "KICK_AGAIN_NS", 3600 * 10**9)
     moments = random.Random(what)
     async with guest(KICKED[what](program), mode="protected", start=False) as vm:
         vm.attach(Kicked(), mmio=MMIO, size=8)
