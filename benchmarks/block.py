@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).with_name("results")
 MEMORY_MIB = 512
 DATA_BYTES = 128 << 20
-CMDLINE = "console=ttyS0 quiet loglevel=3 panic=-1 root=/dev/vda ro aiokvm.autologin"
+CMDLINE = "console=ttyS0 quiet loglevel=3 panic=-1 root=/dev/vda rw aiokvm.autologin"
 PROMPT = b"# "
 BOOT_SECONDS = 300
 LAG_PROBE_SECONDS = 0.005
@@ -63,12 +63,14 @@ class Shell:
         self._seen = b""
 
     async def expect(self, pattern: bytes, seconds: float) -> re.Match[bytes]:
-        with anyio.fail_after(seconds):
+        with anyio.move_on_after(seconds):
             while not (found := re.search(pattern, self._seen)):
                 chunk = await self._read()
                 if not chunk:
-                    raise SystemExit(f"the machine ended: {self._seen[-400:]!r}")
+                    raise SystemExit(f"the machine ended: {self._seen[-1500:]!r}")
                 self._seen += chunk
+        if not found:
+            raise SystemExit(f"no {pattern!r} in {seconds:g} s, but {self._seen[-1500:]!r}")
         self._seen = self._seen[found.end() :]
         return found
 
@@ -95,7 +97,8 @@ class Shell:
 
 @asynccontextmanager
 async def aiokvm_guest(debian: images.DebianDisk, data: Path, queues: int) -> AsyncIterator[Shell]:
-    disks = [Disk(block.Raw(debian.disk, readonly=True)), Disk(block.Raw(data), queues=queues)]
+    root = block.Overlay(block.Raw(debian.disk, readonly=True))
+    disks: list[block.BlockBackend | Disk] = [root, Disk(block.Raw(data), queues=queues)]
     linux = boot.Linux(debian.kernel, debian.initrd, CMDLINE)
     async with await VM.create(boot=linux, cpus=queues, memory=f"{MEMORY_MIB}M", disks=disks) as vm:
         await vm.start()
@@ -107,11 +110,10 @@ async def qemu_guest(debian: images.DebianDisk, data: Path, queues: int, aio: st
     argv = [
         *("qemu-system-x86_64", "-M", "microvm,accel=kvm,pcie=off", "-cpu", "host", "-m", str(MEMORY_MIB)),
         *("-smp", str(queues), "-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"),
-        *("-drive", f"id=root,if=none,format=raw,readonly=on,file={debian.disk}"),
+        *("-drive", f"id=root,if=none,format=raw,snapshot=on,file={debian.disk}"),
         *("-drive", f"id=data,if=none,format=raw,cache=writeback,aio={aio},file={data}"),
-        # The transports are found from the last on.
-        *("-device", "virtio-blk-device,drive=root,bus=virtio-mmio-bus.1"),
-        *("-device", f"virtio-blk-device,drive=data,num-queues={queues},bus=virtio-mmio-bus.0"),
+        *("-device", "virtio-blk-device,drive=root"),
+        *("-device", f"virtio-blk-device,drive=data,num-queues={queues}"),
         *("-kernel", str(debian.kernel), "-initrd", str(debian.initrd), "-append", CMDLINE),
     ]
     async with await anyio.open_process(argv, stderr=subprocess.STDOUT) as process:
