@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from aiokvm.errors import DeviceError
 
@@ -35,7 +35,6 @@ class BusDevice(Protocol):
         """Return to the state after a system reset."""
 
 
-@runtime_checkable
 class PostedWrites(BusDevice, Protocol):
     """A :class:`BusDevice` with registers that the vCPU does not have to wait for.
 
