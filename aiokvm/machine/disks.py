@@ -12,6 +12,7 @@ from aiokvm.errors import ConfigError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.disk_core import CoreData
 from aiokvm.machine.disk_loop import LoopData
+from aiokvm.machine.failures import is_logged
 from aiokvm.virtio.blk import (
     VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
     from aiokvm.aio import Loop, Task
     from aiokvm.block import Limit
-
-# Failures that are logged one by one; after that each whose number is a power of two.
-LOGGED_FAILURES = 10
 
 _OPERATIONS = {
     VIRTIO_BLK_T_IN: "read",
@@ -269,5 +267,5 @@ class Disks:
     def _log(self, message: str, *args: object, exc_info: Exception | None = None) -> None:
         # A guest can have a disk fail as often as it likes: its log must not grow as fast.
         self._failed = count = self._failed + 1
-        if count <= LOGGED_FAILURES or count & (count - 1) == 0:
+        if is_logged(count):
             self._logger.error(message, *args, exc_info=exc_info)
