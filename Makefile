@@ -51,7 +51,7 @@ core-tests: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/core-tests
 
 test: build/installed lint core-tests
-	tools/fuzz 10
+	tools/fuzz
 	$(BIN)/aiokvm images pull $(IMAGES)
 	$(BIN)/aiokvm images build debian
 	$(BIN)/pytest -m "not linux"

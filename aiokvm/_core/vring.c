@@ -171,6 +171,9 @@ int aiokvm_vring_table(struct aiokvm_vring *vring, uint64_t addr, uint32_t len, 
 
 static int take(struct aiokvm_vring *vring, struct aiokvm_chain **taken)
 {
+    /* All slots are out already: the driver offers one twice. So the pool has a chain: it had one for each slot. */
+    if (vring->outstanding == vring->size)
+        return AIOKVM_VRING_EINDEX;
     struct aiokvm_chain *chain = vring->free;
     assert(chain);
     chain->readable = chain->writable = 0;
@@ -180,7 +183,6 @@ static int take(struct aiokvm_vring *vring, struct aiokvm_chain **taken)
     int error = vring->packed ? aiokvm_packed_take(&walk) : aiokvm_split_take(&walk);
     if (error)
         return error;
-    /* No more can be outstanding than there are slots, nor more chains than the pool has. */
     if (vring->outstanding + chain->slots > vring->size)
         return AIOKVM_VRING_EINDEX;
     vring->outstanding += chain->slots;

@@ -199,6 +199,27 @@ TEST(a_start_waits_for_chains_of_the_one_before_the_last)
     close_pair(&pair);
 }
 
+TEST(a_chain_beyond_the_queue_is_refused_when_the_pool_is_empty)
+{
+    struct pair pair;
+    open_pair(&pair, SIZE, 0);
+    struct driver_buffer buffer = { DATA, 8, false };
+    for (int i = 0; i < 2 * SIZE; i++) {
+        if (i == SIZE)
+            start(&pair, SIZE, 0);
+        CHECK(driver_add(&pair.driver, &buffer, 1, 0) >= 0);
+        pop(&pair);
+    }
+    /* All are out, those of the start before too: the available index goes on all the same. */
+    uint16_t idx;
+    memcpy(&idx, pair.ram + pair.driver.driver + 2, sizeof(idx));
+    idx++;
+    memcpy(pair.ram + pair.driver.driver + 2, &idx, sizeof(idx));
+    struct aiokvm_chain *chain;
+    CHECK_EQ(aiokvm_vring_pop(pair.vring, &chain), AIOKVM_VRING_EINDEX);
+    close_pair(&pair);
+}
+
 TEST(a_dropped_chain_holds_up_those_behind_it_in_order)
 {
     struct pair pair;
