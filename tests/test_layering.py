@@ -15,20 +15,25 @@ PACKAGE = Path(__file__).parent.parent / "aiokvm"
 MAY_IMPORT = {
     "errors": set(),
     "memory": {"_core", "errors"},
+    "ratelimit": {"_core", "errors"},
     "kvm": {"_core", "errors"},
     "aio": set(),
     "hw": {"errors"},
     "boot": {"errors"},
     "proto": {"errors"},
     "virtio": {"_core", "errors", "hw", "memory"},
-    "block": {"_core", "aio", "errors", "proto"},
-    "machine": {"_core", "aio", "block", "boot", "errors", "hw", "kvm", "memory", "proto", "virtio"},
+    "block": {"_core", "aio", "errors", "proto", "ratelimit"},
+    "net": {"_core", "aio", "errors", "proto", "ratelimit"},
+    "machine": {
+        *("_core", "aio", "block", "boot", "errors", "hw", "kvm", "memory", "net", "proto", "ratelimit"),
+        "virtio",
+    },
     "images": {"boot", "errors", "proto"},
     "lab": {"errors", "images", "proto"},
-    "cli": {"", "block", "boot", "errors", "images", "kvm", "lab", "proto"},
+    "cli": {"", "block", "boot", "errors", "images", "kvm", "lab", "net", "proto"},
     "__main__": {"cli"},
     "metrics": {""},
-    "": {"aio", "block", "boot", "errors", "kvm", "machine", "memory", "virtio"},
+    "": {"aio", "block", "boot", "errors", "kvm", "machine", "memory", "net", "virtio"},
 }
 # Register models and parsers: a test drives them with no loop, no clock and no kernel.
 MODELS = {"hw", "boot", "proto", "virtio"}

@@ -934,3 +934,69 @@ struct kvm_stats_desc {
 #define KVM_X86_GET_MCE_CAP_SUPPORTED ...
 #define KVM_X86_SET_MCE ...
 #define KVM_PRE_FAULT_MEMORY ...
+
+/* ---- net.h: planes of ends, and the frames between them ---- */
+
+#define AIOKVM_NET_MAX_FRAME ...
+#define AIOKVM_NET_MIN_FRAME ...
+#define AIOKVM_NET_NEWS_READABLE ...
+#define AIOKVM_NET_NEWS_WRITABLE ...
+#define AIOKVM_NET_NEWS_CLOSED ...
+#define AIOKVM_NET_NEWS_BROKEN ...
+#define AIOKVM_NET_NEWS_FLOW ...
+#define AIOKVM_NET_NEWS_CAPTURED ...
+#define AIOKVM_NET_OFFLOAD_CSUM ...
+#define AIOKVM_NET_OFFLOAD_TSO4 ...
+#define AIOKVM_NET_OFFLOAD_TSO6 ...
+#define AIOKVM_NET_OFFLOAD_USO ...
+#define AIOKVM_NET_OFFLOAD_ECN ...
+
+struct aiokvm_net_news {
+    uint32_t end;
+    uint32_t news;
+    int32_t error;
+    uint32_t detail;
+};
+
+struct aiokvm_net_stats {
+    uint64_t sent_frames, sent_bytes;
+    uint64_t received_frames, received_bytes;
+    uint64_t dropped_down;
+    uint64_t dropped_filtered;
+    uint64_t dropped_full;
+    uint64_t dropped_invalid;
+    uint64_t throttled;
+    uint64_t segmented;
+    uint64_t interrupts;
+};
+
+struct aiokvm_net *aiokvm_net_new(const char *name, int *error);
+void aiokvm_net_free(struct aiokvm_net *net);
+int aiokvm_net_fd(const struct aiokvm_net *net);
+int aiokvm_net_serve(struct aiokvm_net *net, uint64_t budget_ns);
+int aiokvm_net_tid(const struct aiokvm_net *net);
+int aiokvm_net_news_fd(const struct aiokvm_net *net);
+int aiokvm_net_take(struct aiokvm_net *net, struct aiokvm_net_news *news);
+uint32_t aiokvm_net_end_id(const struct aiokvm_net_end *end);
+int aiokvm_net_link(struct aiokvm_net_end *one, struct aiokvm_net_end *other);
+void aiokvm_net_unlink(struct aiokvm_net_end *end);
+void aiokvm_net_set_up(struct aiokvm_net_end *end, int up);
+void aiokvm_net_set_policy(struct aiokvm_net_end *end, struct aiokvm_net_filter *filter,
+                           struct aiokvm_net_capture *capture, struct aiokvm_ratelimit *sent,
+                           struct aiokvm_ratelimit *received);
+void aiokvm_net_end_stats(struct aiokvm_net_end *end, struct aiokvm_net_stats *stats);
+void aiokvm_net_end_free(struct aiokvm_net_end *end);
+
+/* ---- net_nic.h: the adapter of a guest ---- */
+
+/* ---- net_tap.h: TAP devices ---- */
+
+/* ---- net_stream.h, net_datagram.h: the framing of QEMU's netdevs ---- */
+
+/* ---- net_slirp.h: user-mode NAT ---- */
+
+/* ---- net_port.h: the program as the peer ---- */
+
+/* ---- net_switch.h ---- */
+
+/* ---- net_filter.h, net_capture.h ---- */

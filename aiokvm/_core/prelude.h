@@ -6,6 +6,7 @@
 #include "ioctl.h"
 #include "kvm_compat.h"
 #include "memory.h"
+#include "net.h"
 #include "notify.h"
 #include "ratelimit.h"
 #include "turn.h"

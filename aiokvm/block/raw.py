@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiokvm.block.backend import Data
-    from aiokvm.block.limit import Limit
+    from aiokvm.ratelimit import Limit
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.aio import Handle, Loop
     from aiokvm.block import Raw
-    from aiokvm.block.limit import Limit
+    from aiokvm.ratelimit import Limit
     from aiokvm.virtio.device import VirtioHost
     from aiokvm.virtio.queue import Virtqueue
 

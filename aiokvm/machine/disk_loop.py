@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from aiokvm.aio import Loop
     from aiokvm.block import BlockBackend
-    from aiokvm.block.limit import Limit
+    from aiokvm.ratelimit import Limit
     from aiokvm.virtio.device import VirtioHost
     from aiokvm.virtio.queue import Virtqueue
 

@@ -1,4 +1,4 @@
-"""How much of a disk a guest may have: token buckets."""
+"""How much of a disk or a network a guest may have: token buckets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _MOST = (1 << 63) - 1
 
 
 class Limit:
-    """So many bytes and operations a second, and what an idle disk may have at once: its bursts.
+    """So many bytes and operations a second, and what may come at once after a pause: the bursts.
 
-    Disks that share one share its rates. 0 is no limit; a burst of 0 is a tenth of a second's worth. An
-    operation is a read, a write, a flush, a discard; bytes are those read and written, zeroes included.
-    Raises ConfigError for negative numbers and absurd ones.
+    Those that share one share its rates. 0 is no limit; a burst of 0 is a tenth of a second's worth. Of a
+    disk an operation is a read, a write, a flush, a discard, and bytes are those read and written, zeroes
+    included. Of a network an operation is a frame, and bytes are those of its frames, Ethernet headers
+    included. Raises ConfigError for negative numbers and absurd ones.
     """
 
     def __init__(

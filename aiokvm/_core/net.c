@@ -1,0 +1,530 @@
+/* A plane: who is ready, who has news, descriptors, timers, and the thread if there is one. */
+#define _GNU_SOURCE
+#include "net_priv.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include "clock.h"
+
+enum { STACK_SIZE = 256 << 10, EVENTS = 64 };
+/* How long the thread serves before it looks whether somebody else wants the lock. */
+static const uint64_t THREAD_BUDGET_NS = 500000;
+
+static void ring(int eventfd)
+{
+    /* A counter that is full has woken whoever reads it. */
+    ssize_t result = write(eventfd, &(uint64_t){ 1 }, sizeof(uint64_t));
+    (void)result;
+}
+
+static void drain(int fd)
+{
+    uint64_t value;
+    ssize_t result = read(fd, &value, sizeof(value));
+    (void)result;
+}
+
+/* ---- what ends say ---- */
+
+void net_ready(struct aiokvm_net_end *end)
+{
+    if (end->is_ready)
+        return;
+    end->is_ready = true;
+    end->next_ready = NULL;
+    *end->net->ready_tail = end;
+    end->net->ready_tail = &end->next_ready;
+}
+
+void net_dirty(struct aiokvm_net_end *end)
+{
+    if (end->is_dirty)
+        return;
+    end->is_dirty = true;
+    end->next_dirty = end->net->dirty;
+    end->net->dirty = end;
+}
+
+void net_tell(struct aiokvm_net_end *end, uint32_t news, int32_t error, uint32_t detail)
+{
+    struct aiokvm_net *net = end->net;
+    if (!end->error && error) {
+        end->error = error;
+        end->detail = detail;
+    }
+    end->news |= news;
+    if (end->is_told)
+        return;
+    end->is_told = true;
+    end->next_told = NULL;
+    if (!net->told)
+        ring(net->news_fd);
+    *net->told_tail = end;
+    net->told_tail = &end->next_told;
+}
+
+void net_resume(struct aiokvm_net_end *end)
+{
+    struct aiokvm_net_end *peer = end->peer;
+    if (!peer || !peer->waits || peer->throttled_ns)
+        return;
+    peer->waits = false;
+    if (peer->type->resume)
+        peer->type->resume(peer);
+    else
+        net_ready(peer);
+}
+
+/* ---- time ---- */
+
+static void set_timer(struct aiokvm_net *net, uint64_t deadline_ns)
+{
+    if (!deadline_ns || (net->timer_ns && net->timer_ns <= deadline_ns))
+        return;
+    net->timer_ns = deadline_ns;
+    struct itimerspec when = {
+        .it_value = { .tv_sec = (time_t)(deadline_ns / 1000000000), .tv_nsec = (long)(deadline_ns % 1000000000) },
+    };
+    timerfd_settime(net->timer, TFD_TIMER_ABSTIME, &when, NULL);
+}
+
+void net_at(struct aiokvm_net_end *end, uint64_t deadline_ns)
+{
+    end->deadline_ns = deadline_ns;
+    set_timer(end->net, deadline_ns);
+}
+
+void net_throttle(struct aiokvm_net_end *end, uint64_t deadline_ns)
+{
+    end->throttled_ns = deadline_ns;
+    set_timer(end->net, deadline_ns);
+}
+
+static void on_timer(struct aiokvm_net *net)
+{
+    drain(net->timer);
+    net->timer_ns = 0;
+    uint64_t now_ns = aiokvm_now_ns(), next_ns = UINT64_MAX;
+    for (struct aiokvm_net_end *end = net->ends; end; end = end->next) {
+        if (end->throttled_ns && end->throttled_ns <= now_ns) {
+            end->throttled_ns = 0;
+            end->waits = false;
+            if (end->type->resume)
+                end->type->resume(end);
+            else
+                net_ready(end);
+        }
+        if (end->deadline_ns && end->deadline_ns <= now_ns) {
+            end->deadline_ns = 0;
+            net_ready(end);
+        }
+        if (end->throttled_ns && end->throttled_ns < next_ns)
+            next_ns = end->throttled_ns;
+        if (end->deadline_ns && end->deadline_ns < next_ns)
+            next_ns = end->deadline_ns;
+    }
+    if (next_ns != UINT64_MAX)
+        set_timer(net, next_ns);
+}
+
+/* ---- descriptors ---- */
+
+int net_watch(struct net_watch *watch, struct aiokvm_net_end *end, int fd, uint32_t events)
+{
+    watch->end = end;
+    watch->fd = fd;
+    watch->events = 0;
+    struct epoll_event event = { .events = events | EPOLLET, .data.ptr = watch };
+    if (epoll_ctl(end->net->epoll, EPOLL_CTL_ADD, fd, &event) == 0)
+        return 0;
+    watch->fd = -1;
+    return -errno;
+}
+
+void net_unwatch(struct net_watch *watch)
+{
+    if (watch->fd >= 0)
+        epoll_ctl(watch->end->net->epoll, EPOLL_CTL_DEL, watch->fd, NULL);
+    watch->fd = -1;
+    watch->events = 0;
+}
+
+static void look(struct aiokvm_net *net)
+{
+    struct epoll_event events[EVENTS];
+    int count = epoll_wait(net->epoll, events, EVENTS, 0);
+    for (int i = 0; i < count; i++) {
+        if (events[i].data.ptr == &net->control) {
+            drain(net->control);
+            net->rung = false;
+        } else if (events[i].data.ptr == &net->timer) {
+            on_timer(net);
+        } else {
+            struct net_watch *watch = events[i].data.ptr;
+            watch->events |= events[i].events;
+            net_ready(watch->end);
+        }
+    }
+}
+
+/* ---- serving ---- */
+
+static void flush(struct aiokvm_net *net)
+{
+    struct aiokvm_net_end *end;
+    while ((end = net->dirty)) {
+        net->dirty = end->next_dirty;
+        end->is_dirty = false;
+        end->type->flush(end);
+    }
+}
+
+static struct aiokvm_net_end *take_ready(struct aiokvm_net *net)
+{
+    struct aiokvm_net_end *end = net->ready;
+    if (!end)
+        return NULL;
+    net->ready = end->next_ready;
+    if (!net->ready)
+        net->ready_tail = &net->ready;
+    end->is_ready = false;
+    return end;
+}
+
+/* Each that is ready has its turn, round and round. True: some still are. */
+static bool turn(struct aiokvm_net *net, uint64_t budget_ns)
+{
+    uint64_t until_ns = aiokvm_now_ns() + budget_ns;
+    for (look(net); net->ready; look(net))
+        for (struct aiokvm_net_end *end; (end = take_ready(net));) {
+            if (end->type->serve(end))
+                net_ready(end);
+            flush(net);
+            if (aiokvm_now_ns() >= until_ns)
+                return net->ready;
+        }
+    return false;
+}
+
+bool net_enter(struct aiokvm_net *net)
+{
+    if (net->pid != getpid())
+        return false;
+    atomic_fetch_add(&net->wanted, 1);
+    pthread_mutex_lock(&net->lock);
+    atomic_fetch_sub(&net->wanted, 1);
+    return true;
+}
+
+void net_leave(struct aiokvm_net *net)
+{
+    flush(net);
+    if (net->ready && !net->rung) {
+        net->rung = true;
+        ring(net->control);
+    }
+    pthread_mutex_unlock(&net->lock);
+}
+
+int aiokvm_net_serve(struct aiokvm_net *net, uint64_t budget_ns)
+{
+    if (!net_enter(net))
+        return -EOWNERDEAD;
+    bool more = turn(net, budget_ns);
+    /* The caller comes again by itself: no ringing. */
+    pthread_mutex_unlock(&net->lock);
+    return more;
+}
+
+static void *net_main(void *argument)
+{
+    struct aiokvm_net *net = argument;
+    pthread_setname_np(pthread_self(), net->name);
+    atomic_store(&net->tid, (uint32_t)syscall(SYS_gettid));
+    syscall(SYS_futex, &net->tid, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    pthread_mutex_lock(&net->lock);
+    while (!atomic_load(&net->ending)) {
+        bool more = turn(net, THREAD_BUDGET_NS);
+        pthread_mutex_unlock(&net->lock);
+        if (more)
+            while (atomic_load(&net->wanted))
+                sched_yield();
+        else
+            poll(&(struct pollfd){ .fd = net->epoll, .events = POLLIN }, 1, -1);
+        pthread_mutex_lock(&net->lock);
+    }
+    pthread_mutex_unlock(&net->lock);
+    return NULL;
+}
+
+/* ---- a plane ---- */
+
+static int start_thread(struct aiokvm_net *net)
+{
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_SIZE);
+    /* The thread inherits the mask: the host program's signals are for the host program's threads. */
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int error = pthread_create(&net->thread, &attributes, net_main, net);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attributes);
+    if (error)
+        return error;
+    net->has_thread = true;
+    while (!atomic_load(&net->tid))
+        syscall(SYS_futex, &net->tid, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+    return 0;
+}
+
+static int open_descriptors(struct aiokvm_net *net)
+{
+    net->epoll = epoll_create1(EPOLL_CLOEXEC);
+    net->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    net->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    net->news_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (net->epoll < 0 || net->timer < 0 || net->control < 0 || net->news_fd < 0)
+        return errno;
+    struct epoll_event event = { .events = EPOLLIN, .data.ptr = &net->control };
+    if (epoll_ctl(net->epoll, EPOLL_CTL_ADD, net->control, &event) < 0)
+        return errno;
+    event.data.ptr = &net->timer;
+    return epoll_ctl(net->epoll, EPOLL_CTL_ADD, net->timer, &event) < 0 ? errno : 0;
+}
+
+struct aiokvm_net *aiokvm_net_new(const char *name, int *error)
+{
+    struct aiokvm_net *net = calloc(1, sizeof(*net));
+    if (!net) {
+        *error = ENOMEM;
+        return NULL;
+    }
+    net->epoll = net->timer = net->control = net->news_fd = -1;
+    net->pid = getpid();
+    net->ready_tail = &net->ready;
+    net->told_tail = &net->told;
+    pthread_mutex_init(&net->lock, NULL);
+    if (name)
+        strncpy(net->name, name, sizeof(net->name) - 1);
+    *error = open_descriptors(net);
+    if (!*error && name)
+        *error = start_thread(net);
+    if (*error) {
+        aiokvm_net_free(net);
+        return NULL;
+    }
+    return net;
+}
+
+void aiokvm_net_free(struct aiokvm_net *net)
+{
+    if (net->has_thread && net->pid == getpid()) {
+        atomic_store(&net->ending, true);
+        ring(net->control);
+        pthread_join(net->thread, NULL);
+    }
+    while (net->ends)
+        aiokvm_net_end_free(net->ends);
+    net_offload_free(net->offload);
+    int descriptors[] = { net->epoll, net->timer, net->control, net->news_fd };
+    for (size_t i = 0; i < sizeof(descriptors) / sizeof(*descriptors); i++)
+        if (descriptors[i] >= 0)
+            close(descriptors[i]);
+    pthread_mutex_destroy(&net->lock);
+    free(net);
+}
+
+int aiokvm_net_fd(const struct aiokvm_net *net)
+{
+    return net->epoll;
+}
+
+int aiokvm_net_tid(const struct aiokvm_net *net)
+{
+    return net->has_thread && net->pid == getpid() ? (int)atomic_load(&net->tid) : 0;
+}
+
+int aiokvm_net_news_fd(const struct aiokvm_net *net)
+{
+    return net->news_fd;
+}
+
+int aiokvm_net_take(struct aiokvm_net *net, struct aiokvm_net_news *news)
+{
+    if (!net_enter(net))
+        return -EOWNERDEAD;
+    struct aiokvm_net_end *end = net->told;
+    if (end) {
+        net->told = end->next_told;
+        if (!net->told)
+            net->told_tail = &net->told;
+        end->is_told = false;
+        *news = (struct aiokvm_net_news){
+            .end = end->id, .news = end->news, .error = end->error, .detail = end->detail,
+        };
+        end->news = end->detail = 0;
+        end->error = 0;
+    } else {
+        drain(net->news_fd);
+    }
+    net_leave(net);
+    return end != NULL;
+}
+
+/* ---- ends ---- */
+
+void *net_end_new(struct aiokvm_net *net, const struct net_type *type, size_t size, int *error)
+{
+    struct aiokvm_net_end *end = calloc(1, size);
+    if (!end || !net_enter(net)) {
+        *error = end ? EOWNERDEAD : ENOMEM;
+        free(end);
+        return NULL;
+    }
+    end->type = type;
+    end->net = net;
+    end->id = ++net->next_id;
+    end->up = true;
+    end->next = net->ends;
+    if (net->ends)
+        net->ends->previous = end;
+    net->ends = end;
+    net_leave(net);
+    return end;
+}
+
+uint32_t aiokvm_net_end_id(const struct aiokvm_net_end *end)
+{
+    return end->id;
+}
+
+static void unlink_ends(struct aiokvm_net_end *end)
+{
+    struct aiokvm_net_end *peer = end->peer;
+    if (!peer)
+        return;
+    /* What waits may go: it will be dropped. */
+    net_resume(end);
+    net_resume(peer);
+    end->peer = peer->peer = NULL;
+}
+
+int aiokvm_net_link(struct aiokvm_net_end *one, struct aiokvm_net_end *other)
+{
+    if (one->net != other->net)
+        return -EXDEV;
+    if (one == other)
+        return -EINVAL;
+    if (!net_enter(one->net))
+        return -EOWNERDEAD;
+    int error = one->peer || other->peer ? -EBUSY : 0;
+    if (!error) {
+        one->peer = other;
+        other->peer = one;
+        net_ready(one);
+        net_ready(other);
+    }
+    net_leave(one->net);
+    return error;
+}
+
+void aiokvm_net_unlink(struct aiokvm_net_end *end)
+{
+    if (!net_enter(end->net))
+        return;
+    unlink_ends(end);
+    net_leave(end->net);
+}
+
+void aiokvm_net_set_up(struct aiokvm_net_end *end, int up)
+{
+    if (!net_enter(end->net))
+        return;
+    end->up = up;
+    if (end->peer) {
+        net_resume(end);
+        net_resume(end->peer);
+    }
+    net_leave(end->net);
+}
+
+void aiokvm_net_set_policy(struct aiokvm_net_end *end, struct aiokvm_net_filter *filter,
+                           struct aiokvm_net_capture *capture, struct aiokvm_ratelimit *sent,
+                           struct aiokvm_ratelimit *received)
+{
+    if (!net_enter(end->net))
+        return;
+    end->filter = filter;
+    end->capture = capture;
+    end->sent_limit = sent;
+    end->received_limit = received;
+    net_leave(end->net);
+}
+
+void aiokvm_net_end_stats(struct aiokvm_net_end *end, struct aiokvm_net_stats *stats)
+{
+    if (!net_enter(end->net)) {
+        memset(stats, 0, sizeof(*stats));
+        return;
+    }
+    *stats = end->stats;
+    net_leave(end->net);
+}
+
+static void forget(struct aiokvm_net_end *end)
+{
+    struct aiokvm_net *net = end->net;
+    net->ready_tail = &net->ready;
+    for (struct aiokvm_net_end **at = &net->ready; *at;) {
+        if (*at == end)
+            *at = end->next_ready;
+        else
+            net->ready_tail = at = &(*at)->next_ready;
+    }
+    net->told_tail = &net->told;
+    for (struct aiokvm_net_end **at = &net->told; *at;) {
+        if (*at == end)
+            *at = end->next_told;
+        else
+            net->told_tail = at = &(*at)->next_told;
+    }
+    for (struct aiokvm_net_end **at = &net->dirty; *at;) {
+        if (*at == end)
+            *at = end->next_dirty;
+        else
+            at = &(*at)->next_dirty;
+    }
+    if (end->previous)
+        end->previous->next = end->next;
+    else
+        net->ends = end->next;
+    if (end->next)
+        end->next->previous = end->previous;
+}
+
+void aiokvm_net_end_free(struct aiokvm_net_end *end)
+{
+    struct aiokvm_net *net = end->net;
+    bool ours = net_enter(net);
+    if (ours) {
+        flush(net);
+        unlink_ends(end);
+    }
+    forget(end);
+    end->type->free(end);
+    if (ours)
+        net_leave(net);
+}

@@ -1,0 +1,191 @@
+/* What the parts of the net have in common. All of this runs with the plane's lock held. */
+#ifndef AIOKVM_NET_PRIV_H
+#define AIOKVM_NET_PRIV_H
+
+#include <linux/virtio_net.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/epoll.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "net.h"
+
+/* The headers of 6.2 and later have it. */
+#ifndef VIRTIO_NET_HDR_GSO_UDP_L4
+#define VIRTIO_NET_HDR_GSO_UDP_L4 5
+#endif
+
+/* How much an end does when it is served, before others have their turn. */
+enum { NET_QUANTUM = 64 };
+/* Bytes of a frame that are the plane's own memory: link, network and transport header. */
+enum { NET_HEAD = 256 };
+
+struct net_offload; /* net_offload.c */
+
+/* A frame on its way. The header is checked, in the byte order of the host; num_buffers has no meaning.
+ *
+ * The first NET_HEAD bytes, or all, do not change while the frame is on its way; what is behind them may be guest
+ * memory, which can change at any time. They are in iov[0], which holds nothing else unless it holds all. Before iov
+ * there is one free entry, iov[-1], which the receiver may use for a header of its own. */
+struct net_frame {
+    struct virtio_net_hdr_v1 hdr;
+    struct iovec *iov;
+    uint32_t count;
+    uint32_t size; /* in bytes, without hdr: AIOKVM_NET_MIN_FRAME to AIOKVM_NET_MAX_FRAME */
+    uint32_t hops;  /* switches that it has crossed */
+    uint32_t queue; /* of the sender that it came from, a hint: both directions of a flow should use one */
+    /* net_send's, 0 at first. A frame that has to wait is sent again with them as they are. */
+    uint32_t passed;
+    uint32_t segments;
+};
+
+enum net_result {
+    NET_TAKEN,   /* or dropped, and counted; it does not matter to the sender */
+    NET_BLOCKED, /* nothing was done: to be sent again when `resume` says so */
+};
+
+struct net_type {
+    /* Does up to NET_QUANTUM frames' worth of what there is to do. True: there is more. */
+    bool (*serve)(struct aiokvm_net_end *end);
+    /* Takes a frame from the peer; `frame` and what it points to are the caller's again afterwards. */
+    enum net_result (*receive)(struct aiokvm_net_end *end, struct net_frame *frame);
+    /* What was blocked may be sent again. NULL: net_ready(end). */
+    void (*resume)(struct aiokvm_net_end *end);
+    /* After a batch of `receive`, for an end that has called net_dirty. May be NULL. */
+    void (*flush)(struct aiokvm_net_end *end);
+    /* Gives back what the end holds, and its memory. */
+    void (*free)(struct aiokvm_net_end *end);
+};
+
+/* First in every end's own struct. */
+struct aiokvm_net_end {
+    const struct net_type *type;
+    struct aiokvm_net *net;
+    struct aiokvm_net_end *peer;
+    uint32_t id;
+    uint32_t offloads; /* AIOKVM_NET_OFFLOAD_*: what `receive` takes */
+    bool up;
+    bool waits;    /* was told NET_BLOCKED and not resumed since */
+    bool is_ready; /* in the list of ready ends */
+    bool is_dirty;
+    bool is_told;           /* in the list of those with news */
+    uint64_t deadline_ns;   /* of net_at; 0: none */
+    uint64_t throttled_ns;  /* until when a rate limit holds back what it sends; 0: it does not */
+    uint32_t news, detail;
+    int32_t error;
+    struct aiokvm_net_filter *filter;
+    struct aiokvm_net_capture *capture;
+    struct aiokvm_ratelimit *sent_limit, *received_limit;
+    struct aiokvm_net_stats stats;
+    struct aiokvm_net_end *next, *previous;             /* all of the plane */
+    struct aiokvm_net_end *next_ready, *next_dirty, *next_told;
+};
+
+/* A descriptor that belongs to an end: edge-triggered. What it was ready for stays in `events` (EPOLLIN, EPOLLOUT,
+ * EPOLLHUP, EPOLLERR) until the end takes it out, which it does when the descriptor has said EAGAIN. */
+struct net_watch {
+    struct aiokvm_net_end *end;
+    int fd; /* below 0: not watched */
+    uint32_t events;
+};
+
+struct aiokvm_net {
+    pthread_mutex_t lock;
+    _Atomic uint32_t wanted; /* calls that wait for the lock: the thread lets them go first */
+    pthread_t thread;
+    _Atomic uint32_t tid;
+    bool has_thread;
+    bool rung; /* `control` was written and not read since */
+    _Atomic bool ending;
+    char name[16];
+    pid_t pid; /* of the process whose it is: a child of fork has a copy */
+    int epoll, timer, control, news_fd;
+    uint64_t timer_ns; /* what the timer is set to, 0: nothing */
+    uint32_t next_id;
+    struct aiokvm_net_end *ends;
+    struct aiokvm_net_end *ready, **ready_tail;
+    struct aiokvm_net_end *dirty;
+    struct aiokvm_net_end *told, **told_tail;
+    struct net_offload *offload; /* for cutting frames in software */
+};
+
+/* ---- net.c ---- */
+
+/* For every call from outside. False: this is a child of fork, nothing may be done. */
+bool net_enter(struct aiokvm_net *net);
+/* Flushes what is dirty; what is ready will be served. */
+void net_leave(struct aiokvm_net *net);
+
+/* A new end of its type's own size, zeroed but for the fields above; enters by itself. NULL: *error is an errno. */
+void *net_end_new(struct aiokvm_net *net, const struct net_type *type, size_t size, int *error);
+
+/* To be served soon. */
+void net_ready(struct aiokvm_net_end *end);
+/* To be flushed when the batch is over. */
+void net_dirty(struct aiokvm_net_end *end);
+/* To be served at this time of aiokvm_now_ns, if not before; 0: no more. */
+void net_at(struct aiokvm_net_end *end, uint64_t deadline_ns);
+/* A rate limit holds back what this end sends until then; `resume` follows. */
+void net_throttle(struct aiokvm_net_end *end, uint64_t deadline_ns);
+/* Tells the program. `error` and `detail` are of the first news that has them. */
+void net_tell(struct aiokvm_net_end *end, uint32_t news, int32_t error, uint32_t detail);
+/* This end takes frames again: its peer, if it was blocked, sends again. */
+void net_resume(struct aiokvm_net_end *end);
+
+/* events: EPOLLIN, EPOLLOUT. Returns 0 or -errno. */
+int net_watch(struct net_watch *watch, struct aiokvm_net_end *end, int fd, uint32_t events);
+/* Does not close the descriptor. */
+void net_unwatch(struct net_watch *watch);
+
+/* ---- net_link.c ---- */
+
+/* Sends a frame to the peer: counts, filters, records, holds back, cuts. */
+enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame);
+/* Fills in frame->iov[0] with a private copy of up to NET_HEAD bytes of the data in `from` (count iovecs, of which the
+ * first `skip` bytes are not the frame's), and the rest behind it. iov has room for count + 1 entries after the free
+ * one. frame->size is set. */
+void net_frame_set(struct net_frame *frame, struct iovec *iov, uint8_t head[NET_HEAD], const struct iovec *from,
+                   uint32_t count, size_t skip);
+/* Copies all of it. */
+void net_frame_copy(const struct net_frame *frame, uint8_t *to);
+/* Whether the header fits the frame: csum_start and csum_offset, gso_type, gso_size, hdr_len; unknown flags are taken
+ * out. False: it is to be dropped. */
+bool net_frame_check(struct net_frame *frame);
+
+/* ---- net_queue.c: frames that wait, copied ---- */
+
+struct net_queue {
+    struct net_queued *first, **last;
+    uint32_t frames;
+    uint32_t max_frames;
+    uint64_t bytes;
+    uint64_t max_bytes;
+};
+
+void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes);
+void net_queue_clear(struct net_queue *queue);
+/* False: there is no room, or no memory. */
+bool net_queue_put(struct net_queue *queue, const struct net_frame *frame);
+/* Sends what waits, at most `most` frames. NET_BLOCKED: the peer takes no more now. */
+enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *from, uint32_t most);
+
+/* ---- net_offload.c ---- */
+
+/* What the frame needs of an end: AIOKVM_NET_OFFLOAD_*. */
+uint32_t net_frame_needs(const struct net_frame *frame);
+/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->segments. */
+enum net_result net_offload_send(struct aiokvm_net_end *to, struct net_frame *frame);
+void net_offload_free(struct net_offload *offload);
+
+/* ---- net_filter.c, net_capture.c ---- */
+
+/* Whether the frame may pass; `sent` by the end that has the filter, or to be received by it. */
+bool net_filter_passes(struct aiokvm_net_filter *filter, struct aiokvm_net_end *end, const struct net_frame *frame,
+                       bool sent, uint64_t now_ns);
+void net_capture_record(struct aiokvm_net_capture *capture, struct aiokvm_net_end *end, const struct net_frame *frame,
+                        bool sent);
+
+#endif

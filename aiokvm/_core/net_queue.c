@@ -1,0 +1,72 @@
+/* Frames that wait for their receiver, in the plane's own memory. */
+#include "net_priv.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct net_queued {
+    struct net_queued *next;
+    struct virtio_net_hdr_v1 hdr;
+    uint32_t size, hops, queue, passed, segments;
+    uint8_t data[];
+};
+
+void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes)
+{
+    *queue = (struct net_queue){ .max_frames = max_frames, .max_bytes = max_bytes };
+    queue->last = &queue->first;
+}
+
+static void remove_first(struct net_queue *queue)
+{
+    struct net_queued *queued = queue->first;
+    queue->first = queued->next;
+    if (!queue->first)
+        queue->last = &queue->first;
+    queue->frames--;
+    queue->bytes -= queued->size;
+    free(queued);
+}
+
+void net_queue_clear(struct net_queue *queue)
+{
+    while (queue->first)
+        remove_first(queue);
+}
+
+bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
+{
+    if (queue->frames >= queue->max_frames || queue->bytes + frame->size > queue->max_bytes)
+        return false;
+    struct net_queued *queued = malloc(sizeof(*queued) + frame->size);
+    if (!queued)
+        return false;
+    *queued = (struct net_queued){ .hdr = frame->hdr, .size = frame->size, .hops = frame->hops,
+                                   .queue = frame->queue };
+    net_frame_copy(frame, queued->data);
+    *queue->last = queued;
+    queue->last = &queued->next;
+    queue->frames++;
+    queue->bytes += queued->size;
+    return true;
+}
+
+enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *from, uint32_t most)
+{
+    for (struct net_queued *queued; most && (queued = queue->first); most--) {
+        /* [0] is the receiver's. */
+        struct iovec iov[3] = { [1] = { queued->data, queued->size } };
+        struct net_frame frame = {
+            .hdr = queued->hdr, .iov = iov + 1, .count = 1, .size = queued->size,
+            .hops = queued->hops, .queue = queued->queue, .passed = queued->passed,
+            .segments = queued->segments,
+        };
+        if (net_send(from, &frame) == NET_BLOCKED) {
+            queued->passed = frame.passed;
+            queued->segments = frame.segments;
+            return NET_BLOCKED;
+        }
+        remove_first(queue);
+    }
+    return NET_TAKEN;
+}

@@ -1,0 +1,117 @@
+"""Where a network adapter leads: the interface of every backend, and what may be had on any of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, TypedDict
+
+from aiokvm.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from aiokvm.net.filter import Hook, Rule
+    from aiokvm.net.pcap import Pcap
+    from aiokvm.net.plane import End, NetStats, Plane
+    from aiokvm.ratelimit import Limit
+
+
+class Policy(TypedDict, total=False):
+    """What every backend takes, and does to the frames that pass it."""
+
+    tap: Pcap | None
+    """Records them."""
+    filters: Iterable[Rule | Hook]
+    """Say which may pass: `net.filter`."""
+    egress: Limit | None
+    """How fast frames may leave the guest for here."""
+    ingress: Limit | None
+    """How fast frames may come from here to the guest."""
+
+
+class NetBackend(ABC):
+    """What a network adapter, or a port of a switch, is connected to. One use at a time.
+
+    ``egress`` is what comes from the guest, ``ingress`` what goes to it.
+    """
+
+    mtu: int | None = None
+    """What it carries at most, told to the guest; None: it does not say."""
+    queues: int = 1
+    """How many queue pairs it can serve."""
+
+    def __init__(
+        self,
+        *,
+        tap: Pcap | None = None,
+        filters: Iterable[Rule | Hook] = (),
+        egress: Limit | None = None,
+        ingress: Limit | None = None,
+    ) -> None:
+        self.tap = tap
+        self.filters: Sequence[Rule | Hook] = tuple(filters)
+        self.egress = egress
+        self.ingress = ingress
+        self.end: End | None = None
+        """Its end of the link, while it is open."""
+        self._opening = False
+        self._last_stats: NetStats | None = None
+
+    @property
+    def plane(self) -> Plane | None:
+        """The plane that it has to be in; None: any, it is made where its peer is."""
+        return None
+
+    @abstractmethod
+    async def _open(self, plane: Plane, on_lost: Callable[[str], None]) -> End:
+        """Makes the end. One that raises left nothing behind.
+
+        ``on_lost(why)`` is called on the loop when nothing will ever come from here again: the peer has
+        gone, the device was deleted. The end stays until `close`.
+        """
+
+    @abstractmethod
+    async def _close(self) -> None:
+        """Gives back what `_open` got; the end has been closed."""
+
+    async def open(self, plane: Plane, on_lost: Callable[[str], None]) -> End:
+        """An end in this plane, with the policy in force. For machines and switches.
+
+        Raises ConfigError if it is in use, OSError and AiokvmError for what cannot be had.
+        """
+        if self.end or self._opening:
+            raise ConfigError(f"{self!r} is in use already: every adapter needs a backend of its own")
+        self._opening = True
+        try:
+            end = await self._open(plane, on_lost)
+            self.end = end
+        finally:
+            self._opening = False
+        try:
+            await self._set_policy(end)
+        except BaseException:
+            await self.close()
+            raise
+        return end
+
+    async def close(self) -> None:
+        """Close the end and give everything back. Idempotent; to be called where nothing cancels it."""
+        end, self.end = self.end, None
+        if end is None:
+            return
+        self._last_stats = end.stats()
+        end.close()
+        await self._close()
+
+    def stats(self) -> NetStats:
+        """What it has sent to the guest and received from it. Raises StateError before it was opened."""
+        if self.end:
+            return self.end.stats()
+        if self._last_stats is None:
+            raise StateError(f"{self!r} was never in use")
+        return self._last_stats
+
+    async def _set_policy(self, end: End) -> None:
+        limits = (self.ingress, self.egress)
+        sent, received = (limit.core if limit else None for limit in limits)
+        end.set_policy(sent=sent, received=received, keep=limits)

@@ -1,0 +1,7 @@
+"""Recording frames."""
+
+from __future__ import annotations
+
+
+class Pcap:
+    """Placeholder."""

@@ -1,0 +1,180 @@
+"""A plane of the C core: ends of links, served on the loop or by a thread of their own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiokvm._core import ffi, lib
+from aiokvm.errors import AiokvmError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiokvm._core import Pointer
+    from aiokvm.aio import Loop
+
+# How long the loop serves frames before it looks at everything else.
+BUDGET_NS = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class NetStats:
+    """What one end of a link has done so far: frames and bytes, and what was dropped, by reason.
+
+    ``dropped_down``: sent while there was no peer or the link was down. ``dropped_filtered``: a filter said
+    so. ``dropped_full``: there was no room for what it received. ``dropped_invalid``: too short, too long,
+    or with a header that contradicts the frame. ``throttled`` had to wait for the rate limit, ``segmented``
+    were cut to the peer's size in software, ``interrupts`` are a network adapter's.
+    """
+
+    sent_frames: int
+    sent_bytes: int
+    received_frames: int
+    received_bytes: int
+    dropped_down: int
+    dropped_filtered: int
+    dropped_full: int
+    dropped_invalid: int
+    throttled: int
+    segmented: int
+    interrupts: int
+
+
+class End:
+    """One end of a link, that a `Plane` has adopted: the ``struct aiokvm_net_end *`` is ``core``."""
+
+    def __init__(self, plane: Plane, core: Pointer, on_news: Callable[[int, int, int], None]) -> None:
+        self.plane = plane
+        self.core = core
+        self.on_news = on_news
+        self.id = int(lib.aiokvm_net_end_id(core))
+        self._stats = ffi.new("struct aiokvm_net_stats *")
+        self._kept: tuple[object, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed."""
+        return bool(self.core)
+
+    def link(self, other: End) -> None:
+        """Connect two ends of one plane. Raises AiokvmError if one of them is connected."""
+        error = lib.aiokvm_net_link(self.core, other.core)
+        if error:
+            raise AiokvmError(f"two ends cannot be linked: {os.strerror(-error)}")
+
+    def unlink(self) -> None:
+        """Disconnect it, if it is connected."""
+        lib.aiokvm_net_unlink(self.core)
+
+    def set_up(self, up: bool) -> None:
+        """Have its link drop what is sent, or not."""
+        lib.aiokvm_net_set_up(self.core, up)
+
+    def set_policy(
+        self,
+        *,
+        rules: Pointer | None = None,
+        capture: Pointer | None = None,
+        sent: Pointer | None = None,
+        received: Pointer | None = None,
+        keep: tuple[object, ...] = (),
+    ) -> None:
+        """Filter, capture and limits of what it sends and receives; ``keep`` keeps their owners alive."""
+        null = ffi.NULL
+        lib.aiokvm_net_set_policy(self.core, rules or null, capture or null, sent or null, received or null)
+        self._kept = keep
+
+    def stats(self) -> NetStats:
+        """What it has done so far; what it had done when it was closed."""
+        if self.core:
+            lib.aiokvm_net_end_stats(self.core, self._stats)
+        return NetStats(**{name: int(getattr(self._stats, name)) for name in NetStats.__slots__})
+
+    def close(self) -> None:
+        """Unlink it and free it. Idempotent."""
+        if self.core:
+            self.stats()
+            self.plane._forget(self)
+            lib.aiokvm_net_end_free(self.core)
+            self.core = ffi.NULL
+            self._kept = ()
+
+
+class Plane:
+    """Ends and the links between them, served on ``loop``, or by a thread of this name if one is given.
+
+    Raises AiokvmError if descriptors or the thread cannot be had. To be closed after all its ends.
+    """
+
+    def __init__(self, loop: Loop, thread: str | None = None) -> None:
+        error = ffi.new("int *")
+        # A thread's name has 15 bytes: keep what tells them apart.
+        name = ffi.NULL if thread is None else ffi.new("char[]", thread.encode()[-15:])
+        core = lib.aiokvm_net_new(name, error)
+        if not core:
+            raise AiokvmError(f"no plane for frames: {os.strerror(error[0])}")
+        self.loop = loop
+        self.core = core
+        self._ends: dict[int, End] = {}
+        self._news = ffi.new("struct aiokvm_net_news *")
+        self._scheduled = False
+        self._watches = [loop.watch(lib.aiokvm_net_news_fd(core), self._on_news)]
+        if thread is None:
+            self._watches.append(loop.watch(lib.aiokvm_net_fd(core), self._serve))
+
+    @property
+    def tid(self) -> int:
+        """The thread's id; 0 if the loop serves."""
+        return int(lib.aiokvm_net_tid(self.core)) if self.core else 0
+
+    def adopt(self, core: Pointer, error: int, on_news: Callable[[int, int, int], None]) -> End:
+        """The end that a maker of the C core gave back, or AiokvmError with the errno that it gave instead.
+
+        ``on_news(news, error, detail)`` is called on the loop.
+        """
+        if not core:
+            raise AiokvmError(f"no end of a link: {os.strerror(error)}")
+        end = End(self, core, on_news)
+        self._ends[end.id] = end
+        return end
+
+    def close(self) -> None:
+        """Free it. Idempotent. Ends that are left are closed."""
+        if not self.core:
+            return
+        for watch in self._watches:
+            watch.cancel()
+        for end in tuple(self._ends.values()):
+            end.close()
+        lib.aiokvm_net_free(self.core)
+        self.core = ffi.NULL
+
+    def _forget(self, end: End) -> None:
+        self._ends.pop(end.id, None)
+
+    def _serve(self) -> None:
+        # While there is more the loop has its turn, and then comes back by itself.
+        if not self._scheduled and lib.aiokvm_net_serve(self.core, BUDGET_NS) == 1:
+            self._scheduled = True
+            self.loop.call_soon(self._serve_again)
+
+    def _serve_again(self) -> None:
+        self._scheduled = False
+        if self.core:
+            self._serve()
+
+    def _on_news(self) -> None:
+        # Handlers may close ends, and the plane.
+        while self.core and lib.aiokvm_net_take(self.core, self._news) == 1:
+            news = self._news[0]
+            end = self._ends.get(news.end)
+            if end:
+                end.on_news(int(news.news), int(news.error), int(news.detail))
+
+
+def check_dataplane(dataplane: str) -> None:
+    """ConfigError unless it is "loop" or "thread"."""
+    if dataplane not in ("loop", "thread"):
+        raise ConfigError(f"dataplane {dataplane!r} is neither 'loop' nor 'thread'")
