@@ -368,10 +368,21 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         .tcp_full = self->tcp >= self->max || self->is_starved, .other_full = self->other >= self->max,
     };
     uint64_t now_ns = aiokvm_now_ns();
+    uint32_t size = frame->size;
     net_frame_copy(frame, self->input);
-    switch (slirp_guard(&self->guard, &load, &frame->hdr, self->input, frame->size, now_ns)) {
+    enum slirp_verdict verdict = slirp_guard(&self->guard, &load, &frame->hdr, self->input, size);
+    if (verdict == SLIRP_FRAGMENT) {
+        bool is_invalid;
+        size = slirp_fragments_add(&self->fragments, self->input, now_ns, &is_invalid);
+        end->stats.dropped_invalid += is_invalid;
+        if (!size)
+            return NET_TAKEN;
+        verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
+    }
+    switch (verdict) {
     case SLIRP_PASS:
         break;
+    case SLIRP_FRAGMENT:
     case SLIRP_REFUSE:
         end->stats.dropped_filtered++;
         break;
@@ -395,7 +406,7 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         self->polled_ns = now_ns;
         slirp_pollfds_poll(self->slirp, 1, get_revents, self);
     }
-    slirp_input(self->slirp, self->input, (int)frame->size);
+    slirp_input(self->slirp, self->input, (int)size);
     leave(self);
     if (self->is_connected)
         slirp_accept(self);
@@ -422,6 +433,7 @@ static void slirp_free(struct aiokvm_net_end *end)
     if (self->epoll >= 0)
         close(self->epoll);
     net_queue_clear(&self->queue);
+    slirp_fragments_clear(&self->fragments);
     free(self->watched);
     free(self->in_epoll);
     free(self);

@@ -1,5 +1,5 @@
 /* What of a guest's frames gets to libslirp. It has had its share of errors with lengths, lets a guest address the
- * host's loopback, and bounds neither sockets nor fragments. */
+ * host's loopback, and does not bound sockets. */
 #include "net_slirp_priv.h"
 
 #include <string.h>
@@ -12,10 +12,6 @@ enum {
     ICMP_ECHO = 8, ICMP6_ECHO = 128, NDP_FIRST = 133, NDP_LAST = 137,
     PORT_DNS = 53, PORT_BOOTP = 67, PORT_TFTP = 69, PORT_DHCP6 = 547,
 };
-
-/* libslirp keeps the fragments of a datagram for 30 s, each in memory of its own. */
-enum { FRAGMENT_COST = 2048 };
-static const uint64_t FRAGMENTS_PER_S = 1 << 20, FRAGMENTS_BURST = 16 << 20;
 
 static uint32_t get16(const uint8_t *at)
 {
@@ -136,23 +132,6 @@ static enum slirp_verdict to_loopback(struct slirp_guard *guard, uint32_t guest,
 
 /* ---- IP ---- */
 
-static enum slirp_verdict of_fragment(struct slirp_guard *guard, uint32_t size, uint64_t now_ns)
-{
-    uint64_t passed_ns = now_ns - guard->fragment_ns, most_ns = FRAGMENTS_BURST / FRAGMENTS_PER_S * 1000000000;
-    if (!guard->fragment_ns || passed_ns >= most_ns)
-        guard->fragment_tokens = FRAGMENTS_BURST;
-    else
-        guard->fragment_tokens += passed_ns * FRAGMENTS_PER_S / 1000000000;
-    if (guard->fragment_tokens > FRAGMENTS_BURST)
-        guard->fragment_tokens = FRAGMENTS_BURST;
-    guard->fragment_ns = now_ns;
-    uint64_t cost = size + FRAGMENT_COST;
-    if (guard->fragment_tokens < cost)
-        return SLIRP_FULL;
-    guard->fragment_tokens -= cost;
-    return SLIRP_PASS;
-}
-
 static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, uint32_t size)
 {
     if (size < TCP_SIZE)
@@ -178,7 +157,7 @@ static bool is_denied(uint32_t address)
 }
 
 static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_load *load, uint8_t *ip, uint32_t size,
-                                bool is_large, uint64_t now_ns)
+                                bool is_large)
 {
     if (size < IP_SIZE || size > UINT16_MAX || ip[0] >> 4 != 4)
         return SLIRP_INVALID;
@@ -199,7 +178,7 @@ static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_lo
     if (is_denied(to) && !(to == UINT32_MAX && is_dhcp))
         return SLIRP_DENY;
     if (get16(ip + 6) & 0x3fff)
-        return of_fragment(guard, size, now_ns);
+        return length > IP_SIZE ? SLIRP_FRAGMENT : SLIRP_INVALID;
     enum slirp_verdict verdict;
     if (protocol == PROTOCOL_TCP) {
         verdict = of_tcp(load, payload, rest);
@@ -293,7 +272,7 @@ static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_l
 }
 
 enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_load *load,
-                               const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size, uint64_t now_ns)
+                               const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size)
 {
     uint8_t *payload = frame + ETH_SIZE;
     size -= ETH_SIZE;
@@ -302,7 +281,7 @@ enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_loa
         return size >= ARP_SIZE ? SLIRP_PASS : SLIRP_INVALID;
     case ETHERTYPE_IP:
         fill_checksum(hdr, frame, size + ETH_SIZE);
-        return of_ip(guard, load, payload, size, hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE, now_ns);
+        return of_ip(guard, load, payload, size, hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE);
     case ETHERTYPE_IP6:
         fill_checksum(hdr, frame, size + ETH_SIZE);
         return of_ip6(guard, load, payload, size);

@@ -19,7 +19,6 @@ struct slirp_guard {
     uint8_t prefix6[16], host6[16], nameserver6[16];
     uint32_t prefix6_length;
     bool host_loopback, own_nameserver;
-    uint64_t fragment_tokens, fragment_ns;
     /* Who of the host's loopback has sent to a forwarded UDP port: guest's address, port there and here. */
     uint64_t peers[SLIRP_PEERS];
 };
@@ -31,23 +30,39 @@ struct slirp_load {
 
 enum slirp_verdict {
     SLIRP_PASS,
+    SLIRP_FRAGMENT, /* of IPv4, whose lengths are right */
     SLIRP_IGNORE,  /* of a protocol that libslirp has nothing to say to */
     SLIRP_INVALID, /* lengths that contradict each other */
     SLIRP_DENY,    /* it leads to the host's loopback, or to many */
     SLIRP_REFUSE,  /* the same; libslirp says so to the guest */
-    SLIRP_FULL,    /* there are too many connections, or fragments */
+    SLIRP_FULL,    /* there are too many connections */
 };
 
 /* Of a frame that is one private buffer; hdr as net_frame_check left it. Fills in what offloading has left out, takes
  * TCP's URG away. */
 enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_load *load,
-                               const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size, uint64_t now_ns);
+                               const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size);
 /* Of a frame to the guest. */
 void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size);
 /* Who has sent a TCP segment over IPv4 that has passed. */
 void slirp_guard_sender(const uint8_t *frame, uint32_t *address, uint16_t *port);
 /* The ones' complement sum of the bytes, as a number; `sum` is one to go on with. */
 uint32_t slirp_sum(const uint8_t *data, size_t size, uint32_t sum);
+
+/* ---- net_slirp_fragments.c ---- */
+
+enum { SLIRP_DATAGRAMS = 16 }; /* that fragments of are there, at a time */
+
+struct slirp_datagram;
+
+struct slirp_fragments {
+    struct slirp_datagram *datagrams[SLIRP_DATAGRAMS];
+};
+
+/* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram that
+ * is there instead if this was the last piece, else 0. */
+uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, uint64_t now_ns, bool *is_invalid);
+void slirp_fragments_clear(struct slirp_fragments *fragments);
 
 /* ---- net_slirp_merge.c: segments of one TCP flow become one frame ---- */
 
@@ -127,6 +142,7 @@ struct slirp_end {
     bool is_starved;   /* which could not be accepted for want of descriptors */
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has */
     struct slirp_guard guard;
+    struct slirp_fragments fragments;
     struct net_queue queue;
     struct slirp_merge merge;
     struct slirp_service *services;
