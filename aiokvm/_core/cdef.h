@@ -1016,7 +1016,6 @@ struct aiokvm_net_slirp_config {
 };
 
 struct aiokvm_net_slirp_connection {
-    uint32_t service;
     uint32_t address;
     uint16_t port;
 };
@@ -1030,7 +1029,8 @@ int aiokvm_net_slirp_remove_forward(struct aiokvm_net_end *end, int udp, const c
 int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, uint16_t port, const char *path,
                                  uint32_t max);
 int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service);
-int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, struct aiokvm_net_slirp_connection *connection);
+int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
+                            struct aiokvm_net_slirp_connection *connection);
 
 /* ---- net_port.h: the program as the peer ---- */
 

@@ -558,9 +558,10 @@ int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service
     return -ENOSYS;
 }
 
-int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, struct aiokvm_net_slirp_connection *connection)
+int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
+                            struct aiokvm_net_slirp_connection *connection)
 {
-    (void)end, (void)connection;
+    (void)end, (void)service, (void)connection;
     return -ENOSYS;
 }
 

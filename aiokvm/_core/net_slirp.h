@@ -32,7 +32,6 @@ struct aiokvm_net_slirp_config {
 
 /* A connection of the guest to a service. */
 struct aiokvm_net_slirp_connection {
-    uint32_t service; /* what aiokvm_net_slirp_add_service gave */
     uint32_t address; /* the guest's */
     uint16_t port;
 };
@@ -56,7 +55,9 @@ int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, u
                                  uint32_t max);
 /* Connections that wait are closed, others go on. */
 int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service);
-/* The next connection: a stream socket that does not block, the caller's. -EAGAIN: there is none. */
-int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, struct aiokvm_net_slirp_connection *connection);
+/* Its next connection: a stream socket that does not block, the caller's. -EAGAIN: there is none; -ENOENT: nor is there
+ * the service. */
+int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
+                            struct aiokvm_net_slirp_connection *connection);
 
 #endif

@@ -132,8 +132,7 @@ static bool accept_of(struct slirp_end *self, struct slirp_service *service)
             continue;
         }
         *waiting = (struct slirp_waiting){ .fd = fd, .connection = self->sender };
-        waiting->connection.service = service->id;
-        *service->last = waiting;
+            *service->last = waiting;
         service->last = &waiting->next;
         service->count++;
         net_tell(&self->end, AIOKVM_NET_NEWS_READABLE, 0, 0);
@@ -235,16 +234,17 @@ int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t id)
     return result;
 }
 
-int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, struct aiokvm_net_slirp_connection *connection)
+int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t id, struct aiokvm_net_slirp_connection *connection)
 {
     struct slirp_end *self = self_of(end);
     if (!net_enter(end->net))
         return -EOWNERDEAD;
-    int fd = -EAGAIN;
-    for (struct slirp_service *service = self->services; service && fd < 0; service = service->next) {
+    struct slirp_service *service = self->services;
+    while (service && service->id != id)
+        service = service->next;
+    int fd = service ? -EAGAIN : -ENOENT;
+    if (service && service->first) {
         struct slirp_waiting *waiting = service->first;
-        if (!waiting)
-            continue;
         service->first = waiting->next;
         if (!service->first)
             service->last = &service->first;

@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.asgi import Asgi
+    from aiokvm.net.forwards import Forward
     from aiokvm.net.plane import NetStats
+    from aiokvm.net.service import Connection
+    from aiokvm.net.user import User
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Limit", "NetBackend", "NetStats"]
+__all__ = ["Asgi", "Connection", "Forward", "Limit", "NetBackend", "NetStats", "User"]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
+    "Asgi": "aiokvm.net.asgi",
+    "Connection": "aiokvm.net.service",
+    "Forward": "aiokvm.net.forwards",
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
+    "User": "aiokvm.net.user",
 }
 
 

@@ -494,18 +494,17 @@ TEST(a_connection_to_a_service_is_a_stream)
     CHECK(service > 0);
     CHECK_EQ(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8), -EADDRINUSE);
     CHECK_EQ(aiokvm_net_slirp_add_service(nat.slirp, 0x08080808, 80, "/nowhere/else", 8), -ENOENT);
-    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, &connection), -EAGAIN);
+    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, 1, &connection), -EAGAIN);
     greet(&nat);
     uint32_t next = open_connection(&nat, 5000, SERVICE, 80);
     struct aiokvm_net_news news;
     CHECK_EQ(aiokvm_net_take(nat.net, &news), 1);
     CHECK_EQ(news.news, AIOKVM_NET_NEWS_READABLE);
-    int fd = aiokvm_net_slirp_accept(nat.slirp, &connection);
+    int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
     CHECK(fd >= 0);
-    CHECK_EQ(connection.service, service);
     CHECK_EQ(connection.address, GUEST);
     CHECK_EQ(connection.port, 5000);
-    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, &connection), -EAGAIN);
+    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, 1, &connection), -EAGAIN);
 
     uint8_t frame[200];
     char buffer[100];
@@ -533,6 +532,7 @@ TEST(a_connection_to_a_service_is_a_stream)
     }
     CHECK_EQ(aiokvm_net_slirp_remove_service(nat.slirp, (uint32_t)service), 0);
     CHECK_EQ(aiokvm_net_slirp_remove_service(nat.slirp, (uint32_t)service), -ENOENT);
+    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, 1, &connection), -ENOENT);
     aiokvm_net_free(nat.net);
     remove_path();
 }
@@ -551,12 +551,12 @@ TEST(connections_that_nobody_accepts_are_bounded)
     CHECK_EQ(stats(nat.slirp).dropped_full, 190);
     struct aiokvm_net_slirp_connection connection;
     for (uint32_t port = 5000; port < 5010; port++) {
-        int fd = aiokvm_net_slirp_accept(nat.slirp, &connection);
+        int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
         CHECK(fd >= 0);
         CHECK_EQ(connection.port, port);
         close(fd);
     }
-    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, &connection), -EAGAIN);
+    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, 1, &connection), -EAGAIN);
     /* Waiting ones go with the end. */
     open_connection(&nat, 6000, SERVICE, 80);
     aiokvm_net_free(nat.net);
@@ -585,11 +585,11 @@ TEST(without_descriptors_a_connection_waits)
     limit_descriptors((rlim_t)last + 1);
     uint32_t next = open_connection(&nat, 5000, SERVICE, 80);
     struct aiokvm_net_slirp_connection connection;
-    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, &connection), -EAGAIN);
+    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, 1, &connection), -EAGAIN);
     limit_descriptors(limits.rlim_cur);
     uint8_t frame[100];
     say(&nat, frame, tcp_frame(frame, GUEST, 5000, SERVICE, 80, 1001, next, ACK, "x", 1));
-    int fd = aiokvm_net_slirp_accept(nat.slirp, &connection);
+    int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
     CHECK(fd >= 0);
     close(fd);
     aiokvm_net_free(nat.net);
@@ -721,7 +721,7 @@ TEST(a_guest_that_takes_nothing_is_not_sent_more)
     greet(&nat);
     uint32_t next = open_connection(&nat, 5000, SERVICE, 80);
     struct aiokvm_net_slirp_connection connection;
-    int fd = aiokvm_net_slirp_accept(nat.slirp, &connection);
+    int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
     fake_end_serve(nat.net);
     fake_end_clear(nat.guest);
     nat.guest->blocks = true;
@@ -814,7 +814,7 @@ TEST(large_frames_of_tcp_are_taken_and_given)
     greet(&nat);
     uint32_t next = open_connection(&nat, 5000, SERVICE, 80);
     struct aiokvm_net_slirp_connection connection;
-    int fd = aiokvm_net_slirp_accept(nat.slirp, &connection);
+    int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
     CHECK(fd >= 0);
     static uint8_t frame[60000], data[50000], received[60000];
     uint64_t state = 7;
@@ -924,11 +924,11 @@ TEST(a_child_of_fork_frees_its_copy_alone)
     greet(&nat);
     uint32_t next = open_connection(&nat, 5000, SERVICE, 80);
     struct aiokvm_net_slirp_connection connection;
-    int stream = aiokvm_net_slirp_accept(nat.slirp, &connection);
+    int stream = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
     pid_t pid = fork();
     if (pid == 0) {
         bool right = aiokvm_net_slirp_add_forward(nat.slirp, 0, "127.0.0.1", 0, "", 80) == -EOWNERDEAD &&
-                     aiokvm_net_slirp_accept(nat.slirp, &connection) == -EOWNERDEAD;
+                     aiokvm_net_slirp_accept(nat.slirp, 1, &connection) == -EOWNERDEAD;
         aiokvm_net_free(nat.net);
         _exit(right ? 0 : 1);
     }
