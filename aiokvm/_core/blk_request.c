@@ -122,16 +122,18 @@ static void fail(struct blk_request *request, int error)
         .offset = request->range_count ? request->ranges[request->range].offset : request->offset,
         .length = request->range_count ? request->ranges[request->range].length : request->left,
     };
-    blk_tell(blk, &event);
     free(request->bounce);
     request->bounce = NULL;
     /* A flush cannot succeed by trying again. */
-    if (blk->config.pause && request->type != VIRTIO_BLK_T_FLUSH && !blk->sync_failed) {
+    bool waits = blk->config.pause && request->type != VIRTIO_BLK_T_FLUSH && !blk->sync_failed;
+    /* Before it is told: who hears of it finds it counted. */
+    if (waits)
         blk_count(&blk->stats.errors, 1);
+    blk_tell(blk, &event);
+    if (waits)
         blk_list_push(&blk->failed, request);
-    } else {
+    else
         refuse(request, VIRTIO_BLK_S_IOERR);
-    }
 }
 
 /* ---- its pieces ---- */
