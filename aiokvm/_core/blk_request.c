@@ -125,15 +125,14 @@ static void fail(struct blk_request *request, int error)
     free(request->bounce);
     request->bounce = NULL;
     /* A flush cannot succeed by trying again. */
-    bool waits = blk->config.pause && request->type != VIRTIO_BLK_T_FLUSH && !blk->sync_failed;
-    /* Before it is told: who hears of it finds it counted. */
-    if (waits)
+    if (blk->config.pause && request->type != VIRTIO_BLK_T_FLUSH && !blk->sync_failed) {
         blk_count(&blk->stats.errors, 1);
-    blk_tell(blk, &event);
-    if (waits)
         blk_list_push(&blk->failed, request);
-    else
+    } else {
         refuse(request, VIRTIO_BLK_S_IOERR);
+    }
+    /* Who hears of it finds it counted. */
+    blk_tell(blk, &event);
 }
 
 /* ---- its pieces ---- */
