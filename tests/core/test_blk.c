@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,12 +12,6 @@
 #include "check.h"
 
 enum { MIB = 1 << 20 };
-
-#define EACH_ENGINE(name)                                       \
-    static void name(uint32_t engine);                          \
-    TEST(name##_uring) { name(AIOKVM_BLK_IO_URING); }           \
-    TEST(name##_threads) { name(AIOKVM_BLK_THREADS); }          \
-    static void name(uint32_t engine)
 
 static void fill(struct disk *disk, uint32_t gpa, uint32_t length, uint64_t seed)
 {
@@ -32,16 +25,6 @@ static void check_file(struct disk *disk, uint64_t offset, const uint8_t *bytes,
     CHECK_EQ(pread(disk->fd, read, length, (off_t)offset), length);
     CHECK(memcmp(read, bytes, length) == 0);
     free(read);
-}
-
-/* So many reads, each to a buffer of its own, with the header at DATA - 4096. */
-static void put_reads(struct disk *disk, uint32_t queue, uint32_t first, uint32_t count)
-{
-    enum { BYTES = 64 << 10 };
-    for (uint32_t i = first; i < first + count; i++) {
-        struct part parts[] = { { DATA - 4096, 16, false }, { DATA + i * BYTES, BYTES, true }, { DATA - 1, 1, true } };
-        put(disk, queue, parts, 3);
-    }
 }
 
 EACH_ENGINE(what_is_written_is_read)
@@ -404,45 +387,5 @@ TEST(what_only_an_idle_disk_allows)
     CHECK_EQ(aiokvm_blk_exit(disk.blk), 0);
     CHECK_EQ(aiokvm_blk_exit(disk.blk), 0);
     CHECK_EQ(aiokvm_blk_stop(disk.blk, -1), -ESHUTDOWN);
-    disk_close(&disk);
-}
-
-static int policy_of(const struct disk *disk)
-{
-    return sched_getscheduler(aiokvm_blk_tid(disk->blk));
-}
-
-/* So many requests with one notification, to their end. */
-static void batch(struct disk *disk, uint32_t count)
-{
-    struct used used;
-    put_reads(disk, 0, 0, count);
-    kick(disk, 0);
-    for (uint32_t i = 0; i < count; i++)
-        used = wait_used(disk, 0);
-    (void)used;
-}
-
-EACH_ENGINE(the_thread_lets_vcpus_go_on_while_that_makes_batches)
-{
-    struct disk disk;
-    disk_open(&disk, engine, MIB);
-    header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
-    CHECK_EQ(policy_of(&disk), SCHED_OTHER);
-    int single = 0;
-    for (; policy_of(&disk) == SCHED_OTHER; single++) {
-        CHECK(single < 1000);
-        batch(&disk, 1);
-    }
-    CHECK(single >= 60);
-    /* That pays. A notification may be seen before all requests are: then a batch is two. */
-    for (int i = 0; i < 50; i++)
-        batch(&disk, 8);
-    CHECK_EQ(policy_of(&disk), SCHED_BATCH);
-    /* That does not. */
-    for (single = 0; policy_of(&disk) == SCHED_BATCH; single++) {
-        CHECK(single < 1000);
-        batch(&disk, 1);
-    }
     disk_close(&disk);
 }
