@@ -1,8 +1,8 @@
 """Network adapters against QEMU's: iperf3 and ping in the same Debian guest.
 
 The peer is QEMU's microvm with virtio-net over virtio-mmio: with the same TAP device and vhost off, and with
-its user-mode NAT. The other end of all traffic is iperf3 on the host. A figure is the median of the rounds, in
-each of which every monitor boots its guest anew. Where ring 0 has no hardware all of it runs in the lab.
+its user-mode NAT. The other end of all traffic is iperf3 on the host. A figure is the median of the rounds,
+in each of which every monitor boots its guest anew. Where ring 0 has no hardware all runs in the lab.
 
 While traffic flows a task of aiokvm's loop sleeps for 5 ms again and again; how late it wakes up is the
 loop's lag.

@@ -52,7 +52,7 @@ class Forward:
 
 
 def parse(text: str) -> NetOption:
-    """Return what ``user``, ``tap:NAME`` or ``stream:PATH`` says: a parameter type. A usage error for others."""
+    """Return what ``user``, ``tap:NAME`` or ``stream:PATH`` says: a parameter type. Else a usage error."""
     kind, colon, name = text.partition(":")
     if kind == "user" and not colon:
         return NetOption("user")

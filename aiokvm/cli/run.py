@@ -65,6 +65,8 @@ class Options:
     nets: tuple[NetOption, ...] = ()
     forwards: tuple[Forward, ...] = ()
     pcap: Path | None = None
+    rng: bool = False
+    balloon: bool = False
 
     @property
     def cmdline(self) -> str:
@@ -166,6 +168,8 @@ Exit status:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Record the packets of all adapters, as pcapng.",
 )
+@click.option("--rng", is_flag=True, help="Give the guest the host's randomness.")
+@click.option("--balloon", is_flag=True, help="Let the guest report memory that it does not use.")
 @click.option("--append", metavar="S", default="", help=f'What follows "{CMDLINE}" on the command line.')
 @click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
 @click.option("-m", "--memory", type=common.size, default="512M", show_default=True, help="RAM.")
@@ -401,6 +405,8 @@ class Here:
                 name=options.name,
                 disks=[disks.backend(option) for option in options.disks],
                 nets=nets.backends(options.nets, options.forwards, options.pcap),
+                rng=options.rng,
+                balloon=options.balloon,
             )
         report.name = vm.name
         try:

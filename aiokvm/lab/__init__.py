@@ -54,8 +54,8 @@ class LabConfig:
     All ``cpus`` are emulated by one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start
     of the machine. ``writable`` are directories of the host that writes go through to; all other writes are
     gone at the end. ``workdir`` is the current directory if None. ``env`` is added to ``HOME``, ``PATH``,
-    ``LANG`` and ``TERM`` of the caller and ``LAB=1``. ``network`` lets the lab reach what the host reaches, by
-    QEMU's NAT; ``forwards`` lead ports of the host to the lab's, each as QEMU's ``hostfwd`` has it.
+    ``LANG`` and ``TERM`` of the caller and ``LAB=1``. ``network`` lets the lab reach what the host reaches,
+    by QEMU's NAT; ``forwards`` lead ports of the host to the lab's, each as QEMU's ``hostfwd`` has it.
     """
 
     memory_bytes: int = 3 << 30
