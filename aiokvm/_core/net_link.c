@@ -74,6 +74,8 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
         frame->passed |= PASSED_CAPTURES;
     }
     bool whole = !(net_frame_needs(frame) & ~to->offloads);
+    if (!whole && !net_offload_fits(frame))
+        return drop(&from->stats.dropped_invalid);
     enum net_result result = whole ? to->type->receive(to, frame) : net_offload_send(to, frame);
     if (result == NET_BLOCKED) {
         from->waits = true;

@@ -176,7 +176,11 @@ enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *f
 
 /* What the frame needs of an end: AIOKVM_NET_OFFLOAD_*. */
 uint32_t net_frame_needs(const struct net_frame *frame);
-/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->segments. */
+/* Whether the frame, if it has to be cut, can be: its headers are what gso_type says. */
+bool net_offload_fits(const struct net_frame *frame);
+/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->segments. To one that
+ * takes segmentation but no checksums: whole, with the checksum of the whole, and gso_type and gso_size as they are.
+ * NET_BLOCKED also after many pieces, so that others have their turn; the sender is then resumed by itself. */
 enum net_result net_offload_send(struct aiokvm_net_end *to, struct net_frame *frame);
 void net_offload_free(struct net_offload *offload);
 
