@@ -112,7 +112,9 @@ void net_packet_parse(struct net_packet *packet, const struct net_frame *frame)
 {
     size_t held = frame->iov[0].iov_len;
     /* As much as is private in every frame: what is decided does not depend on where a frame waits. */
-    *packet = (struct net_packet){ .head = frame->iov[0].iov_base, .held = held < NET_HEAD ? (uint32_t)held : NET_HEAD };
+    *packet = (struct net_packet){
+        .head = frame->iov[0].iov_base, .held = held < NET_HEAD ? (uint32_t)held : NET_HEAD,
+    };
     uint32_t at = 12;
     uint16_t type = net_load16(packet->head + at);
     for (int tags = 0; type == ETH_P_8021Q || type == ETH_P_8021AD; tags++) {

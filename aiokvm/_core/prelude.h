@@ -7,6 +7,8 @@
 #include "kvm_compat.h"
 #include "memory.h"
 #include "net.h"
+#include "net_capture.h"
+#include "net_filter.h"
 #include "notify.h"
 #include "ratelimit.h"
 #include "turn.h"
