@@ -7,6 +7,8 @@
 #include "kvm_compat.h"
 #include "memory.h"
 #include "net.h"
+#include "net_port.h"
+#include "net_switch.h"
 #include "notify.h"
 #include "ratelimit.h"
 #include "turn.h"
