@@ -997,7 +997,79 @@ void aiokvm_net_end_free(struct aiokvm_net_end *end);
 
 /* ---- net_port.h: the program as the peer ---- */
 
+#define AIOKVM_NET_PORT_MAX_DEPTH ...
+#define AIOKVM_NET_PORT_BATCH ...
+
+struct aiokvm_net_port_config {
+    uint32_t depth;
+    uint64_t bytes;
+    uint32_t offloads;
+    uint32_t drop;
+};
+
+struct aiokvm_net_port_header {
+    uint8_t flags, gso_type;
+    uint16_t gso_size;
+    uint16_t csum_start, csum_offset;
+};
+
+struct aiokvm_net_port_batch {
+    const uint8_t *data;
+    uint32_t count;
+    uint32_t special;
+    uint32_t ends[...];
+    struct aiokvm_net_port_header headers[...];
+};
+
+struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct aiokvm_net_port_config *config,
+                                           int *error);
+int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokvm_net_port_batch *batch);
+void aiokvm_net_port_release(struct aiokvm_net_end *end, uint32_t count);
+int aiokvm_net_port_send(struct aiokvm_net_end *end, const uint8_t *data, const uint32_t *sizes,
+                         const struct aiokvm_net_port_header *headers, uint32_t count);
+
 /* ---- net_switch.h ---- */
+
+#define AIOKVM_NET_SWITCH_ADDRESSES ...
+#define AIOKVM_NET_SWITCH_PORTS ...
+
+struct aiokvm_net_switch;
+
+struct aiokvm_net_switch_config {
+    uint64_t ageing_ns;
+    ...;
+};
+
+struct aiokvm_net_switch_port_config {
+    uint32_t vlan;
+    uint32_t isolated;
+    const uint16_t *trunk;
+    uint32_t trunks;
+};
+
+struct aiokvm_net_switch_entry {
+    uint8_t mac[6];
+    uint16_t vlan;
+    uint32_t port;
+    uint64_t age_ns;
+};
+
+struct aiokvm_net_switch_stats {
+    uint64_t forwarded;
+    uint64_t flooded;
+    uint64_t filtered;
+    uint64_t dropped_source;
+    uint64_t dropped_vlan;
+    uint64_t learned, moved, forgotten;
+};
+
+struct aiokvm_net_switch *aiokvm_net_switch_new(struct aiokvm_net *net, const struct aiokvm_net_switch_config *config,
+                                                int *error);
+void aiokvm_net_switch_free(struct aiokvm_net_switch *sw);
+struct aiokvm_net_end *aiokvm_net_switch_port_new(struct aiokvm_net_switch *sw,
+                                                  const struct aiokvm_net_switch_port_config *config, int *error);
+int aiokvm_net_switch_table(struct aiokvm_net_switch *sw, struct aiokvm_net_switch_entry *entries, uint32_t most);
+void aiokvm_net_switch_stats(struct aiokvm_net_switch *sw, struct aiokvm_net_switch_stats *stats);
 
 /* ---- net_filter.h, net_capture.h ---- */
 
