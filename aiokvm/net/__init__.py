@@ -7,15 +7,36 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.filter import Rule, allow, deny, essentials
+    from aiokvm.net.hook import Flow, Hook
+    from aiokvm.net.pcap import Pcap
     from aiokvm.net.plane import NetStats
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Limit", "NetBackend", "NetStats"]
+__all__ = [
+    "Flow",
+    "Hook",
+    "Limit",
+    "NetBackend",
+    "NetStats",
+    "Pcap",
+    "Rule",
+    "allow",
+    "deny",
+    "essentials",
+]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
+    "Flow": "aiokvm.net.hook",
+    "Hook": "aiokvm.net.hook",
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
+    "Pcap": "aiokvm.net.pcap",
+    "Rule": "aiokvm.net.filter",
+    "allow": "aiokvm.net.filter",
+    "deny": "aiokvm.net.filter",
+    "essentials": "aiokvm.net.filter",
 }
 
 
