@@ -40,8 +40,8 @@ class _Callback:
 
     async def _run(self) -> None:
         with self._scope:
-            # When it is cancelled, what it waits for may be gone, and its descriptor another's: before the first
-            # wait, after any, and after the callback.
+            # When it is cancelled, what it waits for may be gone, and its descriptor another's: before the
+            # first wait, after any, and after the callback.
             while not self._is_cancelled():
                 await self._wait()
                 if self._is_cancelled():

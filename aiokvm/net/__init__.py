@@ -8,14 +8,22 @@ from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
     from aiokvm.net.plane import NetStats
+    from aiokvm.net.port import Batch, Frame, Port
+    from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Limit", "NetBackend", "NetStats"]
+__all__ = ["Batch", "Frame", "Limit", "NetBackend", "NetStats", "Port", "Switch", "SwitchPort", "SwitchStats"]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
+    "Batch": "aiokvm.net.port",
+    "Frame": "aiokvm.net.port",
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
+    "Port": "aiokvm.net.port",
+    "Switch": "aiokvm.net.switch",
+    "SwitchPort": "aiokvm.net.switch",
+    "SwitchStats": "aiokvm.net.switch",
 }
 
 
