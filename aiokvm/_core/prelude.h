@@ -7,6 +7,7 @@
 #include "kvm_compat.h"
 #include "memory.h"
 #include "net.h"
+#include "net_nic.h"
 #include "notify.h"
 #include "ratelimit.h"
 #include "turn.h"
