@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.nic import Nic
     from aiokvm.net.plane import NetStats
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Limit", "NetBackend", "NetStats"]
+__all__ = ["Limit", "NetBackend", "NetStats", "Nic"]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
+    "Nic": "aiokvm.net.nic",
 }
 
 
