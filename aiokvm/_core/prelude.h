@@ -7,6 +7,7 @@
 #include "kvm_compat.h"
 #include "memory.h"
 #include "net.h"
+#include "net_nic.h"
 #include "net_port.h"
 #include "net_switch.h"
 #include "notify.h"

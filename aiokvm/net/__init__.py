@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.nic import Nic
     from aiokvm.net.plane import NetStats
     from aiokvm.net.port import Batch, Frame, Port
     from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Batch", "Frame", "Limit", "NetBackend", "NetStats", "Port", "Switch", "SwitchPort", "SwitchStats"]
+__all__ = [
+    "Batch",
+    "Frame",
+    "Limit",
+    "NetBackend",
+    "NetStats",
+    "Nic",
+    "Port",
+    "Switch",
+    "SwitchPort",
+    "SwitchStats",
+]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
@@ -20,6 +32,7 @@ _LATER = {
     "Frame": "aiokvm.net.port",
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
+    "Nic": "aiokvm.net.nic",
     "Port": "aiokvm.net.port",
     "Switch": "aiokvm.net.switch",
     "SwitchPort": "aiokvm.net.switch",
