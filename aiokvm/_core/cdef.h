@@ -989,6 +989,30 @@ void aiokvm_net_end_free(struct aiokvm_net_end *end);
 
 /* ---- net_nic.h: the adapter of a guest ---- */
 
+#define AIOKVM_NET_NIC_PAIRS ...
+#define AIOKVM_NET_NIC_MACS ...
+#define AIOKVM_NET_NIC_EHEADER ...
+#define AIOKVM_NET_NIC_MAC_FILTER ...
+#define AIOKVM_NET_NIC_ALLUNI ...
+#define AIOKVM_NET_NIC_ALLMULTI ...
+#define AIOKVM_NET_NIC_VLAN_FILTER ...
+
+struct aiokvm_net_nic_filter {
+    uint32_t flags;
+    uint32_t macs;
+    uint8_t mac[64][6];
+    uint32_t vlans[128];
+};
+
+struct aiokvm_net_end *aiokvm_net_nic_new(struct aiokvm_net *net, int *error);
+int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features);
+int aiokvm_net_nic_set_offloads(struct aiokvm_net_end *end, uint64_t features);
+int aiokvm_net_nic_set_pairs(struct aiokvm_net_end *end, uint32_t pairs);
+int aiokvm_net_nic_set_filter(struct aiokvm_net_end *end, const struct aiokvm_net_nic_filter *filter);
+int aiokvm_net_nic_set_queue(struct aiokvm_net_end *end, uint32_t index, struct aiokvm_vring *vring, uint32_t size,
+                             int kick, const struct aiokvm_notifier *notifier);
+int aiokvm_net_nic_move(struct aiokvm_net_end *from, struct aiokvm_net_end *to);
+
 /* ---- net_tap.h: TAP devices ---- */
 
 /* ---- net_stream.h, net_datagram.h: the framing of QEMU's netdevs ---- */

@@ -9,6 +9,7 @@
 #include "net.h"
 #include "net_capture.h"
 #include "net_filter.h"
+#include "net_nic.h"
 #include "net_port.h"
 #include "net_switch.h"
 #include "notify.h"

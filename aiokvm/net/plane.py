@@ -114,10 +114,10 @@ class End:
         """Unlink it and free it. Idempotent."""
         if self.core:
             self.stats()
-            self.plane._forget(self)
             lib.aiokvm_net_end_free(self.core)
             self.core = ffi.NULL
             self._kept = ()
+            self.plane._forget(self)
 
 
 class Plane:
@@ -138,6 +138,7 @@ class Plane:
         self._ends: dict[int, End] = {}
         self._news = ffi.new("struct aiokvm_net_news *")
         self._scheduled = False
+        self._retired = False
         self._watches = [loop.watch(lib.aiokvm_net_news_fd(core), self._on_news)]
         if thread is None:
             self._watches.append(loop.watch(lib.aiokvm_net_fd(core), self._serve))
@@ -162,6 +163,7 @@ class Plane:
         """Free it. Idempotent. Ends that are left are closed."""
         if not self.core:
             return
+        self._retired = False
         for watch in self._watches:
             watch.cancel()
         for end in tuple(self._ends.values()):
@@ -169,8 +171,18 @@ class Plane:
         lib.aiokvm_net_free(self.core)
         self.core = ffi.NULL
 
+    def retire(self) -> None:
+        """Free it as soon as its last end is closed: others than its maker have ends in it."""
+        self._retired = True
+        self._close_if_empty()
+
     def _forget(self, end: End) -> None:
         self._ends.pop(end.id, None)
+        self._close_if_empty()
+
+    def _close_if_empty(self) -> None:
+        if self._retired and not self._ends:
+            self.close()
 
     def _serve(self) -> None:
         # While there is more the loop has its turn, and then comes back by itself.
