@@ -9,8 +9,8 @@ from aiokvm.net.backend import NetBackend
 if TYPE_CHECKING:
     from aiokvm.net.filter import Rule, allow, deny, essentials
     from aiokvm.net.hook import Flow, Hook
-    from aiokvm.net.pcap import Pcap
     from aiokvm.net.nic import Nic
+    from aiokvm.net.pcap import Pcap
     from aiokvm.net.plane import NetStats
     from aiokvm.net.port import Batch, Frame, Port
     from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
