@@ -40,6 +40,8 @@ class _Callback:
 
     async def _run(self) -> None:
         with self._scope:
+            # It may be cancelled, and its descriptor closed, before it has run at all.
+            await trio.lowlevel.checkpoint_if_cancelled()
             while True:
                 await self._wait()
                 if self._scope.cancel_called:

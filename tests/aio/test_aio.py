@@ -57,6 +57,15 @@ async def test_watch_is_silent_after_cancel_even_if_the_descriptor_is_closed(eve
     assert calls == []
 
 
+async def test_a_watch_may_be_cancelled_before_it_began_to_watch(eventfd: int) -> None:
+    calls: list[None] = []
+    fd = os.dup(eventfd)
+    current_loop().watch(fd, lambda: calls.append(None)).cancel()
+    os.close(fd)
+    await anyio.wait_all_tasks_blocked()
+    assert calls == []
+
+
 async def test_a_watch_may_cancel_itself_and_close_its_descriptor(eventfd: int) -> None:
     fd = os.dup(eventfd)
     closed = anyio.Event()
