@@ -5,6 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
+const char *test_skipped;
+
 static struct test *first, **last = &first;
 static struct test *current;
 static int number;
@@ -50,8 +52,10 @@ int main(int argc, char **argv)
         if (!is_selected(current, argv + 1))
             continue;
         number++;
+        test_skipped = NULL;
         current->run();
-        printf("ok %d - %s\n", number, current->name);
+        printf("ok %d - %s%s%s\n", number, current->name, test_skipped ? " # SKIP " : "",
+               test_skipped ? test_skipped : "");
         fflush(stdout);
     }
     return 0;
