@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.datagram import Datagram
     from aiokvm.net.plane import NetStats
+    from aiokvm.net.stream import Stream
+    from aiokvm.net.tap import Tap
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Limit", "NetBackend", "NetStats"]
+__all__ = ["Datagram", "Limit", "NetBackend", "NetStats", "Stream", "Tap"]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
+    "Datagram": "aiokvm.net.datagram",
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
+    "Stream": "aiokvm.net.stream",
+    "Tap": "aiokvm.net.tap",
 }
 
 
