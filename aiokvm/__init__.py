@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm import block, boot, kvm
+from aiokvm import block, boot, kvm, net
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -40,6 +40,8 @@ from aiokvm.machine.events import (
     Exit,
     Exited,
     ExitReason,
+    LinkChanged,
+    NicLost,
     Paused,
     Resumed,
     Started,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.config import RngConfig
     from aiokvm.machine.limits import Limit, check_limits, host_limits
+    from aiokvm.machine.nets import VmNic
     from aiokvm.machine.ports import Consoles, ConsoleStream
     from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
     from aiokvm.machine.trace import Trace
@@ -91,8 +94,10 @@ __all__ = [
     "KvmError",
     "LabError",
     "Limit",
+    "LinkChanged",
     "MemoryBalloon",
     "NbdError",
+    "NicLost",
     "Paused",
     "Placement",
     "RamRegion",
@@ -115,6 +120,7 @@ __all__ = [
     "VirtqueueError",
     "VirtualCpu",
     "VmDisk",
+    "VmNic",
     "VmState",
     "VmStats",
     "WasReset",
@@ -124,6 +130,7 @@ __all__ = [
     "check_limits",
     "host_limits",
     "kvm",
+    "net",
 ]
 
 # What a running machine needs nothing of is loaded when it is asked for.
@@ -141,6 +148,7 @@ _LATER = {
     "ConsoleStream": "aiokvm.machine.ports",
     "Consoles": "aiokvm.machine.ports",
     "Trace": "aiokvm.machine.trace",
+    "VmNic": "aiokvm.machine.nets",
     "VirtioAttachment": "aiokvm.machine.virtio_host",
     "VirtioDevice": "aiokvm.virtio.device",
     "VirtioQueue": "aiokvm.virtio.device",

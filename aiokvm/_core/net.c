@@ -154,7 +154,8 @@ int net_watch(struct net_watch *watch, struct aiokvm_net_end *end, int fd, uint3
 
 void net_unwatch(struct net_watch *watch)
 {
-    if (watch->fd >= 0)
+    /* A child of fork shares the epoll instance, which is the parent's to change. */
+    if (watch->fd >= 0 && watch->end->net->pid == getpid())
         epoll_ctl(watch->end->net->epoll, EPOLL_CTL_DEL, watch->fd, NULL);
     watch->fd = -1;
     watch->events = 0;

@@ -110,6 +110,25 @@ class DiskFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class LinkChanged(Event):
+    """The link of network adapter ``nic`` went up or down."""
+
+    nic: str
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NicLost(Event):
+    """Nothing comes from the backend of network adapter ``nic`` any more, and ``reason`` says why.
+
+    Its link is down until `VmNic.replace` gives it another.
+    """
+
+    nic: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exited(Event):
     """The machine ended; no event follows."""
 

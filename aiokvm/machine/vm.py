@@ -51,12 +51,14 @@ if TYPE_CHECKING:
     from aiokvm.machine.device import Device, Placement
     from aiokvm.machine.disks import Disk, VmDisk
     from aiokvm.machine.hardware import Hardware
+    from aiokvm.machine.nets import Nets, VmNic
     from aiokvm.machine.ports import Consoles
     from aiokvm.machine.stats import VmStats
     from aiokvm.machine.trace import Trace
     from aiokvm.machine.vcpu import VirtualCpu
     from aiokvm.machine.virtio_host import VirtioAttachment
     from aiokvm.memory import GuestMemory
+    from aiokvm.net import NetBackend, Nic
     from aiokvm.virtio.device import VirtioDevice
 
 # A thread that a kick does not get out of KVM_RUN for so long is stuck in the kernel.
@@ -97,6 +99,7 @@ class VM:
         self._closing = False
         self._failures = Failures(config.name, self._logger, self._hub)
         self._disks = Disks(loop, config.name, self._hub, self._logger, self.pause)
+        self._nets: Nets | None = None
         self._kvm_stats: kvm.Stats | None = None
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
@@ -139,6 +142,7 @@ class VM:
         serial_ports: int = 2,
         hugepages: int | str | None = None,
         disks: Iterable[BlockBackend | Disk] = (),
+        nets: Iterable[NetBackend | Nic] = (),
         devices: Iterable[Placement] = (),
         virtio: Iterable[VirtioDevice] = (),
         console: bool | Iterable[str] = False,
@@ -153,7 +157,8 @@ class VM:
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
         ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``disks`` are what the guest has as
         virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which has
-        options; they are opened here and closed with the machine. ``devices`` are the program's own, as
+        options; they are opened here and closed with the machine. ``nets`` are its network adapters in the
+        same way: a backend of `aiokvm.net`, as it is or as a `net.Nic`. ``devices`` are the program's own, as
         `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them.
 
         ``console`` gives the guest a virtio console: a terminal, hvc0, and a port of each name that is
@@ -179,7 +184,7 @@ class VM:
             balloon=balloon,
         )
         try:
-            return await cls._create(config, tuple(disks), devices, tuple(virtio), log_unclaimed)
+            return await cls._create(config, tuple(disks), tuple(nets), devices, tuple(virtio), log_unclaimed)
         except (AiokvmError, OSError, RuntimeError) as error:
             raise named(error, f"cannot create machine {config.name}", config.cpus)  # noqa: B904
 
@@ -188,11 +193,12 @@ class VM:
         cls,
         config: Config,
         disks: Sequence[BlockBackend | Disk],
+        nets: Sequence[NetBackend | Nic],
         devices: Iterable[Placement],
         virtio: Sequence[VirtioDevice],
         log_unclaimed: bool,
     ) -> VM:
-        count = len(disks) + peripherals_count(config) + len(virtio)
+        count = len(disks) + len(nets) + peripherals_count(config) + len(virtio)
         plan = await boot_plan(config, islice(places(config), count))
         loop = current_loop()
         async with AsyncExitStack() as undo:
@@ -200,8 +206,14 @@ class VM:
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
             await vm._disks.open(disks, undo)
+            if nets:
+                from aiokvm.machine.nets import Nets
+
+                vm._nets = Nets(loop, config.name, vm._hub, vm._logger)
+                await vm._nets.open(nets, undo)
             disk_devices = (disk.device for disk in vm.disks)
-            for device in (*disk_devices, *vm._peripherals.devices, *virtio):
+            net_devices = (nic.device for nic in vm.nets)
+            for device in (*disk_devices, *net_devices, *vm._peripherals.devices, *virtio):
                 vm._virtio.attach(device)
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
@@ -253,6 +265,11 @@ class VM:
     def disks(self) -> tuple[VmDisk, ...]:
         """The disks that it was created with."""
         return self._disks.all
+
+    @property
+    def nets(self) -> tuple[VmNic, ...]:
+        """The network adapters that it was created with."""
+        return self._nets.all if self._nets else ()
 
     @property
     def console(self) -> Consoles:
@@ -588,6 +605,8 @@ class VM:
         self._exits.cancel()
         self._attachments.stop()
         self._disks.stop()
+        if self._nets:
+            self._nets.stop()
         self._virtio.stop()
         if not self._vcpus.stop():
             self._on_ended()

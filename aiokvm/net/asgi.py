@@ -1,7 +1,7 @@
 """An ASGI application as a service: HTTP/1.1 over a guest's connections.
 
-ASGI 3.0, HTTP 2.4, lifespan 2.0; RFC 9112 by the package h11. WebSockets are not there: a request to upgrade is
-answered like any other.
+ASGI 3.0, HTTP 2.4, lifespan 2.0; RFC 9112 by the package h11. WebSockets are not there: a request to
+upgrade is answered like any other.
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class _Lifespan:
         self.state: dict[str, Any] = {}
         self._app = app
         self._task: Task | None = None
+        self._failures: list[str] = []
 
     async def start(self, loop: Loop) -> None:
         self._started, self._stopping, self._ended = anyio.Event(), anyio.Event(), anyio.Event()
-        self._failure: str | None = None
+        self._failures.clear()
         self._asked = False
         self.state.clear()
         self._task = loop.spawn(self._run, "ASGI lifespan")
@@ -99,9 +100,9 @@ class _Lifespan:
         except BaseException:
             self._task.cancel()
             raise
-        if self._failure is not None:
+        for failure in self._failures:
             self._task.cancel()
-            raise AiokvmError(f"the ASGI application did not start: {self._failure or 'it does not say why'}")
+            raise AiokvmError(f"the ASGI application did not start: {failure or 'it does not say why'}")
 
     async def stop(self) -> None:
         if not self._task:
@@ -138,7 +139,7 @@ class _Lifespan:
     async def _send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "lifespan.startup.failed":
-            self._failure = message.get("message", "")
+            self._failures.append(message.get("message", ""))
         elif kind == "lifespan.shutdown.failed":
             logger.warning("an ASGI application did not end well: %s", message.get("message", ""))
         if kind.startswith("lifespan.startup"):

@@ -19,13 +19,13 @@ class Forward:
     """What comes to ``host`` goes to ``guest``.
 
     ``protocol`` is "tcp" or "udp". ``host`` is an address of the host, or the path of a Unix socket, which
-    has no port: ``host_port`` is 0. ``guest`` is an address of the guest's network; empty for the one that
+    has no port: ``port`` is 0. ``guest`` is an address of the guest's network; empty for the one that
     DHCP gives out first, for IPv6 the one that was heard first.
     """
 
     protocol: str
     host: str
-    host_port: int
+    port: int
     guest: str
     guest_port: int
 
@@ -38,7 +38,7 @@ class Forward:
         if self.is_path:
             return self.host
         address = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.protocol}:{address}:{self.host_port}"
+        return f"{self.protocol}:{address}:{self.port}"
 
     @property
     def is_path(self) -> bool:

@@ -11,6 +11,7 @@ import resource
 import shutil
 import socket
 import tempfile
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
 
@@ -22,7 +23,7 @@ from aiokvm.net.forwards import Forward, parse_forward, parse_host
 from aiokvm.net.service import MAX_WAITING, Connection, Service
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Unpack
 
     from aiokvm._core import Pointer
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from aiokvm.net.backend import Policy
     from aiokvm.net.plane import End, Plane
     from aiokvm.net.service import Handler
+
+    Responder = Handler | Application | Asgi
+    Forwards = Mapping[int, int | str] | Mapping[str, int | str] | Mapping[int | str, int | str]
+    Services = (
+        Mapping[tuple[str, int], Responder]
+        | Mapping[str, Responder]
+        | Mapping[tuple[str, int] | str, Responder]
+    )
 
 logger = logging.getLogger("aiokvm.net")
 
@@ -59,8 +68,8 @@ class User(NetBackend):
     lead to an IPv6 address of the guest.
 
     ``services`` maps addresses of the network that nobody has, with a TCP port, to what answers there in
-    this process: a coroutine function that gets each connection as a `Connection`, an anyio byte stream; or an
-    ASGI application, which is a callable with three parameters, or `Asgi`.
+    this process: a coroutine function that gets each connection as a `Connection`, an anyio byte stream;
+    or an ASGI application, which is a callable with three parameters, or `Asgi`.
 
     Raises ConfigError for what cannot be, and if aiokvm was built without libslirp.
     """
@@ -75,11 +84,11 @@ class User(NetBackend):
         ipv6: str | None = "fec0::/64",
         hostname: str = "",
         domains: Sequence[str] = (),
-        forward: Mapping[int | str, int | str] | None = None,
+        forward: Forwards | None = None,
         restrict: bool = False,
         allow_host_loopback: bool = False,
         mtu: int = 1500,
-        services: Mapping[tuple[str, int] | str, Handler | Application | Asgi] | None = None,
+        services: Services | None = None,
         **policy: Unpack[Policy],
     ) -> None:
         super().__init__(**policy)
@@ -117,8 +126,12 @@ class User(NetBackend):
         self.restrict = restrict
         self.allow_host_loopback = allow_host_loopback
         self._forwards: dict[str, Forward] = {}
-        """What is forwarded, or will be, by `Forward.key`: as the user has written it, with its real port."""
-        for from_host, to_guest in (forward or {}).items():
+        """What is forwarded, or will be, by `Forward.key`."""
+        self._asked: dict[str, Forward] = {}
+        """What was asked for where the system has chosen the port, by the same."""
+        self.forward: Mapping[int | str, int | str] = {**(forward or {})}
+        """As it was given."""
+        for from_host, to_guest in self.forward.items():
             self._claim(parse_forward(from_host, to_guest))
         self._handlers: dict[tuple[str, int], Handler] = {}
         for at, handler in (services or {}).items():
@@ -138,7 +151,7 @@ class User(NetBackend):
 
     @property
     def forwards(self) -> tuple[Forward, ...]:
-        """What is forwarded; before it was opened, what will be. Ports that the system has chosen are real."""
+        """What is forwarded; before it was opened, what will be. Ports that the system chose are real."""
         return tuple(self._forwards.values())
 
     async def add_forward(self, host: int | str, guest: int | str) -> Forward:
@@ -161,13 +174,14 @@ class User(NetBackend):
             protocol, address, port = parse_host(host)
             host = Forward(protocol, address, port, "", 0)
         forward = self._forwards.pop(host.key, None)
+        self._asked.pop(host.key, None)
         if not forward:
             raise ConfigError(f"{host.key} is not forwarded: {', '.join(self._forwards) or 'nothing'} is")
         if self.end:
             self._unlisten(forward)
 
     def _claim(self, forward: Forward) -> Forward:
-        if forward.key in self._forwards and (forward.host_port or forward.is_path):
+        if forward.key in self._forwards:
             raise ConfigError(
                 f"{forward.key} is forwarded already, to {self._forwards[forward.key].guest_port}"
             )
@@ -185,7 +199,7 @@ class User(NetBackend):
             self._core,
             forward.protocol == "udp",
             forward.host.encode(),
-            forward.host_port,
+            forward.port,
             forward.guest.encode(),
             forward.guest_port,
         )
@@ -194,17 +208,15 @@ class User(NetBackend):
         if forward.is_path:
             status = os.stat(forward.host)
             self._paths[forward.host] = (status.st_dev, status.st_ino)
-        real = Forward(forward.protocol, forward.host, result, forward.guest, forward.guest_port)
-        # In its place.
-        self._forwards = {
-            real.key if key == forward.key else key: real if key == forward.key else other
-            for key, other in self._forwards.items()
-        }
+        real = replace(forward, port=result)
+        if real != forward:
+            self._asked[real.key] = forward
+            self._forwards = _by_key(real if other == forward else other for other in self.forwards)
         return real
 
     def _unlisten(self, forward: Forward) -> None:
         lib.aiokvm_net_slirp_remove_forward(
-            self._core, forward.protocol == "udp", forward.host.encode(), forward.host_port
+            self._core, forward.protocol == "udp", forward.host.encode(), forward.port
         )
         self._remove_path(forward.host)
 
@@ -224,9 +236,7 @@ class User(NetBackend):
         """Addresses and ports that are answered in this process."""
         return tuple(self._handlers)
 
-    async def add_service(
-        self, address: tuple[str, int] | str, handler: Handler | Application | Asgi
-    ) -> tuple[str, int]:
+    async def add_service(self, address: tuple[str, int] | str, handler: Responder) -> tuple[str, int]:
         """Answer the guest's connections to this address and port from now on. Gives both.
 
         Raises ConfigError, OSError, and AiokvmError for an ASGI application that does not start.
@@ -292,7 +302,7 @@ class User(NetBackend):
         service.id = result
         self._services[at] = service
 
-    def _on_news(self, news: int, error: int, detail: int) -> None:
+    def _on_news(self, _news: int, _error: int, _detail: int) -> None:
         for service in tuple(self._services.values()):
             self._accept(service)
 
@@ -312,21 +322,19 @@ class User(NetBackend):
         assert self._end
         return self._end.core
 
-    async def _open(self, plane: Plane, on_lost: Callable[[str], None]) -> End:
+    async def _open(self, plane: Plane, _on_lost: Callable[[str], None]) -> End:
         error = ffi.new("int *")
         end = plane.adopt(
             lib.aiokvm_net_slirp_new(plane.core, self._config(), error), error[0], self._on_news
         )
         self._plane, self._end = plane, end
-        configured = dict(self._forwards)
         try:
-            for forward in configured.values():
+            for forward in self.forwards:
                 self._listen(forward)
             for at in self._handlers:
                 await self._serve(at)
         except BaseException:
             end.close()
-            self._forwards = configured
             await plane.loop.uncancelled(self._close)
             raise
         return end
@@ -340,6 +348,8 @@ class User(NetBackend):
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
+        self._forwards = _by_key(self._asked.get(key, forward) for key, forward in self._forwards.items())
+        self._asked.clear()
         self._plane = None
 
     def _config(self) -> Pointer:
@@ -378,7 +388,11 @@ async def _stop(service: Service) -> None:
         await service.handler.stop()
 
 
-def _handler(handler: Handler | Application | Asgi) -> Handler:
+def _by_key(forwards: Iterable[Forward]) -> dict[str, Forward]:
+    return {forward.key: forward for forward in forwards}
+
+
+def _handler(handler: Responder) -> Handler:
     if isinstance(handler, Asgi):
         return handler
     if not callable(handler):
@@ -397,7 +411,7 @@ def _handler(handler: Handler | Application | Asgi) -> Handler:
         inspect.signature(handler).bind(None, None, None)
     except TypeError:
         raise ConfigError(
-            f"{handler!r} takes neither a connection nor, as an ASGI application does, scope, receive and send"
+            f"{handler!r} takes neither a connection nor scope, receive and send, as ASGI applications do"
         ) from None
     return Asgi(cast("Application", handler))
 
@@ -466,7 +480,7 @@ def _why(error: int, forward: Forward) -> str:
         return f"{reason}: " + (
             "remove the file if nobody listens there" if forward.is_path else "choose another port"
         )
-    if error == errno.EACCES and 0 < forward.host_port < 1024:
+    if error == errno.EACCES and 0 < forward.port < 1024:
         return f"{reason}: ports below 1024 are for programs with CAP_NET_BIND_SERVICE"
     if error == errno.EADDRNOTAVAIL:
         return f"{reason}: the host has no such address"

@@ -1,0 +1,170 @@
+"""The network adapters of one machine: a backend each, a virtio network device, and what moves the frames."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiokvm.errors import ConfigError, StateError
+from aiokvm.machine import events
+from aiokvm.machine.net_core import NicData
+from aiokvm.net.backend import NetBackend
+from aiokvm.net.nic import Nic
+from aiokvm.virtio.net import NetLayout, VirtioNet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AsyncExitStack
+    from logging import LoggerAdapter
+    from typing import Any
+
+    from aiokvm.aio import Loop
+    from aiokvm.net.plane import NetStats
+
+
+class VmNic:
+    """A network adapter of a machine, in ``vm.nets``; ``mac`` is what its guest was given."""
+
+    def __init__(self, nets: Nets, name: str, config: Nic) -> None:
+        self.name = name
+        self.config = config
+        self.backend = config.backend
+        """Where it leads."""
+        self.mac = str(config.mac)
+        self.lost: str | None = None
+        """Why nothing comes from the backend any more; None while it is there."""
+        self._nets = nets
+        self._up = config.up
+        self._data = NicData(nets.loop, name, config.dataplane, self._on_lost)
+        self._data.set_up(config.up)
+        self.device: VirtioNet
+        """What its driver sees, from `open` on."""
+
+    def __repr__(self) -> str:
+        return f"<VmNic {self.name} {self.mac} {self.backend!r} {'up' if self.is_up else 'down'}>"
+
+    def _layout(self) -> NetLayout:
+        config = self.config
+        return NetLayout(
+            mac=config.mac_bytes,
+            pairs=config.queues,
+            queue_size=config.queue_size,
+            mtu=self.backend.mtu if config.mtu is None else config.mtu,
+            up=self._up and self.lost is None,
+            offload=config.offload,
+            speed_mbps=config.speed_mbps,
+        )
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the guest sees a link. What is sent over one that is down is dropped."""
+        return self.device.is_up
+
+    @property
+    def tid(self) -> int:
+        """The id of the thread that moves its frames; 0 if the loop does."""
+        return self._data.tid
+
+    def stats(self) -> NetStats:
+        """Frames and bytes since the machine was made: "sent" is what the guest has sent."""
+        return self._data.stats()
+
+    async def set_link(self, up: bool) -> None:
+        """Plug the cable in, or pull it; the guest is told.
+
+        Raises StateError if the backend is lost, or the machine has ended.
+        """
+        self._require_open()
+        if up and self.lost is not None:
+            raise StateError(f"{self.name} has lost {self.backend!r} ({self.lost}): replace it first")
+        self._up = up
+        self._set_link(up)
+
+    async def replace(self, backend: NetBackend) -> None:
+        """Lead somewhere else while the guest runs: its link goes down and up, and it is to announce itself.
+
+        The backend that it had is closed. Nothing has changed if this raises, or is cancelled: StateError if
+        the machine has ended, ConfigError if the new one cannot be used, and what opening it raises.
+        """
+        self._require_open()
+        if not isinstance(backend, NetBackend):
+            raise ConfigError(f"{backend!r} is no network: give a net.User or another NetBackend")
+        mtu = self.device.layout.mtu
+        if mtu is not None and backend.mtu is not None and backend.mtu < mtu:
+            raise ConfigError(f"{self.name} was given an MTU of {mtu}, and {backend!r} carries {backend.mtu}")
+
+        def swap() -> None:
+            # The guest alone is told: what it sends meanwhile waits for the new one.
+            if self.is_up:
+                self._tell_link(False)
+            self.backend = backend
+            self.lost = None
+
+        await self._data.connect(backend, swap)
+        # It may be lost already.
+        if self.lost is None and self._up:
+            self._set_link(True)
+            self.device.announce()
+
+    async def open(self) -> None:
+        """Open the backend, and make the device, which may have its MTU."""
+        await self._data.connect(self.backend)
+        self.device = VirtioNet(self._layout(), self._data)
+        self._data.set_up(self.is_up)
+
+    async def close(self) -> None:
+        """Of a machine that was never made: there is nothing to drain."""
+        closed = self._data.close()
+        if closed is not None:
+            await closed
+
+    def _require_open(self) -> None:
+        if self._nets.ended:
+            raise StateError(f"{self.name}: the machine has ended")
+
+    def _set_link(self, up: bool) -> None:
+        if self not in self._nets.all or up == self.is_up:
+            return
+        self._data.set_up(up)
+        self._tell_link(up)
+
+    def _tell_link(self, up: bool) -> None:
+        self.device.set_link(up)
+        self._nets.hub.emit(events.LinkChanged(self._nets.machine, self.name, up))
+
+    def _on_lost(self, backend: NetBackend, why: str) -> None:
+        if backend is not self.backend or self.lost is not None or self._nets.ended:
+            return
+        self.lost = why
+        self._nets.logger.warning("%s: %r is lost: %s", self.name, backend, why)
+        self._nets.hub.emit(events.NicLost(self._nets.machine, self.name, why))
+        self._set_link(False)
+
+
+class Nets:
+    """All of one machine."""
+
+    def __init__(self, loop: Loop, machine: str, hub: events.EventHub, logger: LoggerAdapter[Any]) -> None:
+        self.loop = loop
+        self.machine = machine
+        self.hub = hub
+        self.logger = logger
+        self.ended = False
+        self.all: tuple[VmNic, ...] = ()
+
+    async def open(self, nets: Iterable[Nic | NetBackend], undo: AsyncExitStack) -> None:
+        """Open the backends; ``undo`` closes them. Raises what they raise, and ConfigError."""
+        for index, item in enumerate(nets):
+            config = item if isinstance(item, Nic) else Nic(item)
+            if any(config.backend is other.backend for other in self.all):
+                raise ConfigError(f"{config.backend!r} is given twice")
+            if any(config.mac == other.mac for other in self.all):
+                raise ConfigError(f"two adapters of a machine have the address {config.mac}")
+            nic = VmNic(self, f"{self.machine}/net{index}", config)
+            undo.push_async_callback(self.loop.uncancelled, nic.close)
+            await nic.open()
+            self.all += (nic,)
+            self.logger.info("%s: %r, %s", nic.name, nic.backend, nic.mac)
+
+    def stop(self) -> None:
+        """The machine has ended. Idempotent."""
+        self.ended = True
