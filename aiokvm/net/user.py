@@ -129,7 +129,7 @@ class User(NetBackend):
         """What is forwarded, or will be, by `Forward.key`."""
         self._asked: dict[str, Forward] = {}
         """What was asked for where the system has chosen the port, by the same."""
-        self.forward: Mapping[int | str, int | str] = {**(forward or {})}
+        self.forward: Mapping[int | str, int | str] = dict((forward or {}).items())
         """As it was given."""
         for from_host, to_guest in self.forward.items():
             self._claim(parse_forward(from_host, to_guest))
