@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
@@ -209,8 +210,15 @@ class _Http:
         if self.http.our_state not in (self.h11.IDLE, self.h11.SEND_RESPONSE):
             return
         headers = [(b"content-length", b"0"), (b"connection", b"close")]
-        await self.send(self.h11.Response(status_code=status, headers=headers))
+        await self.send(self.h11.Response(status_code=status, headers=headers, reason=_reason(status)))
         await self.send(self.h11.EndOfMessage())
+
+
+def _reason(status: int) -> bytes:
+    try:
+        return HTTPStatus(status).phrase.encode()
+    except ValueError:
+        return b""
 
 
 class _Exchange:
@@ -258,7 +266,7 @@ class _Exchange:
     async def _fail(self) -> None:
         h11, text = self._connection.h11, b"Internal Server Error"
         headers = [(b"content-length", b"%d" % len(text)), (b"content-type", b"text/plain")]
-        await self._connection.send(h11.Response(status_code=500, headers=headers))
+        await self._connection.send(h11.Response(status_code=500, headers=headers, reason=_reason(500)))
         if self._request.method != b"HEAD":
             await self._connection.send(h11.Data(data=text))
         await self._connection.send(h11.EndOfMessage())
@@ -324,7 +332,7 @@ class _Exchange:
             headers = [(bytes(name), bytes(value)) for name, value in self._start.get("headers", ())]
             if not any(name.lower() == b"date" for name, _ in headers):
                 headers.append((b"date", formatdate(usegmt=True).encode()))
-            response = h11.Response(status_code=status, headers=headers)
+            response = h11.Response(status_code=status, headers=headers, reason=_reason(status))
             self._is_started = True
             await self._connection.send(response)
         body = message.get("body", b"")

@@ -24,7 +24,7 @@ from aiokvm.net.service import MAX_WAITING, Connection, Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Unpack
+    from typing import Any, Unpack
 
     from aiokvm._core import Pointer
     from aiokvm.net.asgi import Application
@@ -33,12 +33,8 @@ if TYPE_CHECKING:
     from aiokvm.net.service import Handler
 
     Responder = Handler | Application | Asgi
-    Forwards = Mapping[int, int | str] | Mapping[str, int | str] | Mapping[int | str, int | str]
-    Services = (
-        Mapping[tuple[str, int], Responder]
-        | Mapping[str, Responder]
-        | Mapping[tuple[str, int] | str, Responder]
-    )
+    Forwards = Mapping[Any, int | str]  # int | str; the type of a mapping's keys is invariant
+    Services = Mapping[Any, Responder]  # tuple[str, int] | str
 
 logger = logging.getLogger("aiokvm.net")
 

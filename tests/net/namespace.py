@@ -17,6 +17,7 @@ from aiokvm.net import Tap
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
 PATIENCE_S = 60
 
@@ -104,25 +105,25 @@ class Namespace:
 
 
 @asynccontextmanager
-async def namespace(folder: os.PathLike[str], offload: bool = True) -> AsyncIterator[Namespace]:
+async def namespace(folder: Path, offload: bool = True) -> AsyncIterator[Namespace]:
     """A guest; ``folder`` is for its files."""
-    script = os.path.join(folder, "lease")
-    with open(os.open(script, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o755), "w") as file:
-        file.write(LEASE)
+    script = folder / "lease"
+    script.write_text(LEASE)
+    script.chmod(0o755)
     here, there = socket.socketpair()
-    with here, there:
-        keeper = subprocess.Popen(
-            (
-                *("unshare", "-rn", sys.executable, "-c", KEEPER, str(there.fileno())),
-                "offload" if offload else "plain",
-            ),
-            stdin=subprocess.PIPE,
-            pass_fds=(there.fileno(),),
-        )
-        there.close()
-        with keeper:
-            _, fds, _, _ = await to_thread.run_sync(socket.recv_fds, here, 1, 1)
-            try:
-                yield Namespace(Tap(fds=fds), keeper.pid, script)
-            finally:
-                os.close(fds[0])
+    with here, _keep(there, offload) as pid:
+        _, fds, _, _ = await to_thread.run_sync(socket.recv_fds, here, 1, 1)
+        try:
+            yield Namespace(Tap(fds=fds), pid, str(script))
+        finally:
+            os.close(fds[0])
+
+
+@contextmanager
+def _keep(there: socket.socket, offload: bool) -> Iterator[int]:
+    kind = "offload" if offload else "plain"
+    argv = ("unshare", "-rn", sys.executable, "-c", KEEPER, str(there.fileno()), kind)
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=(there.fileno(),))
+    there.close()
+    with process:
+        yield process.pid
