@@ -354,6 +354,8 @@ class Switch:
             raise ConfigError(
                 f"{self!r} and {other!r} cannot be connected: make one of them beside the other"
             )
+        if other is self:
+            raise ConfigError(f"{self!r} cannot be connected to itself: this would be a loop")
         reached, found = {self}, [self]
         while found:
             new = set(found.pop()._joined) - reached

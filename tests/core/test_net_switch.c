@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "check.h"
 #include "net_fake.h"
@@ -303,6 +305,8 @@ TEST(tags_of_frames_in_pieces)
 {
     struct bench bench = vlans();
     uint8_t bytes[1100], expected[1104];
+    for (uint32_t i = 0; i < bench.count; i++)
+        bench.hosts[i]->end.offloads = AIOKVM_NET_OFFLOAD_CSUM;
     for (uint32_t pieces = 1; pieces <= 1000; pieces += pieces < 30 ? 1 : 97) {
         uint32_t size = frame(bytes, EVERYBODY, 0, UNTAGGED);
         for (uint32_t i = size; i < sizeof(bytes); i++)
@@ -313,7 +317,6 @@ TEST(tags_of_frames_in_pieces)
             from[i] = (struct iovec){ bytes + i, i + 1 < pieces ? 1 : sizeof(bytes) - i };
         struct net_frame given = { .hdr = { .flags = 1, .csum_start = 34, .csum_offset = 16 } };
         net_frame_set(&given, iov + 1, head, from, pieces, 0);
-        bench.hosts[3]->end.offloads = AIOKVM_NET_OFFLOAD_CSUM;
         CHECK(net_enter(bench.net));
         CHECK_EQ(net_send(&bench.hosts[0]->end, &given), NET_TAKEN);
         net_leave(bench.net);
@@ -505,6 +508,26 @@ TEST(a_loop_ends)
     fake_end_serve(bench.net);
     CHECK(bench.hosts[0]->received < 10);
     aiokvm_net_switch_free(other);
+    end(&bench);
+}
+
+TEST(a_child_of_fork_has_no_switch)
+{
+    struct bench bench = hub(2);
+    say(&bench, 0, 9, UNTAGGED);
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct aiokvm_net_switch_entry entry;
+        bool right = aiokvm_net_switch_table(bench.sw, &entry, 1) == -EOWNERDEAD && !stats(&bench).learned;
+        aiokvm_net_end_free(bench.ports[0]);
+        aiokvm_net_switch_free(bench.sw);
+        _exit(right ? 0 : 1);
+    }
+    int status;
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK_EQ(status, 0);
+    CHECK_EQ(stats(&bench).learned, 1);
+    heard(&bench);
     end(&bench);
 }
 
