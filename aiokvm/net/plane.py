@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop
 
+# News of the policy in front of a backend, which are not the backend's.
+_POLICY_NEWS = lib.AIOKVM_NET_NEWS_FLOW | lib.AIOKVM_NET_NEWS_CAPTURED
 # How long the loop serves frames before it looks at everything else.
 BUDGET_NS = 500_000
 
@@ -52,11 +54,20 @@ class End:
         self.id = int(lib.aiokvm_net_end_id(core))
         self._stats = ffi.new("struct aiokvm_net_stats *")
         self._kept: tuple[object, ...] = ()
+        self._subscribers: dict[int, Callable[[], None]] = {}
 
     @property
     def is_open(self) -> bool:
         """Whether it has not been closed."""
         return bool(self.core)
+
+    def subscribe(self, news: int, callback: Callable[[], None]) -> None:
+        """Have one kind of the policy's news told on the loop: AIOKVM_NET_NEWS_FLOW or _CAPTURED."""
+        self._subscribers[news] = callback
+
+    def unsubscribe(self, news: int) -> None:
+        """Tell it no more."""
+        self._subscribers.pop(news, None)
 
     def link(self, other: End) -> None:
         """Connect two ends of one plane. Raises AiokvmError if one of them is connected."""
@@ -85,6 +96,13 @@ class End:
         null = ffi.NULL
         lib.aiokvm_net_set_policy(self.core, rules or null, capture or null, sent or null, received or null)
         self._kept = keep
+
+    def _tell(self, news: int, error: int, detail: int) -> None:
+        for kind, callback in tuple(self._subscribers.items()):
+            if news & kind:
+                callback()
+        if news & ~_POLICY_NEWS and self.core:
+            self.on_news(news & ~_POLICY_NEWS, error, detail)
 
     def stats(self) -> NetStats:
         """What it has done so far; what it had done when it was closed."""
@@ -183,7 +201,7 @@ class Plane:
             news = self._news[0]
             end = self._ends.get(news.end)
             if end:
-                end.on_news(int(news.news), int(news.error), int(news.detail))
+                end._tell(int(news.news), int(news.error), int(news.detail))
 
 
 def check_dataplane(dataplane: str) -> None:
