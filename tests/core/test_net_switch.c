@@ -224,6 +224,34 @@ TEST(isolated_ports_talk_to_the_others_only)
     end(&bench);
 }
 
+TEST(isolated_ports_do_not_pass_themselves_off_as_others)
+{
+    struct bench bench = setup();
+    uint8_t bytes[64];
+    for (uint32_t i = 0; i < 4; i++)
+        add(&bench, (struct aiokvm_net_switch_port_config){ .isolated = i < 2 });
+    say(&bench, 2, 9, UNTAGGED);
+    heard(&bench);
+    uint32_t size = frame(bytes, 9, 2, UNTAGGED);
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, size), NET_TAKEN);
+    CHECK_EQ(heard(&bench), 0);
+    CHECK_EQ(stats(&bench).dropped_source, 1);
+    say(&bench, 1, 2, UNTAGGED);
+    CHECK_EQ(heard(&bench), 0x4);
+    /* Ports that are not isolated may, and isolated ones among each other. */
+    CHECK_EQ(fake_end_send(bench.hosts[3], NULL, bytes, size), NET_TAKEN);
+    heard(&bench);
+    say(&bench, 1, 2, UNTAGGED);
+    CHECK_EQ(heard(&bench), 0x8);
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, frame(bytes, 9, 1, UNTAGGED)), NET_TAKEN);
+    CHECK_EQ(heard(&bench), 0xc);
+    /* Until the station has been forgotten. */
+    fake_now_ns += 301 * SECOND_NS;
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, frame(bytes, 9, 2, UNTAGGED)), NET_TAKEN);
+    CHECK_EQ(heard(&bench), 0xc);
+    end(&bench);
+}
+
 /* 0, 1: VLAN 10. 2: VLAN 20. 3: trunk of 10 and 20. 4: trunk of 20 and 30, 10 without tags. 5: open. */
 static struct bench vlans(void)
 {

@@ -323,6 +323,9 @@ class Model:
         vlan = self.vlan(port, tag)
         if isinstance(vlan, Refused):
             return {}
+        before = self.known.get((vlan, source), port)
+        if before != port and self.ports[port][2] and not self.ports[before][2]:
+            return {}
         self.known[vlan, source] = port
         there = self.known.get((vlan, to))
         found = {}
