@@ -93,8 +93,8 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
 }
 
-/* Sends count frames through a switch, so many at a time: serve is aiokvm_net_serve. Returns the nanoseconds that serving
- * took, 0 if something went wrong. receiver: NULL, or the guest that is to get them. */
+/* Sends count frames through a switch, so many at a time: serve is aiokvm_net_serve. Returns the nanoseconds that
+ * serving took, 0 if something went wrong. receiver: NULL, or the guest that is to get them. */
 uint64_t guest_flood(uintptr_t serve, void *net, struct guest *sender, struct guest *receiver, int kick, uint32_t count,
                      uint32_t batch)
 {
