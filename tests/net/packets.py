@@ -50,7 +50,7 @@ def icmp(src: str, dst: str, kind: int, payload: bytes = bytes(4)) -> bytes:
 def ones(data: bytes) -> int:
     """RFC 1071, not inverted."""
     data += bytes(len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
