@@ -220,6 +220,46 @@ async def test_a_pipe_is_read_as_it_comes(linked: Linked, tmp_path: Path) -> Non
     assert len(read(bytes(got))[1]) == 201
 
 
+async def test_a_pipe_whose_reader_sleeps_does_not_hold_up_the_end(
+    linked: Linked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("aiokvm.net.pcap.STALLED_S", 0.2)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    big = [tcp(A, 1, B, 80, bytes(1400))] * 200
+    pcap = net.Pcap(path)
+    try:
+        here, guest = net.Port(tap=pcap), net.Port()
+        async with linked(here, guest):
+            assert await passing(guest, here, big) == big
+    finally:
+        os.close(reader)
+    assert isinstance(pcap.error, TimeoutError)
+    assert "nobody has read for" in caplog.text
+
+
+async def test_planes_of_one_loop_share_a_capture_and_those_of_two_do_not(linked: Linked) -> None:
+    file = io.BytesIO()
+    pcap = net.Pcap(file)
+    pairs = [(net.Port(tap=pcap), net.Port()) for _ in range(2)]
+
+    async def elsewhere() -> None:
+        with pytest.raises(ConfigError, match="belongs to one event loop"):
+            async with linked(net.Port(tap=pcap), net.Port()):
+                raise AssertionError("opened")
+
+    async with linked(*pairs[0]), linked(*pairs[1], thread="net-test"):
+        async with anyio.create_task_group() as group:
+            for here, guest in pairs:
+                group.start_soon(passing, guest, here, FRAMES * 50)
+        await anyio.to_thread.run_sync(anyio.run, elsewhere)
+    _, packets, statistics = read(file.getvalue())
+    assert sorted(item.packets for item in statistics) == [201, 201]
+    for interface in range(2):
+        assert [packet.data for packet in packets if packet.interface == interface] == [*FRAMES * 50, LAST]
+
+
 async def test_a_cancelled_program_has_its_capture(tmp_path: Path, linked: Linked) -> None:
     path = tmp_path / "x.pcapng"
     with anyio.CancelScope() as scope:
