@@ -123,7 +123,7 @@ class NicData:
         end.set_up(self._up)
         old, self._end = self._end, end
         if old:
-            old.unlink()
+            # Linked still: what waits would be dropped.
             self._check(lib.aiokvm_net_nic_move(old.core, end.core))
         return old
 

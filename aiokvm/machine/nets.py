@@ -93,7 +93,9 @@ class VmNic:
             raise ConfigError(f"{self.name} was given an MTU of {mtu}, and {backend!r} carries {backend.mtu}")
 
         def swap() -> None:
-            self._set_link(False)
+            # The guest alone is told: what it sends meanwhile waits for the new one.
+            if self.is_up:
+                self._tell_link(False)
             self.backend = backend
             self.lost = None
 
@@ -122,12 +124,11 @@ class VmNic:
     def _set_link(self, up: bool) -> None:
         if self not in self._nets.all or up == self.is_up:
             return
-        # The guest never sends while its frames are dropped without its knowing.
-        if up:
-            self._data.set_up(True)
+        self._data.set_up(up)
+        self._tell_link(up)
+
+    def _tell_link(self, up: bool) -> None:
         self.device.set_link(up)
-        if not up:
-            self._data.set_up(False)
         self._nets.hub.emit(events.LinkChanged(self._nets.machine, self.name, up))
 
     def _on_lost(self, backend: NetBackend, why: str) -> None:

@@ -17,9 +17,13 @@ struct test {
     struct test *next;
 };
 
+
 void test_register(struct test *test);
 _Noreturn void check_failed(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* The test that runs is over, and shows nothing here. */
+void check_skip(const char *reason);
 
 #define TEST(function)                                                                   \
     static void function(void);                                                          \
@@ -42,6 +46,13 @@ _Noreturn void check_failed(const char *file, int line, const char *format, ...)
         if (actual_ != expected_)                                                                            \
             check_failed(__FILE__, __LINE__, "%s is %lld (%#llx), not %lld (%#llx)", #actual, actual_,       \
                          (unsigned long long)actual_, expected_, (unsigned long long)expected_);             \
+    } while (0)
+
+/* Ends a test that cannot run here. */
+#define SKIP(reason)              \
+    do {                          \
+        check_skip(reason);      \
+        return;                   \
     } while (0)
 
 /* Waits for what another thread is about to make true. */

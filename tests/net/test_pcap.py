@@ -60,7 +60,7 @@ async def test_both_directions_of_two_backends_are_in_one_file(
     path = tmp_path / "x.pcapng"
     pcap = net.Pcap(path)
     here, guest, other = net.Port(tap=pcap), net.Port(), net.Port(tap=pcap)
-    other.name = "web-1"
+    other.label = "web-1"
     before_ns = time.time_ns()
     async with linked(here, guest, other, net.Port(), thread=thread):
         assert await passing(guest, here, FRAMES) == FRAMES
@@ -283,7 +283,7 @@ async def test_a_cancelled_program_has_its_capture(tmp_path: Path, linked: Linke
 async def test_tshark_reads_it(linked: Linked, tmp_path: Path) -> None:
     path = tmp_path / "x.pcapng"
     here, guest = net.Port(tap=net.Pcap(path)), net.Port()
-    here.name = "net0"
+    here.label = "net0"
     async with linked(here, guest):
         await passing(guest, here, FRAMES)
         await passing(here, guest, FRAMES[1:2])
