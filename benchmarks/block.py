@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +23,14 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from aiokvm import VM, AiokvmError, Disk, block, boot, images, kvm, lab
-from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
+from aiokvm import VM, Disk, block, boot, images
+from bench.guest import CMDLINE, MEMORY_MIB, Shell, has_hardware, in_the_lab, lags, qemu
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
 RESULTS = Path(__file__).with_name("results")
-MEMORY_MIB = 512
 DATA_BYTES = 128 << 20
-CMDLINE = "console=ttyS0 quiet loglevel=3 panic=-1 root=/dev/vda rw aiokvm.autologin"
-PROMPT = b"# "
-BOOT_SECONDS = 300
-LAG_PROBE_SECONDS = 0.005
 # Name, fio's options, which of fio's terse fields counts, and what is to be reached of the better QEMU.
 JOBS = {
     "4 KiB random read, depth 1": ("--rw=randread --bs=4k --iodepth=1", 8, 1.0),
@@ -50,49 +42,6 @@ JOBS = {
 }
 MONITORS = ("aiokvm", "QEMU threads", "QEMU io_uring")
 QUEUES = (1, 2)
-
-
-class Shell:
-    """A guest's console with a shell at its end."""
-
-    def __init__(
-        self, read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[object]]
-    ) -> None:
-        self._read = read
-        self._write = write
-        self._seen = b""
-
-    async def expect(self, pattern: bytes, seconds: float) -> re.Match[bytes]:
-        with anyio.move_on_after(seconds):
-            while not (found := re.search(pattern, self._seen)):
-                chunk = await self._read()
-                if not chunk:
-                    raise SystemExit(f"the machine ended: {self._seen[-1500:]!r}")
-                self._seen += chunk
-        if not found:
-            raise SystemExit(f"no {pattern!r} in {seconds:g} s, but {self._seen[-1500:]!r}")
-        self._seen = self._seen[found.end() :]
-        return found
-
-    async def login(self) -> None:
-        await self.expect(rb"root@\w+:~# ", BOOT_SECONDS)
-        await self._write(b"stty -echo; PS1=; echo ready$((1))\n")
-        await self.expect(rb"ready1\r?\n", BOOT_SECONDS)
-        # Monitors number their disks as they like.
-        find = f'for d in /dev/vd?; do [ "$(blockdev --getsize64 $d)" = {DATA_BYTES} ] && data=$d; done'
-        await self._write(f"{find}; echo found $data\n".encode())
-        await self.expect(rb"found /dev/vd\w\r?\n", BOOT_SECONDS)
-
-    async def fio(self, options: str, field: int, seconds: float, jobs: int) -> float:
-        """Operations a second."""
-        command = (
-            f"fio --minimal --name=x --filename=$data --direct=1 --ioengine=libaio --time_based "
-            f"--runtime={seconds:g} --ramp_time=1 --norandommap --numjobs={jobs} --group_reporting {options} "
-            f"2>/dev/null | cut -d';' -f{field} | sed 's/^/iops /'\n"
-        )
-        await self._write(command.encode())
-        found = await self.expect(rb"iops (\d+)\r?\n", 60 + 20 * seconds)
-        return float(found[1])
 
 
 @asynccontextmanager
@@ -108,29 +57,32 @@ async def aiokvm_guest(debian: images.DebianDisk, data: Path, queues: int) -> As
 @asynccontextmanager
 async def qemu_guest(debian: images.DebianDisk, data: Path, queues: int, aio: str) -> AsyncIterator[Shell]:
     argv = [
-        *("qemu-system-x86_64", "-M", "microvm,accel=kvm,pcie=off", "-cpu", "host", "-m", str(MEMORY_MIB)),
-        *("-smp", str(queues), "-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"),
+        *("-smp", str(queues)),
         *("-drive", f"id=root,if=none,format=raw,snapshot=on,file={debian.disk}"),
         *("-drive", f"id=data,if=none,format=raw,cache=writeback,aio={aio},file={data}"),
         *("-device", "virtio-blk-device,drive=root"),
         *("-device", f"virtio-blk-device,drive=data,num-queues={queues}"),
         *("-kernel", str(debian.kernel), "-initrd", str(debian.initrd), "-append", CMDLINE),
     ]
-    async with await anyio.open_process(argv, stderr=subprocess.STDOUT) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdin is not None
-            yield Shell(process.stdout.receive, process.stdin.send)
-        finally:
-            process.kill()
+    async with qemu(argv) as shell:
+        yield shell
 
 
-async def lags(found: list[float]) -> None:
-    """How late, in ms, a sleeper wakes up, each time."""
-    while True:
-        begin = time.perf_counter()
-        await anyio.sleep(LAG_PROBE_SECONDS)
-        found.append(1e3 * (time.perf_counter() - begin - LAG_PROBE_SECONDS))
+async def find_disk(shell: Shell) -> str:
+    """Monitors number their disks as they like."""
+    test = f'[ "$(blockdev --getsize64 $d)" = {DATA_BYTES} ]'
+    return (await shell.run(f"for d in /dev/vd?; do {test} && echo $d; done", 60)).strip()
+
+
+async def fio(shell: Shell, disk: str, options: str, field: int, seconds: float, jobs: int) -> float:
+    """Operations a second."""
+    output = await shell.run(
+        f"fio --minimal --name=x --filename={disk} --direct=1 --ioengine=libaio --time_based "
+        f"--runtime={seconds:g} --ramp_time=1 --norandommap --numjobs={jobs} --group_reporting {options} "
+        f"2>/dev/null | cut -d';' -f{field}",
+        60 + 20 * seconds,
+    )
+    return float(output)
 
 
 async def run(monitor: str, debian: images.DebianDisk, queues: int, seconds: float) -> dict[str, float]:
@@ -146,11 +98,12 @@ async def run(monitor: str, debian: images.DebianDisk, queues: int, seconds: flo
             made = qemu_guest(debian, data, queues, monitor.split()[1])
         async with made as shell:
             await shell.login()
+            disk = await find_disk(shell)
             for name, (options, field, _) in JOBS.items():
                 late: list[float] = []
                 async with anyio.create_task_group() as group:
                     group.start_soon(lags, late)
-                    figures[name] = await shell.fio(options, field, seconds, queues)
+                    figures[name] = await fio(shell, disk, options, field, seconds, queues)
                     group.cancel_scope.cancel()
                 figures[f"{name}, lag p99"] = sorted(late)[int(0.99 * len(late))]
                 print(f"{monitor}, {queues} queues: {name}: {figures[name]:.0f}/s", flush=True)
@@ -189,14 +142,6 @@ def show(figures: dict[str, dict[str, list[float]]], rounds: int) -> None:
     Console(width=130).print(table, f"medians of {rounds}")
 
 
-def has_hardware() -> bool:
-    try:
-        with kvm.System() as system:
-            return ring0_speed(system) >= HARDWARE_RING0
-    except AiokvmError:
-        return False
-
-
 async def main(arguments: Any) -> int:
     results: Path = arguments.results
     if arguments.disk:
@@ -205,14 +150,9 @@ async def main(arguments: Any) -> int:
         debian = await images.build_debian(packages=("fio",))
     if not arguments.here and not has_hardware():
         Console().print("ring 0 has no hardware here: measuring in the lab")
-
-        def output(data: bytes) -> None:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
-
-        argv = [sys.executable, __file__, "--here", "--disk", str(debian.disk), "--results", str(results)]
-        argv += ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
-        return await lab.run(argv, lab.LabConfig(memory_bytes=4 << 30, writable=(results,)), output=output)
+        options = ["--disk", str(debian.disk), "--rounds", str(arguments.rounds)]
+        options += ["--seconds", str(arguments.seconds)]
+        return await in_the_lab(__file__, results, options)
     figures = await measure(debian, arguments.rounds, arguments.seconds)
     show(figures, arguments.rounds)
     (results / "block.json").write_text(json.dumps(figures, indent=1))

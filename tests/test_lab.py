@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import anyio
@@ -154,3 +156,44 @@ async def test_empty_command_is_refused() -> None:
 
 def test_init_script_parses() -> None:
     assert subprocess.run(["sh", "-n", lab.INIT], check=False).returncode == 0
+
+
+@pytest.mark.lab
+@no_lab
+async def test_the_lab_reaches_the_host_and_is_reached_if_asked_for() -> None:
+    """A server of the host answers a command in the lab, and one in the lab a client of the host."""
+    probe = socket.create_server(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+    probe.close()
+    seen = b""
+    config = lab.LabConfig(network=True, forwards=(f"tcp:127.0.0.1:{port}-:8000",), memory_bytes=1 << 30)
+    server = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    at = server.extra(anyio.abc.SocketAttribute.local_port)
+
+    async def answer(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            await stream.send(b"from the host\n")
+
+    async def ask() -> None:
+        nonlocal seen
+        # QEMU accepts before there is a server in the lab, and closes.
+        while not seen:
+            try:
+                async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+                    seen = await stream.receive()
+            except (OSError, anyio.EndOfStream, anyio.BrokenResourceError):
+                await anyio.sleep(0.2)
+
+    output = bytearray()
+    script = (
+        f"import socket; print(socket.create_connection(('10.77.0.2', {at})).recv(99).decode(), end='');"
+        "print(open('/etc/resolv.conf').read(), end='', flush=True);"
+        "socket.create_server(('', 8000)).accept()[0].sendall(b'from the lab')"
+    )
+    async with server, anyio.create_task_group() as tasks:
+        tasks.start_soon(server.serve, answer)
+        tasks.start_soon(ask)
+        assert await lab.run([sys.executable, "-c", script], config, output=output.extend) == 0
+        tasks.cancel_scope.cancel()
+    assert output == b"from the host\nnameserver 10.77.0.3\n"
+    assert seen == b"from the lab"

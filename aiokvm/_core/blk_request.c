@@ -122,7 +122,6 @@ static void fail(struct blk_request *request, int error)
         .offset = request->range_count ? request->ranges[request->range].offset : request->offset,
         .length = request->range_count ? request->ranges[request->range].length : request->left,
     };
-    blk_tell(blk, &event);
     free(request->bounce);
     request->bounce = NULL;
     /* A flush cannot succeed by trying again. */
@@ -132,6 +131,8 @@ static void fail(struct blk_request *request, int error)
     } else {
         refuse(request, VIRTIO_BLK_S_IOERR);
     }
+    /* Who hears of it finds it counted. */
+    blk_tell(blk, &event);
 }
 
 /* ---- its pieces ---- */

@@ -1021,6 +1021,145 @@ int aiokvm_net_nic_move(struct aiokvm_net_end *from, struct aiokvm_net_end *to);
 
 /* ---- net_port.h: the program as the peer ---- */
 
+#define AIOKVM_NET_PORT_MAX_DEPTH ...
+#define AIOKVM_NET_PORT_BATCH ...
+
+struct aiokvm_net_port_config {
+    uint32_t depth;
+    uint64_t bytes;
+    uint32_t offloads;
+    uint32_t drop;
+};
+
+struct aiokvm_net_port_header {
+    uint8_t flags, gso_type;
+    uint16_t gso_size;
+    uint16_t csum_start, csum_offset;
+};
+
+struct aiokvm_net_port_batch {
+    const uint8_t *data;
+    uint32_t count;
+    uint32_t special;
+    uint32_t ends[...];
+    struct aiokvm_net_port_header headers[...];
+};
+
+struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct aiokvm_net_port_config *config,
+                                           int *error);
+int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokvm_net_port_batch *batch);
+void aiokvm_net_port_release(struct aiokvm_net_end *end, uint32_t count);
+int aiokvm_net_port_send(struct aiokvm_net_end *end, const uint8_t *data, const uint32_t *sizes,
+                         const struct aiokvm_net_port_header *headers, uint32_t count);
+
 /* ---- net_switch.h ---- */
 
+#define AIOKVM_NET_SWITCH_ADDRESSES ...
+#define AIOKVM_NET_SWITCH_PORTS ...
+
+struct aiokvm_net_switch;
+
+struct aiokvm_net_switch_config {
+    uint64_t ageing_ns;
+    ...;
+};
+
+struct aiokvm_net_switch_port_config {
+    uint32_t vlan;
+    uint32_t isolated;
+    const uint16_t *trunk;
+    uint32_t trunks;
+};
+
+struct aiokvm_net_switch_entry {
+    uint8_t mac[6];
+    uint16_t vlan;
+    uint32_t port;
+    uint64_t age_ns;
+};
+
+struct aiokvm_net_switch_stats {
+    uint64_t forwarded;
+    uint64_t flooded;
+    uint64_t filtered;
+    uint64_t dropped_source;
+    uint64_t dropped_vlan;
+    uint64_t learned, moved, forgotten;
+};
+
+struct aiokvm_net_switch *aiokvm_net_switch_new(struct aiokvm_net *net, const struct aiokvm_net_switch_config *config,
+                                                int *error);
+void aiokvm_net_switch_free(struct aiokvm_net_switch *sw);
+struct aiokvm_net_end *aiokvm_net_switch_port_new(struct aiokvm_net_switch *sw,
+                                                  const struct aiokvm_net_switch_port_config *config, int *error);
+int aiokvm_net_switch_table(struct aiokvm_net_switch *sw, struct aiokvm_net_switch_entry *entries, uint32_t most);
+void aiokvm_net_switch_stats(struct aiokvm_net_switch *sw, struct aiokvm_net_switch_stats *stats);
+
 /* ---- net_filter.h, net_capture.h ---- */
+
+#define AIOKVM_NET_DENY ...
+#define AIOKVM_NET_ALLOW ...
+#define AIOKVM_NET_ASK ...
+#define AIOKVM_NET_EGRESS ...
+#define AIOKVM_NET_INGRESS ...
+#define AIOKVM_NET_MAX_RULES ...
+#define AIOKVM_NET_HAS_SRC ...
+#define AIOKVM_NET_HAS_DST ...
+#define AIOKVM_NET_HAS_SRC_MAC ...
+#define AIOKVM_NET_HAS_DST_MAC ...
+#define AIOKVM_NET_HAS_ETHERTYPE ...
+#define AIOKVM_NET_HAS_PROTOCOL ...
+#define AIOKVM_NET_HAS_SRC_PORT ...
+#define AIOKVM_NET_HAS_DST_PORT ...
+#define AIOKVM_NET_HAS_ICMP_TYPE ...
+#define AIOKVM_NET_NO_REPLIES ...
+
+struct aiokvm_net_recording;
+
+struct aiokvm_net_rule {
+    uint16_t has;
+    uint8_t verdict;
+    uint8_t directions;
+    uint16_t hook;
+    uint16_t ethertype;
+    uint8_t src[16], dst[16];
+    uint8_t address_size;
+    uint8_t src_bits, dst_bits;
+    uint8_t protocol;
+    uint8_t src_mac[6], dst_mac[6];
+    uint16_t src_ports[2], dst_ports[2];
+    uint8_t icmp_types[2];
+};
+
+struct aiokvm_net_flow {
+    uint64_t id;
+    uint16_t hook;
+    uint8_t egress;
+    uint8_t protocol;
+    uint8_t address_size;
+    uint8_t has_ports;
+    uint16_t src_port, dst_port;
+    uint8_t src[16], dst[16];
+    uint32_t frame_size;
+};
+
+struct aiokvm_net_filter *aiokvm_net_filter_new(struct aiokvm_net_end *end, const struct aiokvm_net_rule *rules,
+                                                uint32_t count, int *error);
+int aiokvm_net_filter_replace(struct aiokvm_net_filter *filter, const struct aiokvm_net_rule *rules, uint32_t count);
+int aiokvm_net_filter_take(struct aiokvm_net_filter *filter, struct aiokvm_net_flow *flow, uint8_t *frame,
+                           uint32_t size);
+int aiokvm_net_filter_decide(struct aiokvm_net_filter *filter, uint64_t id, int allow);
+void aiokvm_net_filter_forget(struct aiokvm_net_filter *filter, uint32_t hook);
+void aiokvm_net_filter_free(struct aiokvm_net_filter *filter);
+
+struct aiokvm_net_recording *aiokvm_net_recording_new(uint32_t snaplen, uint64_t buffer_bytes, uint64_t limit_bytes,
+                                                      int *error);
+uint64_t aiokvm_net_recording_take(struct aiokvm_net_recording *recording, uint8_t **data);
+uint64_t aiokvm_net_recording_pending(struct aiokvm_net_recording *recording);
+void aiokvm_net_recording_end(struct aiokvm_net_recording *recording);
+int aiokvm_net_recording_ended(struct aiokvm_net_recording *recording);
+void aiokvm_net_recording_free(struct aiokvm_net_recording *recording);
+struct aiokvm_net_capture *aiokvm_net_capture_new(struct aiokvm_net_recording *recording, uint32_t interface,
+                                                  int *error);
+void aiokvm_net_capture_counts(struct aiokvm_net_capture *capture, uint64_t *frames, uint64_t *dropped);
+void aiokvm_net_capture_free(struct aiokvm_net_capture *capture);

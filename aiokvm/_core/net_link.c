@@ -9,9 +9,6 @@
 /* How many switches a frame may cross. */
 enum { MAX_HOPS = 8 };
 
-/* Of net_frame.passed: what need not be asked again when a frame that was held back is sent again. */
-enum { PASSED_FILTERS = 1, PASSED_SENT_LIMIT = 2, PASSED_RECEIVED_LIMIT = 4, PASSED_CAPTURES = 8 };
-
 static bool passes_filters(struct aiokvm_net_end *from, struct aiokvm_net_end *to, const struct net_frame *frame)
 {
     if (!from->filter && !to->filter)
@@ -26,15 +23,15 @@ static uint64_t passes_limits(struct aiokvm_net_end *from, struct aiokvm_net_end
                               uint64_t now_ns)
 {
     uint64_t wait_ns;
-    if (from->sent_limit && !(frame->passed & PASSED_SENT_LIMIT)) {
+    if (from->sent_limit && !(frame->passed & NET_PASSED_SENT_LIMIT)) {
         if ((wait_ns = aiokvm_ratelimit_take(from->sent_limit, now_ns, frame->size)))
             return wait_ns;
-        frame->passed |= PASSED_SENT_LIMIT;
+        frame->passed |= NET_PASSED_SENT_LIMIT;
     }
-    if (to->received_limit && !(frame->passed & PASSED_RECEIVED_LIMIT)) {
+    if (to->received_limit && !(frame->passed & NET_PASSED_RECEIVED_LIMIT)) {
         if ((wait_ns = aiokvm_ratelimit_take(to->received_limit, now_ns, frame->size)))
             return wait_ns;
-        frame->passed |= PASSED_RECEIVED_LIMIT;
+        frame->passed |= NET_PASSED_RECEIVED_LIMIT;
     }
     return 0;
 }
@@ -52,10 +49,10 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
         return drop(&from->stats.dropped_down);
     if (frame->hops > MAX_HOPS)
         return drop(&from->stats.dropped_invalid);
-    if (!(frame->passed & PASSED_FILTERS)) {
+    if (!(frame->passed & NET_PASSED_FILTERS)) {
         if (!passes_filters(from, to, frame))
             return drop(&from->stats.dropped_filtered);
-        frame->passed |= PASSED_FILTERS;
+        frame->passed |= NET_PASSED_FILTERS;
     }
     if (from->sent_limit || to->received_limit) {
         uint64_t now_ns = aiokvm_now_ns(), wait_ns = passes_limits(from, to, frame, now_ns);
@@ -66,14 +63,16 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
             return NET_BLOCKED;
         }
     }
-    if ((from->capture || to->capture) && !(frame->passed & PASSED_CAPTURES)) {
+    if ((from->capture || to->capture) && !(frame->passed & NET_PASSED_CAPTURES)) {
         if (from->capture)
             net_capture_record(from->capture, from, frame, true);
         if (to->capture)
             net_capture_record(to->capture, to, frame, false);
-        frame->passed |= PASSED_CAPTURES;
+        frame->passed |= NET_PASSED_CAPTURES;
     }
     bool whole = !(net_frame_needs(frame) & ~to->offloads);
+    if (!whole && !net_offload_fits(frame))
+        return drop(&from->stats.dropped_invalid);
     enum net_result result = whole ? to->type->receive(to, frame) : net_offload_send(to, frame);
     if (result == NET_BLOCKED) {
         from->waits = true;

@@ -25,6 +25,14 @@ enum { NET_HEAD = 256 };
 
 struct net_offload; /* net_offload.c */
 
+/* Of net_frame.passed: what need not be asked again when a frame that was held back is sent again. */
+enum {
+    NET_PASSED_FILTERS = 1,
+    NET_PASSED_SENT_LIMIT = 2,
+    NET_PASSED_RECEIVED_LIMIT = 4,
+    NET_PASSED_CAPTURES = 8,
+};
+
 /* A frame on its way. The header is checked, in the byte order of the host; num_buffers has no meaning.
  *
  * The first NET_HEAD bytes, or all, do not change while the frame is on its way; what is behind them may be guest
@@ -176,7 +184,11 @@ enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *f
 
 /* What the frame needs of an end: AIOKVM_NET_OFFLOAD_*. */
 uint32_t net_frame_needs(const struct net_frame *frame);
-/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->segments. */
+/* Whether the frame, if it has to be cut, can be: its headers are what gso_type says. */
+bool net_offload_fits(const struct net_frame *frame);
+/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->segments. To one
+ * that takes segmentation but no checksums: whole, with the checksum of it, and gso_type and gso_size as they are.
+ * NET_BLOCKED also after many pieces, so that others have their turn; the sender is then resumed by itself. */
 enum net_result net_offload_send(struct aiokvm_net_end *to, struct net_frame *frame);
 void net_offload_free(struct net_offload *offload);
 

@@ -42,7 +42,7 @@ bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
     if (!queued)
         return false;
     *queued = (struct net_queued){ .hdr = frame->hdr, .size = frame->size, .hops = frame->hops,
-                                   .queue = frame->queue };
+                                   .queue = frame->queue, .passed = frame->passed, .segments = frame->segments };
     net_frame_copy(frame, queued->data);
     *queue->last = queued;
     queue->last = &queued->next;

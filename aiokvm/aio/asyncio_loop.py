@@ -53,6 +53,12 @@ class AsyncioLoop:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AsyncioLoop) and other._loop is self._loop
+
+    def __hash__(self) -> int:
+        return hash(self._loop)
+
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
         return _Watch(self._loop, fd, callback)
 

@@ -27,7 +27,8 @@ class Task(Handle, Protocol):
 class Loop(Protocol):
     """An event loop. All methods but `call_soon_threadsafe` belong to its own thread.
 
-    Callbacks are plain functions. One that raises is logged by the loop and does not end it.
+    Two that stand for the same loop are equal. Callbacks are plain functions. One that raises is logged by
+    the loop and does not end it.
     """
 
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:

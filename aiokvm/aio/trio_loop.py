@@ -40,16 +40,18 @@ class _Callback:
 
     async def _run(self) -> None:
         with self._scope:
-            # It may be cancelled, and its descriptor closed, before it has run at all.
-            await trio.lowlevel.checkpoint_if_cancelled()
-            while True:
+            # When it is cancelled, what it waits for may be gone, and its descriptor another's: before the
+            # first wait, after any, and after the callback.
+            while not self._is_cancelled():
                 await self._wait()
-                if self._scope.cancel_called:
+                if self._is_cancelled():
                     return
                 _call(self._callback)
-                # What it waited for may be gone now, and its descriptor another's.
-                if not self._again or self._scope.cancel_called:
+                if not self._again:
                     return
+
+    def _is_cancelled(self) -> bool:
+        return self._scope.cancel_called
 
     def cancel(self) -> None:
         self._scope.cancel()
@@ -105,6 +107,12 @@ class TrioLoop:
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._root = trio.lowlevel.current_root_task()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrioLoop) and other._token is self._token
+
+    def __hash__(self) -> int:
+        return hash(self._token)
 
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
         return _Watch(fd, callback)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aiokvm import lab
-from aiokvm.cli import disks
+from aiokvm.cli import disks, nets
 from aiokvm.cli.progress import Fetching
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class InLab:
         self._input: Path | None = None
 
     async def run(self, console: Console) -> int:
-        with tempfile.TemporaryDirectory(prefix="aiokvm-run-") as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(prefix="aiokvm-run-") as directory:
+            folder = Path(directory)
             self._input = folder / "input"
             self._input.touch()
             console.open()
@@ -52,11 +52,13 @@ class InLab:
                 memory_bytes=self._options.memory + _EXTRA_MEMORY_BYTES,
                 writable=(folder, *disks.lab_directories(self._options.disks)),
                 env={key: value for key, value in os.environ.items() if key == "PYTHONPATH"},
+                network=bool(self._options.nets),
+                forwards=nets.lab_forwards(self._options.nets, self._options.forwards),
             )
             try:
                 with self._report.step("lab"), Fetching() as progress:
                     status = await lab.run(
-                        ["sh", "-c", _SCRIPT, name, *self._command(folder)],
+                        ["sh", "-c", _SCRIPT, directory, *self._command(folder)],
                         config,
                         output=console.show,
                         progress=progress,
@@ -64,8 +66,9 @@ class InLab:
                 await console.end()
             finally:
                 self._input = None
-                if self._options.trace is not None and (folder / "trace").exists():
-                    shutil.copyfile(folder / "trace", self._options.trace)
+                for name, target in (("trace", self._options.trace), ("pcap", self._options.pcap)):
+                    if target is not None and (folder / name).exists():
+                        shutil.copyfile(folder / name, target)
                 with suppress(OSError, ValueError):
                     self._take_over(json.loads((folder / "report").read_bytes()))
         return status
@@ -89,6 +92,10 @@ class InLab:
             argv += ["--timeout", str(options.timeout)]
         if options.trace is not None:
             argv += ["--trace", str(folder / "trace")]
+        argv += [f"--{name}" for name in ("rng", "balloon") if getattr(options, name)]
+        argv += nets.lab_arguments(options.nets, options.forwards)
+        if options.pcap is not None:
+            argv += ["--pcap", str(folder / "pcap")]
         return argv
 
     def _take_over(self, inner: dict[str, object]) -> None:

@@ -48,6 +48,7 @@ Exit status:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Let writes to this directory through; may be repeated.",
 )
+@click.option("--network", is_flag=True, help="Let it reach what this machine reaches, by a NAT.")
 @click.argument("command", metavar="-- CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def lab(
@@ -56,6 +57,7 @@ def lab(
     cpus: int,
     timeout: float | None,
     writable: tuple[Path, ...],
+    network: bool,
     command: tuple[str, ...],
 ) -> None:
     """Run a command where there is a real KVM, on any machine and without privileges.
@@ -72,7 +74,9 @@ def lab(
         from aiokvm.cli.console import Output
         from aiokvm.cli.progress import Fetching
 
-        config = lab.LabConfig(memory_bytes=memory, cpus=cpus, timeout=timeout, writable=writable)
+        config = lab.LabConfig(
+            memory_bytes=memory, cpus=cpus, timeout=timeout, writable=writable, network=network
+        )
         try:
             with closing(Output(1)) as output, Fetching() as progress:
                 return await lab.run(command, config, output=output.write, progress=progress)

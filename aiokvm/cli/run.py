@@ -17,7 +17,7 @@ from anyio import to_thread
 
 import aiokvm
 from aiokvm import VM, AiokvmError, ConfigError, Exit, ExitReason, SerialClosedError
-from aiokvm.cli import common, disks
+from aiokvm.cli import common, disks, nets
 from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal, takes_input
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aiokvm.block import DiskOption
     from aiokvm.cli.common import Interrupts
     from aiokvm.cli.console import File
+    from aiokvm.cli.nets import Forward, NetOption
     from aiokvm.images import Image
 
 CMDLINE = "console=ttyS0 panic=-1 quiet loglevel=3"
@@ -61,6 +62,11 @@ class Options:
     trace: Path | None
     command: tuple[str, ...]
     disks: tuple[DiskOption, ...] = ()
+    nets: tuple[NetOption, ...] = ()
+    forwards: tuple[Forward, ...] = ()
+    pcap: Path | None = None
+    rng: bool = False
+    balloon: bool = False
 
     @property
     def cmdline(self) -> str:
@@ -111,6 +117,7 @@ aiokvm run -c 2 -m 1G -- nproc              one command
 aiokvm run --kernel ./bzImage --initrd initramfs -- dmesg
 aiokvm run --kernel ./bzImage --initrd ./rootfs.cpio --append "root=/dev/ram0"
 aiokvm run --disk debian.img                boot from a disk: aiokvm images build debian
+aiokvm run --net user -p 8080:80            a NAT, and localhost:8080 is the guest's port 80
 aiokvm run --json --timeout 30 -- sh -c 'exit 3' 2>/dev/null
 
 \b
@@ -138,6 +145,31 @@ Exit status:
     multiple=True,
     help="A virtio disk: raw, or as its name or F says (qcow2, vmdk, vdi, vhdx); or an NBD URI. Repeat it.",
 )
+@click.option(
+    "--net",
+    "nets",
+    metavar="user|tap:NAME|stream:PATH",
+    type=nets.parse,
+    multiple=True,
+    help="A network adapter: behind a NAT, at a TAP device, at passt's or QEMU's socket. Repeat it.",
+)
+@click.option(
+    "-p",
+    "--publish",
+    "forwards",
+    metavar="[ADDR:]PORT:PORT[/udp]",
+    type=nets.parse_forward,
+    multiple=True,
+    help="Lead a port of this host (of 127.0.0.1 unless ADDR says) to one of the guest, with --net user.",
+)
+@click.option(
+    "--pcap",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Record the packets of all adapters, as pcapng.",
+)
+@click.option("--rng", is_flag=True, help="Give the guest the host's randomness.")
+@click.option("--balloon", is_flag=True, help="Let the guest report memory that it does not use.")
 @click.option("--append", metavar="S", default="", help=f'What follows "{CMDLINE}" on the command line.')
 @click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
 @click.option("-m", "--memory", type=common.size, default="512M", show_default=True, help="RAM.")
@@ -188,6 +220,7 @@ def run(ctx: click.Context, /, **given: object) -> None:
     warnings = common.Warnings(logging.WARNING)
     logging.getLogger("aiokvm").addHandler(warnings)
     check_command(options)
+    nets.check(options.nets, options.forwards, options.pcap)
 
     async def work(interrupts: Interrupts) -> int:
         try:
@@ -371,6 +404,9 @@ class Here:
                 memory=options.memory,
                 name=options.name,
                 disks=[disks.backend(option) for option in options.disks],
+                nets=nets.backends(options.nets, options.forwards, options.pcap),
+                rng=options.rng,
+                balloon=options.balloon,
             )
         report.name = vm.name
         try:

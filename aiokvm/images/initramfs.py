@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 INIT = Path(__file__).with_name("init")
+DHCP = Path(__file__).with_name("dhcp")
 
 EM_386 = 3
 EM_X86_64 = 62
@@ -72,6 +73,7 @@ def base_archive(busybox: bytes, architecture: str) -> bytes:
             cpio.file("bin/busybox", busybox, 0o755),
             cpio.symlink("bin/sh", "busybox"),
             cpio.file("init", INIT.read_bytes(), 0o755),
+            cpio.file("aiokvm/dhcp", DHCP.read_bytes(), 0o755),
             cpio.file("aiokvm/debug-exit", debug_exit_program(architecture), 0o755),
             cpio.directory("etc"),
             cpio.directory("etc/acpi"),

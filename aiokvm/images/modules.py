@@ -12,33 +12,16 @@ if TYPE_CHECKING:
 GUEST_MODULES = (
     *("button", "evdev"),
     *("virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "virtio-rng", "virtio_balloon"),
+    *("failover", "net_failover", "virtio_net"),
     *("crc16", "mbcache", "jbd2", "crc32c_generic", "ext4"),
 )
 """The modules of the guests' initramfs images; their ``init`` loads them, what they depend on first."""
 
 LAB_MODULES = (
-    *(
-        "virtio_ring",
-        "virtio",
-        "virtio_pci_modern_dev",
-        "virtio_pci_legacy_dev",
-        "virtio_pci",
-        "virtio_console",
-    ),
-    *(
-        "netfs",
-        "fscache",
-        "9pnet",
-        "9pnet_virtio",
-        "9p",
-        "overlay",
-        "irqbypass",
-        "ccp",
-        "kvm",
-        "kvm-amd",
-        "tun",
-        "tap",
-    ),
+    *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+    *("virtio_console", "netfs", "fscache", "9pnet", "9pnet_virtio", "9p", "overlay"),
+    *("irqbypass", "ccp", "kvm", "kvm-amd"),
+    *("failover", "net_failover", "virtio_net", "tun", "tap", "veth", "llc", "stp", "bridge"),
     *("vhost_iotlb", "vhost", "vhost_net", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock"),
 )
 """The modules of the lab's kernel in the order in which they are loaded."""

@@ -11,8 +11,9 @@ from aiokvm.errors import ImageError
 EPOCH = 1_700_000_000
 """The time of all that is newer: two builds of the same packages are the same image (SOURCE_DATE_EPOCH)."""
 
-PACKAGES = ("acpid", "kmod", "passwd", "systemd-sysv")
-"""Beside Debian's essential packages: the power button, modules, an init. No udev: it makes a boot longer."""
+PACKAGES = ("acpid", "busybox", "kmod", "passwd", "systemd-sysv", "udhcpc")
+"""Beside Debian's essential packages: the power button, modules, an init, a DHCP client and small tools (ip,
+wget, httpd). No udev: it makes a boot longer."""
 
 # The getty that Debian has waits for udev to announce the terminal.
 _GETTY = """\
@@ -46,6 +47,28 @@ case " $cmdline " in
 esac
 exec /sbin/agetty "$@" --keep-baud 115200,57600,38400,9600 - "$TERM"
 """
+# networkd waits for udev to announce the adapters.
+_DHCP = """\
+[Unit]
+Description=An address for every network adapter, by DHCP
+ConditionPathExistsGlob=/sys/class/net/eth*
+ConditionKernelCommandLine=!aiokvm.nodhcp
+Before=network-online.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/aiokvm-dhcp
+"""
+_DHCP_SCRIPT = """\
+#!/bin/sh
+busybox ip link set lo up
+for adapter in /sys/class/net/eth*; do
+    adapter=${adapter##*/}
+    busybox ip link set "$adapter" up
+    udhcpc -i "$adapter" -t 4 -T 1 -A 5 -b -S
+done
+"""
 _FILES = {
     "etc/hostname": "debian\n",
     # The host's, which a guest cannot use.
@@ -54,6 +77,8 @@ _FILES = {
     "etc/systemd/journald.conf.d/aiokvm.conf": "[Journal]\nStorage=volatile\n",
     "etc/systemd/system/serial-getty@.service": _GETTY,
     "usr/local/sbin/aiokvm-getty": _LOGIN,
+    "etc/systemd/system/aiokvm-dhcp.service": _DHCP,
+    "usr/local/sbin/aiokvm-dhcp": _DHCP_SCRIPT,
     # A prompt that is only what it says, for those who wait for it.
     "root/.inputrc": "set enable-bracketed-paste off\n",
 }
@@ -149,6 +174,8 @@ def write_overlay(kernel_tar: IO[bytes], overlay: IO[bytes]) -> str:
             for name in _MASKED:
                 _link(archive, f"etc/systemd/system/{name}", "/dev/null")
             _link(archive, "etc/systemd/system/default.target", "/lib/systemd/system/multi-user.target")
+            wants = "etc/systemd/system/multi-user.target.wants"
+            _link(archive, f"{wants}/aiokvm-dhcp.service", "../aiokvm-dhcp.service")
     except tarfile.TarError as error:
         raise ImageError(f"the kernel package's archive is damaged: {error}") from error
     if not release:

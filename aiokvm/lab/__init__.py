@@ -42,6 +42,8 @@ _DEFAULT_ENV = {
     "TERM": "dumb",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 }
+# Not the network that a NAT of a guest's has by default. `init` has the same addresses.
+_NETWORK = "net=10.77.0.0/24,host=10.77.0.2,dns=10.77.0.3,dhcpstart=10.77.0.15"
 _CMDLINE = "console=ttyS0 quiet panic=-1 mitigations=off"
 
 
@@ -52,7 +54,8 @@ class LabConfig:
     All ``cpus`` are emulated by one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start
     of the machine. ``writable`` are directories of the host that writes go through to; all other writes are
     gone at the end. ``workdir`` is the current directory if None. ``env`` is added to ``HOME``, ``PATH``,
-    ``LANG`` and ``TERM`` of the caller and ``LAB=1``.
+    ``LANG`` and ``TERM`` of the caller and ``LAB=1``. ``network`` lets the lab reach what the host reaches,
+    by QEMU's NAT; ``forwards`` lead ports of the host to the lab's, each as QEMU's ``hostfwd`` has it.
     """
 
     memory_bytes: int = 3 << 30
@@ -61,6 +64,8 @@ class LabConfig:
     writable: tuple[Path, ...] = ()
     workdir: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    network: bool = False
+    forwards: tuple[str, ...] = ()
 
 
 def needed() -> list[str]:
@@ -176,6 +181,9 @@ class _Machine:
         ]
         for tag, path in _writable(config):
             argv += ["-virtfs", _virtfs(path, tag)]
+        if config.network:
+            forwards = "".join(f",hostfwd={forward}" for forward in config.forwards)
+            argv += ["-netdev", f"user,id=net,{_NETWORK}{forwards}", "-device", "virtio-net-pci,netdev=net"]
         return argv
 
 

@@ -7,17 +7,53 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.filter import Rule, allow, deny, essentials
+    from aiokvm.net.hook import Flow, Hook
     from aiokvm.net.nic import Nic
+    from aiokvm.net.pcap import Pcap
     from aiokvm.net.plane import NetStats
+    from aiokvm.net.port import Batch, Frame, Port
+    from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
     from aiokvm.ratelimit import Limit
 
-__all__ = ["Limit", "NetBackend", "NetStats", "Nic"]
+__all__ = [
+    "Batch",
+    "Flow",
+    "Frame",
+    "Hook",
+    "Limit",
+    "NetBackend",
+    "NetStats",
+    "Nic",
+    "Pcap",
+    "Port",
+    "Rule",
+    "Switch",
+    "SwitchPort",
+    "SwitchStats",
+    "allow",
+    "deny",
+    "essentials",
+]
 
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
+    "Batch": "aiokvm.net.port",
+    "Flow": "aiokvm.net.hook",
+    "Frame": "aiokvm.net.port",
+    "Hook": "aiokvm.net.hook",
     "Limit": "aiokvm.ratelimit",
     "NetStats": "aiokvm.net.plane",
     "Nic": "aiokvm.net.nic",
+    "Pcap": "aiokvm.net.pcap",
+    "Port": "aiokvm.net.port",
+    "Rule": "aiokvm.net.filter",
+    "Switch": "aiokvm.net.switch",
+    "SwitchPort": "aiokvm.net.switch",
+    "SwitchStats": "aiokvm.net.switch",
+    "allow": "aiokvm.net.filter",
+    "deny": "aiokvm.net.filter",
+    "essentials": "aiokvm.net.filter",
 }
 
 

@@ -10,8 +10,9 @@ from aiokvm.errors import ConfigError, StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from aiokvm.net.filter import Hook, Rule
-    from aiokvm.net.pcap import Pcap
+    from aiokvm.net.filter import Rule
+    from aiokvm.net.hook import Filter, Hook
+    from aiokvm.net.pcap import Capture, Pcap
     from aiokvm.net.plane import End, NetStats, Plane
     from aiokvm.ratelimit import Limit
 
@@ -49,13 +50,17 @@ class NetBackend(ABC):
         ingress: Limit | None = None,
     ) -> None:
         self.tap = tap
-        self.filters: Sequence[Rule | Hook] = tuple(filters)
+        self.filters: tuple[Rule | Hook, ...] = _checked(filters)
         self.egress = egress
         self.ingress = ingress
         self.end: End | None = None
         """Its end of the link, while it is open."""
+        self.name = ""
+        """What it is called in captures; empty: what it is."""
         self._opening = False
         self._last_stats: NetStats | None = None
+        self._filter: Filter | None = None
+        self._capture: Capture | None = None
 
     @property
     def plane(self) -> Plane | None:
@@ -90,7 +95,7 @@ class NetBackend(ABC):
         try:
             await self._set_policy(end)
         except BaseException:
-            await self.close()
+            await plane.loop.uncancelled(self.close)
             raise
         return end
 
@@ -101,7 +106,15 @@ class NetBackend(ABC):
             return
         self._last_stats = end.stats()
         end.close()
-        await self._close()
+        if self._filter:
+            self._filter.close()
+            self._filter = None
+        capture, self._capture = self._capture, None
+        try:
+            await self._close()
+        finally:
+            if capture:
+                await capture.close()
 
     def stats(self) -> NetStats:
         """What it has sent to the guest and received from it. Raises StateError before it was opened."""
@@ -111,7 +124,47 @@ class NetBackend(ABC):
             raise StateError(f"{self!r} was never in use")
         return self._last_stats
 
+    async def set_filters(self, filters: Iterable[Rule | Hook]) -> None:
+        """Have other filters from now on, also while it is in use.
+
+        Flows that the old ones have let through go on as far as the new ones allow them; hooks are asked
+        anew. Raises ConfigError for what are no filters, and leaves the old ones in force.
+        """
+        items = _checked(filters)
+        if self.end and self._filter:
+            self._filter.replace(items)
+        elif self.end and items:
+            self._filter = self._new_filter(self.end, items)
+            self._apply(self.end)
+        self.filters = items
+
+    def _new_filter(self, end: End, items: Sequence[Rule | Hook]) -> Filter:
+        from aiokvm.net.hook import Filter
+
+        return Filter(end, items)
+
     async def _set_policy(self, end: End) -> None:
+        if self.tap:
+            self._capture = await self.tap._attach(end, self.name or type(self).__name__.lower())
+        if self.filters:
+            self._filter = self._new_filter(end, self.filters)
+        self._apply(end)
+
+    def _apply(self, end: End) -> None:
         limits = (self.ingress, self.egress)
         sent, received = (limit.core if limit else None for limit in limits)
-        end.set_policy(sent=sent, received=received, keep=limits)
+        end.set_policy(
+            rules=self._filter.core if self._filter else None,
+            capture=self._capture.core if self._capture else None,
+            sent=sent,
+            received=received,
+            keep=(*limits, self._filter, self._capture),
+        )
+
+
+def _checked(filters: Iterable[Rule | Hook]) -> tuple[Rule | Hook, ...]:
+    if not filters:
+        return ()
+    from aiokvm.net.hook import check_filters
+
+    return check_filters(filters)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop
 
+# News of the policy in front of a backend, which are not the backend's.
+_POLICY_NEWS = lib.AIOKVM_NET_NEWS_FLOW | lib.AIOKVM_NET_NEWS_CAPTURED
 # How long the loop serves frames before it looks at everything else.
 BUDGET_NS = 500_000
 
@@ -52,11 +54,20 @@ class End:
         self.id = int(lib.aiokvm_net_end_id(core))
         self._stats = ffi.new("struct aiokvm_net_stats *")
         self._kept: tuple[object, ...] = ()
+        self._subscribers: dict[int, Callable[[], None]] = {}
 
     @property
     def is_open(self) -> bool:
         """Whether it has not been closed."""
         return bool(self.core)
+
+    def subscribe(self, news: int, callback: Callable[[], None]) -> None:
+        """Have one kind of the policy's news told on the loop: AIOKVM_NET_NEWS_FLOW or _CAPTURED."""
+        self._subscribers[news] = callback
+
+    def unsubscribe(self, news: int) -> None:
+        """Tell it no more."""
+        self._subscribers.pop(news, None)
 
     def link(self, other: End) -> None:
         """Connect two ends of one plane. Raises AiokvmError if one of them is connected."""
@@ -86,6 +97,13 @@ class End:
         lib.aiokvm_net_set_policy(self.core, rules or null, capture or null, sent or null, received or null)
         self._kept = keep
 
+    def _tell(self, news: int, error: int, detail: int) -> None:
+        for kind, callback in tuple(self._subscribers.items()):
+            if news & kind:
+                callback()
+        if news & ~_POLICY_NEWS and self.core:
+            self.on_news(news & ~_POLICY_NEWS, error, detail)
+
     def stats(self) -> NetStats:
         """What it has done so far; what it had done when it was closed."""
         if self.core:
@@ -96,10 +114,10 @@ class End:
         """Unlink it and free it. Idempotent."""
         if self.core:
             self.stats()
-            self.plane._forget(self)
             lib.aiokvm_net_end_free(self.core)
             self.core = ffi.NULL
             self._kept = ()
+            self.plane._forget(self)
 
 
 class Plane:
@@ -120,6 +138,7 @@ class Plane:
         self._ends: dict[int, End] = {}
         self._news = ffi.new("struct aiokvm_net_news *")
         self._scheduled = False
+        self._retired = False
         self._watches = [loop.watch(lib.aiokvm_net_news_fd(core), self._on_news)]
         if thread is None:
             self._watches.append(loop.watch(lib.aiokvm_net_fd(core), self._serve))
@@ -144,6 +163,7 @@ class Plane:
         """Free it. Idempotent. Ends that are left are closed."""
         if not self.core:
             return
+        self._retired = False
         for watch in self._watches:
             watch.cancel()
         for end in tuple(self._ends.values()):
@@ -151,8 +171,18 @@ class Plane:
         lib.aiokvm_net_free(self.core)
         self.core = ffi.NULL
 
+    def retire(self) -> None:
+        """Free it as soon as its last end is closed: others than its maker have ends in it."""
+        self._retired = True
+        self._close_if_empty()
+
     def _forget(self, end: End) -> None:
         self._ends.pop(end.id, None)
+        self._close_if_empty()
+
+    def _close_if_empty(self) -> None:
+        if self._retired and not self._ends:
+            self.close()
 
     def _serve(self) -> None:
         # While there is more the loop has its turn, and then comes back by itself.
@@ -171,7 +201,7 @@ class Plane:
             news = self._news[0]
             end = self._ends.get(news.end)
             if end:
-                end.on_news(int(news.news), int(news.error), int(news.detail))
+                end._tell(int(news.news), int(news.error), int(news.detail))
 
 
 def check_dataplane(dataplane: str) -> None:

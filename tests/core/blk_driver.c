@@ -3,6 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#ifdef AIOKVM_HAVE_LIBURING
+#include <liburing.h>
+#endif
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -12,8 +15,6 @@
 #include "check.h"
 
 enum { HEADER = DATA - 4096, STATUS = DATA - 1 };
-
-const uint32_t engines[2] = { AIOKVM_BLK_IO_URING, AIOKVM_BLK_THREADS };
 
 _Atomic int fdatasync_error, fdatasync_calls;
 int __real_fdatasync(int fd);
@@ -38,6 +39,19 @@ void disk_attach(struct disk *disk, uint32_t index)
     aiokvm_vring_stop(queue->vring);
     CHECK_EQ(aiokvm_vring_start(queue->vring, QUEUE_SIZE, base, avail, used, 0), 0);
     CHECK_EQ(aiokvm_blk_set_queue(disk->blk, index, queue->vring, queue->kick, &disk->notifier), 0);
+}
+
+const char *uring_refused(void)
+{
+#ifdef AIOKVM_HAVE_LIBURING
+    struct io_uring ring;
+    int result = io_uring_queue_init(1, &ring, 0);
+    if (result == 0)
+        io_uring_queue_exit(&ring);
+    return result == 0 ? NULL : strerror(-result);
+#else
+    return "built without io_uring";
+#endif
 }
 
 void disk_open_with(struct disk *disk, struct aiokvm_blk_config config, uint64_t bytes)
@@ -178,4 +192,13 @@ bool no_event(struct disk *disk)
 {
     struct aiokvm_blk_event event;
     return !aiokvm_blk_take(disk->blk, &event);
+}
+
+void put_reads(struct disk *disk, uint32_t queue, uint32_t first, uint32_t count)
+{
+    enum { BYTES = 64 << 10 };
+    for (uint32_t i = first; i < first + count; i++) {
+        struct part parts[] = { { DATA - 4096, 16, false }, { DATA + i * BYTES, BYTES, true }, { DATA - 1, 1, true } };
+        put(disk, queue, parts, 3);
+    }
 }

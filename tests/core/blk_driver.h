@@ -50,8 +50,23 @@ struct used {
 /* The next call fails so; how many there were. */
 extern _Atomic int fdatasync_error, fdatasync_calls;
 
-/* The test runs for each engine: the file is bytes long and empty. */
-extern const uint32_t engines[2];
+/* Why io_uring cannot be had, NULL if it can. */
+const char *uring_refused(void);
+
+/* A test for each engine; without io_uring one is skipped. */
+#define EACH_ENGINE(name)                                       \
+    static void name(uint32_t engine);                          \
+    TEST(name##_uring)                                          \
+    {                                                           \
+        if (uring_refused())                                    \
+            check_skip(uring_refused());                        \
+        else                                                    \
+            name(AIOKVM_BLK_IO_URING);                          \
+    }                                                           \
+    TEST(name##_threads) { name(AIOKVM_BLK_THREADS); }          \
+    static void name(uint32_t engine)
+
+/* The file is bytes long and empty. */
 void disk_open(struct disk *disk, uint32_t engine, uint64_t bytes);
 /* The same with what config says; fd, capacity, name and id are filled in where they are not set. */
 void disk_open_with(struct disk *disk, struct aiokvm_blk_config config, uint64_t bytes);
@@ -70,6 +85,8 @@ struct used wait_used(struct disk *disk, uint32_t queue);
 void header(struct disk *disk, uint32_t gpa, uint32_t type, uint64_t sector);
 /* One request on queue 0 with one buffer of data (none if length is 0), to its end: its status. */
 uint8_t request(struct disk *disk, uint32_t type, uint64_t sector, uint32_t gpa, uint32_t length);
+/* So many reads, each to a buffer of its own, with the header at DATA - 4096. */
+void put_reads(struct disk *disk, uint32_t queue, uint32_t first, uint32_t count);
 /* The next event, which has to come. */
 struct aiokvm_blk_event wait_event(struct disk *disk);
 bool no_event(struct disk *disk);

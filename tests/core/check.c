@@ -8,6 +8,7 @@
 static struct test *first, **last = &first;
 static struct test *current;
 static int number;
+static const char *skipped;
 
 void test_register(struct test *test)
 {
@@ -26,6 +27,11 @@ void check_failed(const char *file, int line, const char *format, ...)
     fflush(stdout);
     /* Other threads may be in the middle of anything: no destructors, no leak check. */
     _exit(1);
+}
+
+void check_skip(const char *reason)
+{
+    skipped = reason;
 }
 
 static bool is_selected(const struct test *test, char **names)
@@ -50,8 +56,9 @@ int main(int argc, char **argv)
         if (!is_selected(current, argv + 1))
             continue;
         number++;
+        skipped = NULL;
         current->run();
-        printf("ok %d - %s\n", number, current->name);
+        printf("ok %d - %s%s%s\n", number, current->name, skipped ? " # SKIP " : "", skipped ? skipped : "");
         fflush(stdout);
     }
     return 0;

@@ -21,6 +21,9 @@ void test_register(struct test *test);
 _Noreturn void check_failed(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* The test that runs is over, and shows nothing here. */
+void check_skip(const char *reason);
+
 #define TEST(function)                                                                   \
     static void function(void);                                                          \
     __attribute__((constructor)) static void function##_register(void)                   \

@@ -14,7 +14,7 @@ static bool serve(struct aiokvm_net_end *end)
 static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *frame)
 {
     struct fake_end *fake = (struct fake_end *)end;
-    if (fake->blocks)
+    if (fake->blocks || (fake->most && fake->received >= fake->most))
         return NET_BLOCKED;
     fake->received++;
     if (fake->kept < LENGTH(fake->frames)) {

@@ -13,6 +13,7 @@ struct fake_frame {
 struct fake_end {
     struct aiokvm_net_end end;
     bool blocks; /* what it is sent has to wait */
+    uint32_t most; /* blocks after so many; 0: never */
     bool resumed;
     uint32_t flushed, served;
     uint32_t received, kept; /* how many there were; how many of them are in frames */

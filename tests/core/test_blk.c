@@ -13,12 +13,6 @@
 
 enum { MIB = 1 << 20 };
 
-#define EACH_ENGINE(name)                                       \
-    static void name(uint32_t engine);                          \
-    TEST(name##_uring) { name(AIOKVM_BLK_IO_URING); }           \
-    TEST(name##_threads) { name(AIOKVM_BLK_THREADS); }          \
-    static void name(uint32_t engine)
-
 static void fill(struct disk *disk, uint32_t gpa, uint32_t length, uint64_t seed)
 {
     for (uint32_t i = 0; i < length; i++)
@@ -31,16 +25,6 @@ static void check_file(struct disk *disk, uint64_t offset, const uint8_t *bytes,
     CHECK_EQ(pread(disk->fd, read, length, (off_t)offset), length);
     CHECK(memcmp(read, bytes, length) == 0);
     free(read);
-}
-
-/* So many reads, each to a buffer of its own, with the header at DATA - 4096. */
-static void put_reads(struct disk *disk, uint32_t queue, uint32_t first, uint32_t count)
-{
-    enum { BYTES = 64 << 10 };
-    for (uint32_t i = first; i < first + count; i++) {
-        struct part parts[] = { { DATA - 4096, 16, false }, { DATA + i * BYTES, BYTES, true }, { DATA - 1, 1, true } };
-        put(disk, queue, parts, 3);
-    }
 }
 
 EACH_ENGINE(what_is_written_is_read)

@@ -9,12 +9,6 @@
 
 enum { MIB = 1 << 20, SECTORS = 2048 };
 
-#define EACH_ENGINE(name)                                       \
-    static void name(uint32_t engine);                          \
-    TEST(name##_uring) { name(AIOKVM_BLK_IO_URING); }           \
-    TEST(name##_threads) { name(AIOKVM_BLK_THREADS); }          \
-    static void name(uint32_t engine)
-
 EACH_ENGINE(requests_that_end_with_a_status)
 {
     static const struct {

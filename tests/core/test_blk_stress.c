@@ -109,7 +109,10 @@ static void stress(uint32_t engine)
 
 TEST(two_queues_uring)
 {
-    stress(AIOKVM_BLK_IO_URING);
+    if (uring_refused())
+        check_skip(uring_refused());
+    else
+        stress(AIOKVM_BLK_IO_URING);
 }
 
 TEST(two_queues_threads)

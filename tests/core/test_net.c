@@ -269,6 +269,33 @@ TEST(frames_wait_in_a_queue_of_bounded_size)
     aiokvm_net_free(net);
 }
 
+TEST(a_frame_that_has_to_wait_keeps_what_it_has_passed)
+{
+    struct aiokvm_net *net = plane(NULL);
+    struct fake_end *ends[2];
+    pair(net, ends);
+    /* Lets two through, as a bucket may be in debt: this one, once, and another. */
+    struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(0, 0, 1, 1);
+    aiokvm_net_set_policy(&ends[0]->end, NULL, NULL, limit, NULL);
+    struct net_queue queue;
+    net_queue_init(&queue, 3, 4000);
+    struct iovec iov[2] = { [1] = { (void *)(uintptr_t)FRAME, 60 } };
+    struct net_frame frame = { .iov = iov + 1, .count = 1, .size = 60 };
+    CHECK(net_enter(net));
+    ends[1]->blocks = true;
+    CHECK_EQ(net_send(&ends[0]->end, &frame), NET_BLOCKED);
+    CHECK(net_queue_put(&queue, &frame));
+    ends[1]->blocks = false;
+    CHECK_EQ(net_queue_send(&queue, &ends[0]->end, 1), NET_TAKEN);
+    CHECK(aiokvm_ratelimit_take(limit, aiokvm_now_ns(), 60) == 0);
+    CHECK(aiokvm_ratelimit_take(limit, aiokvm_now_ns(), 60) != 0);
+    net_queue_clear(&queue);
+    net_leave(net);
+    aiokvm_net_set_policy(&ends[0]->end, NULL, NULL, NULL, NULL);
+    aiokvm_ratelimit_free(limit);
+    aiokvm_net_free(net);
+}
+
 TEST(headers_of_frames_are_checked)
 {
     static const struct {
