@@ -118,12 +118,15 @@ async def test_the_queues_are_used(guests: tuple[Guest, Guest, Program]) -> None
 async def test_tcp_between_guests(guests: tuple[Guest, Guest, Program]) -> None:
     one, other, _ = guests
     await one.run("dd if=/dev/urandom of=/data bs=64k count=64 2>/dev/null")
-    sums = [(await one.run("sha256sum </data")).split()[0]]
+    sums = [await one.run("sha256sum </data")]
+    # What holds its input open does not end before it has everything.
+    await other.run("mkfifo /hold")
     # With segments of 64 KiB, cut in software, and with checksums that the guest has computed.
     for port, mss in ((5001, ""), (5002, "ip link set eth1 mtu 576;")):
-        await other.run(f"(nc -l -p {port} >/got; sha256sum </got >/sum) & sleep 1")
+        await other.run(f"(nc -l -p {port} <>/hold >/got; sha256sum </got >/sum) & sleep 1")
         await one.run(f"{mss} nc -w 60 10.2.0.2 {port} </data")
-        sums.append((await other.run("until [ -s /sum ]; do sleep 0.1; done; cat /sum; rm /sum")).split()[0])
+        sums.append(await other.run("until [ -s /sum ]; do sleep 0.1; done; cat /sum; rm /sum"))
+    print(sums, one.vm.nets[1].stats(), other.vm.nets[0].stats())
     assert len(set(sums)) == 1
     await one.run("ip link set eth1 mtu 1500")
     # Fewer frames than segments.
