@@ -185,7 +185,19 @@ class Lib:
 
     # net_tap.h
 
+    AIOKVM_NET_TAP_QUEUES: int
+    def aiokvm_net_tap_new(
+        self, net: Pointer, fds: Pointer, count: int, offload: int, error: Pointer
+    ) -> Pointer: ...
+    def aiokvm_net_tap_offloads(self, end: Pointer) -> int: ...
+
     # net_stream.h, net_datagram.h
+
+    def aiokvm_net_stream_new(self, net: Pointer, error: Pointer) -> Pointer: ...
+    def aiokvm_net_stream_attach(self, end: Pointer, fd: int) -> int: ...
+    def aiokvm_net_datagram_new(
+        self, net: Pointer, fd: int, remote: bytes, remote_size: int, error: Pointer
+    ) -> Pointer: ...
 
     # net_slirp.h
 

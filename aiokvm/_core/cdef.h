@@ -1015,7 +1015,17 @@ int aiokvm_net_nic_move(struct aiokvm_net_end *from, struct aiokvm_net_end *to);
 
 /* ---- net_tap.h: TAP devices ---- */
 
+#define AIOKVM_NET_TAP_QUEUES ...
+struct aiokvm_net_end *aiokvm_net_tap_new(struct aiokvm_net *net, const int *fds, uint32_t count, int offload,
+                                          int *error);
+uint32_t aiokvm_net_tap_offloads(const struct aiokvm_net_end *end);
+
 /* ---- net_stream.h, net_datagram.h: the framing of QEMU's netdevs ---- */
+
+struct aiokvm_net_end *aiokvm_net_stream_new(struct aiokvm_net *net, int *error);
+int aiokvm_net_stream_attach(struct aiokvm_net_end *end, int fd);
+struct aiokvm_net_end *aiokvm_net_datagram_new(struct aiokvm_net *net, int fd, const void *remote,
+                                               uint32_t remote_size, int *error);
 
 /* ---- net_slirp.h: user-mode NAT ---- */
 

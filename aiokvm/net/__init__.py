@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING
 from aiokvm.net.backend import NetBackend
 
 if TYPE_CHECKING:
+    from aiokvm.net.datagram import Datagram
     from aiokvm.net.filter import Rule, allow, deny, essentials
     from aiokvm.net.hook import Flow, Hook
     from aiokvm.net.nic import Nic
     from aiokvm.net.pcap import Pcap
     from aiokvm.net.plane import NetStats
     from aiokvm.net.port import Batch, Frame, Port
+    from aiokvm.net.stream import Stream
     from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
+    from aiokvm.net.tap import Tap
     from aiokvm.ratelimit import Limit
 
 __all__ = [
     "Batch",
+    "Datagram",
     "Flow",
     "Frame",
     "Hook",
@@ -28,9 +32,11 @@ __all__ = [
     "Pcap",
     "Port",
     "Rule",
+    "Stream",
     "Switch",
     "SwitchPort",
     "SwitchStats",
+    "Tap",
     "allow",
     "deny",
     "essentials",
@@ -39,6 +45,7 @@ __all__ = [
 # What most machines need nothing of is loaded when it is asked for.
 _LATER = {
     "Batch": "aiokvm.net.port",
+    "Datagram": "aiokvm.net.datagram",
     "Flow": "aiokvm.net.hook",
     "Frame": "aiokvm.net.port",
     "Hook": "aiokvm.net.hook",
@@ -48,9 +55,11 @@ _LATER = {
     "Pcap": "aiokvm.net.pcap",
     "Port": "aiokvm.net.port",
     "Rule": "aiokvm.net.filter",
+    "Stream": "aiokvm.net.stream",
     "Switch": "aiokvm.net.switch",
     "SwitchPort": "aiokvm.net.switch",
     "SwitchStats": "aiokvm.net.switch",
+    "Tap": "aiokvm.net.tap",
     "allow": "aiokvm.net.filter",
     "deny": "aiokvm.net.filter",
     "essentials": "aiokvm.net.filter",

@@ -17,6 +17,7 @@ struct test {
     struct test *next;
 };
 
+
 void test_register(struct test *test);
 _Noreturn void check_failed(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
@@ -45,6 +46,13 @@ void check_skip(const char *reason);
         if (actual_ != expected_)                                                                            \
             check_failed(__FILE__, __LINE__, "%s is %lld (%#llx), not %lld (%#llx)", #actual, actual_,       \
                          (unsigned long long)actual_, expected_, (unsigned long long)expected_);             \
+    } while (0)
+
+/* Ends a test that cannot run here. */
+#define SKIP(reason)              \
+    do {                          \
+        check_skip(reason);      \
+        return;                   \
     } while (0)
 
 /* Waits for what another thread is about to make true. */

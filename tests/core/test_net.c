@@ -364,3 +364,26 @@ TEST(a_child_of_fork_has_no_net)
     CHECK_EQ(status, 0);
     aiokvm_net_free(net);
 }
+
+TEST(a_child_of_fork_leaves_what_its_parent_watches_alone)
+{
+    struct aiokvm_net *net = plane(NULL);
+    struct fake_end *fake = fake_end_new(net, 0);
+    struct net_watch watch;
+    int pipes[2], status;
+    CHECK_EQ(pipe(pipes), 0);
+    CHECK_EQ(net_watch(&watch, &fake->end, pipes[0], EPOLLIN), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        net_unwatch(&watch);
+        _exit(0);
+    }
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK_EQ(write(pipes[1], "x", 1), 1);
+    fake_end_serve(net);
+    CHECK_EQ(fake->served, 1);
+    CHECK_EQ(watch.events, EPOLLIN);
+    aiokvm_net_free(net);
+    close(pipes[0]);
+    close(pipes[1]);
+}
