@@ -42,8 +42,8 @@ class Tap(NetBackend):
     was created goes when it is closed, unless ``persist``. ``mtu`` is set on the device, and told to the
     guest; by default the guest is told what the device has.
 
-    ``fds`` are descriptors of a device that somebody else has opened (IFF_TAP | IFF_NO_PI, and IFF_VNET_HDR if
-    offloads are wanted): a macvtap's /dev/tapN, those of a privileged helper. Copies are made of them.
+    ``fds`` are descriptors of a device that somebody else has opened (IFF_TAP | IFF_NO_PI, and IFF_VNET_HDR
+    if offloads are wanted): a macvtap's /dev/tapN, those of a privileged helper. Copies are made of them.
 
     ``bridge`` names a bridge that the device is to be a port of, ``address`` is one or more addresses that it
     is to have, as in "10.0.0.1/24". Both need the extra ``netlink`` (pyroute2).
