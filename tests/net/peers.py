@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aiokvm.net import NetBackend
 
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 GUEST_MAC = b"\x02\0\0\0\0\x02"
 BROADCAST = b"\xff" * 6
 ETH_P_IP, ETH_P_ARP, ETH_P_LOCAL = 0x0800, 0x0806, 0x88B5
@@ -105,7 +105,7 @@ def is_local(frame: bytes) -> bool:
 
 
 def checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data + b'x') // 2}H", data + b"\0" * (len(data) % 2)))
+    total: int = sum(struct.unpack(f"!{len(data + b'x') // 2}H", data + b"\0" * (len(data) % 2)))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -120,11 +120,10 @@ def ipv4(source: str, destination: str, protocol: int, payload: bytes, to: bytes
 
 
 def dhcp_discover(transaction: int) -> bytes:
-    head = struct.pack(
-        "!BBBBIHH16s16s192sI", 1, 1, 6, 0, transaction, 0, 0x8000, b"", GUEST_MAC, b"", 0x63825363
-    )
+    head = struct.pack("!BBBBIHH16s", 1, 1, 6, 0, transaction, 0, 0x8000, b"")
+    # sname and file are in the 192 bytes.
+    head += struct.pack("!16s192sI", GUEST_MAC, b"", 0x63825363)
     payload = head + b"\x35\x01\x01\xff"
-    # sname and file are in the 192 bytes, chaddr in the 16.
     udp = struct.pack("!HHHH", 68, 67, 8 + len(payload), 0)
     return ipv4("0.0.0.0", "255.255.255.255", 17, udp + payload)
 
