@@ -188,9 +188,9 @@ class Tap(NetBackend):
 
     def _explain(self, name: str, error: OSError) -> Exception:
         several = " multi_queue" if self.queues > 1 else ""
-        make = f"`ip tuntap add {name} mode tap user $USER{several}`"
+        make = f"`ip tuntap add dev {name} mode tap user $USER{several}`"
         if name == "aiokvm%d":
-            make = f"`ip tuntap add NAME mode tap user $USER{several}` and give its name"
+            make = f"`ip tuntap add dev NAME mode tap user $USER{several}` and give its name"
         match error.errno:
             case errno.EPERM | errno.EACCES:
                 return ConfigError(
