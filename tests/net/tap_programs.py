@@ -205,21 +205,27 @@ async def bridges() -> None:
             tasks.cancel_scope.cancel()
 
 
-async def handed() -> None:
-    """A helper opens the device, and hands its descriptors in: with headers and without."""
-    for flags in (0x1002, 0x5002, 0x5102):
-        ours, theirs = socket.socketpair()
-        program = f"""
+async def helped(flags: int, queues: int, *prefix: str) -> list[int]:
+    """Descriptors of a device "helper" that another program opens."""
+    ours, theirs = socket.socketpair()
+    program = f"""
 import array, fcntl, os, socket, struct
 fds = []
-for _ in range({2 if flags & 0x100 else 1}):
+for _ in range({queues}):
     fds.append(os.open("/dev/net/tun", os.O_RDWR))
     fcntl.ioctl(fds[-1], 0x400454CA, struct.pack("16sH22x", b"helper", {flags}))
 socket.socket(fileno=0).sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
 """
-        await anyio.run_process((sys.executable, "-c", program), stdin=theirs.makefile("rb"))
-        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(8))
-        fds = array.array("i", ancillary[0][2]).tolist()
+    with ours, theirs:
+        await anyio.run_process((*prefix, sys.executable, "-c", program), stdin=theirs.makefile("rb"))
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4 * queues))
+    return array.array("i", ancillary[0][2]).tolist()
+
+
+async def handed() -> None:
+    """A helper opens the device, and hands its descriptors in: with headers and without."""
+    for flags in (0x1002, 0x5002, 0x5102):
+        fds = await helped(flags, 2 if flags & 0x100 else 1)
         tap = Tap(fds=fds)
         async with linked(tap) as peer:
             assert tap.name == "helper"
@@ -230,9 +236,48 @@ socket.socket(fileno=0).sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, 
         assert "helper" in ip("link")
         for fd in fds:
             os.close(fd)
-        ours.close()
-        theirs.close()
         assert "helper" not in ip("link")
+
+
+async def elsewhere() -> None:
+    """The device is in a namespace of the helper's: what has its name here is left alone."""
+    ip("tuntap", "add", "dev", "helper", "mode", "tap")
+    (fd,) = await helped(0x5002, 1, "unshare", "-n")
+    tap = Tap(fds=[fd])
+    async with linked(tap) as peer:
+        assert (tap.name, tap.ifindex, tap.mtu) == ("helper", 0, None)
+        await peer.send(ethernet(b"hello"))
+    assert "state DOWN" in ip("link", "show", "helper")
+    assert "UP" not in ip("link", "show", "helper").split(">")[0]
+    plane = Plane(current_loop())
+    with pytest.raises(ConfigError, match="another network namespace"):
+        await Tap(fds=[fd], mtu=9000).open(plane, print)
+    plane.close()
+    os.close(fd)
+
+
+async def macvtap() -> None:
+    """A device of which only the descriptors are had; deleting it is told by the kernel's messages alone."""
+    ip("tuntap", "add", "dev", "lower", "mode", "tap")
+    ip("link", "set", "lower", "up")
+    ip("link", "add", "link", "lower", "name", "mac7", "type", "macvtap", "mode", "bridge")
+    node = f"/dev/tap{socket.if_nametoindex('mac7')}"
+    fd = os.open(node, os.O_RDWR)
+    tap = Tap(fds=[fd])
+    async with linked(Tap("lower")) as below, linked(tap) as peer:
+        assert tap.name == "mac7"
+        assert tap.offloads
+        await peer.send(ethernet(b"hello"))
+        assert await below.receive(is_local) == ethernet(b"hello")
+        await below.send(ethernet(b"world"))
+        assert await peer.receive(is_local) == ethernet(b"world")
+        ip("link", "add", "link", "lower", "name", "mac8", "type", "macvtap", "mode", "bridge")
+        ip("link", "del", "mac8")
+        ip("link", "del", "mac7")
+        assert await peer.until_lost() == "the interface mac7 was deleted"
+        await peer.send(ethernet(b"gone"))
+    assert len(peer.lost) == 1
+    os.close(fd)
 
 
 async def cancelled() -> None:
@@ -268,7 +313,18 @@ async def unprivileged() -> None:
 
 PROGRAMS = {
     each.__name__: each
-    for each in (traffic, names, deleted, errors, bridges, handed, cancelled, unprivileged)
+    for each in (
+        traffic,
+        names,
+        deleted,
+        errors,
+        bridges,
+        handed,
+        elsewhere,
+        macvtap,
+        cancelled,
+        unprivileged,
+    )
 }
 
 

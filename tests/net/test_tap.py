@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from functools import cache
@@ -14,9 +15,10 @@ import pytest
 
 from aiokvm import ConfigError
 from aiokvm.net import Tap
+from aiokvm.net.links import removed
 
 FILE = Path(__file__).with_name("tap_programs.py")
-PROGRAMS = ("traffic", "names", "deleted", "errors", "bridges", "handed", "cancelled")
+PROGRAMS = ("traffic", "names", "deleted", "errors", "bridges", "handed", "elsewhere", "cancelled")
 
 
 @cache
@@ -48,6 +50,39 @@ def test_in_a_namespace(name: str, loop: str) -> None:
     if name in ("bridges", "errors"):
         pytest.importorskip("pyroute2", reason="no pyroute2: the extra netlink has it")
     in_a_namespace(*program(name, loop))
+
+
+@cache
+def why_no_macvtap() -> str:
+    """Its node in /dev has the number of an interface of a namespace: another's may be there."""
+    script = (
+        "ip tuntap add dev lower mode tap && ip link add link lower name mac7 type macvtap && "
+        "test -w /dev/tap$(ip -o link show mac7 | cut -d: -f1)"
+    )
+    done = subprocess.run(("unshare", "-rn", "sh", "-c", script), capture_output=True, check=False)
+    return "no macvtap may be made, or its node in /dev is not there" if done.returncode else ""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_macvtap(loop: str) -> None:
+    if reason := why_not() or why_no_macvtap():
+        pytest.skip(reason)
+    in_a_namespace(*program("macvtap", loop))
+
+
+@pytest.mark.parametrize(
+    ("data", "gone"),
+    [
+        (b"", []),
+        (struct.pack("=IHHIIBxHiII", 32, 17, 0, 0, 0, 0, 1, 7, 0, 0) * 2, [7, 7]),
+        (struct.pack("=IHHIIBxHiII", 32, 16, 0, 0, 0, 0, 1, 7, 0, 0), []),
+        (struct.pack("=IHHIIBxHiII", 0, 17, 0, 0, 0, 0, 1, 7, 0, 0), []),
+        (struct.pack("=IHHIIBxHiII", 0xFFFF_FFFF, 17, 0, 0, 0, 0, 1, 7, 0, 0) + bytes(40), [7]),
+        (struct.pack("=IHHIIBxHiII", 32, 17, 0, 0, 0, 0, 1, 7, 0, 0)[:-1], []),
+    ],
+)
+def test_messages_about_interfaces(data: bytes, gone: list[int]) -> None:
+    assert list(removed(data)) == gone
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
