@@ -314,16 +314,7 @@ async def unprivileged() -> None:
 PROGRAMS = {
     each.__name__: each
     for each in (
-        traffic,
-        names,
-        deleted,
-        errors,
-        bridges,
-        handed,
-        elsewhere,
-        macvtap,
-        cancelled,
-        unprivileged,
+        *(traffic, names, deleted, errors, bridges, handed, elsewhere, macvtap, cancelled, unprivileged),
     )
 }
 
