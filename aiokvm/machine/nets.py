@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from logging import LoggerAdapter
     from typing import Any
 
-    from aiokvm.aio import Loop
+    from aiokvm.aio import Handle, Loop
     from aiokvm.net.plane import NetStats
+
+# When a guest is asked again to tell a new network where it is; QEMU does it about so.
+ANNOUNCE_MS = (50, 200, 450, 800, 1250)
 
 
 class VmNic:
@@ -34,6 +37,7 @@ class VmNic:
         """Why nothing comes from the backend any more; None while it is there."""
         self._nets = nets
         self._up = config.up
+        self._rounds: list[Handle] = []
         self._data = NicData(nets.loop, name, config.dataplane, self._on_lost)
         self._data.set_up(config.up)
         self.device: VirtioNet
@@ -103,7 +107,7 @@ class VmNic:
         # It may be lost already.
         if self.lost is None and self._up:
             self._set_link(True)
-            self.device.announce()
+            self._announce()
 
     async def open(self) -> None:
         """Open the backend, and make the device, which may have its MTU."""
@@ -130,6 +134,20 @@ class VmNic:
     def _tell_link(self, up: bool) -> None:
         self.device.set_link(up)
         self._nets.hub.emit(events.LinkChanged(self._nets.machine, self.name, up))
+
+    def _announce(self) -> None:
+        # Linux sends what it has to say before it takes the link for up, and then it goes nowhere.
+        self.stop()
+        self.device.announce()
+        now_ns = self._nets.loop.now_ns()
+        for wait_ms in ANNOUNCE_MS:
+            at_ns = now_ns + wait_ms * 1_000_000
+            self._rounds.append(self._nets.loop.call_at(at_ns, self.device.announce))
+
+    def stop(self) -> None:
+        """The machine has ended. Idempotent."""
+        while self._rounds:
+            self._rounds.pop().cancel()
 
     def _on_lost(self, backend: NetBackend, why: str) -> None:
         if backend is not self.backend or self.lost is not None or self._nets.ended:
@@ -168,3 +186,5 @@ class Nets:
     def stop(self) -> None:
         """The machine has ended. Idempotent."""
         self.ended = True
+        for nic in self.all:
+            nic.stop()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aiokvm.net.port import Batch, Frame, Port
     from aiokvm.net.service import Connection
     from aiokvm.net.stream import Stream
-    from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
+    from aiokvm.net.switch import Switch, SwitchAddress, SwitchPort, SwitchStats
     from aiokvm.net.tap import Tap
     from aiokvm.net.user import User
     from aiokvm.ratelimit import Limit
@@ -41,6 +41,7 @@ __all__ = [
     "Rule",
     "Stream",
     "Switch",
+    "SwitchAddress",
     "SwitchPort",
     "SwitchStats",
     "Tap",
@@ -68,6 +69,7 @@ _LATER = {
     "Rule": "aiokvm.net.filter",
     "Stream": "aiokvm.net.stream",
     "Switch": "aiokvm.net.switch",
+    "SwitchAddress": "aiokvm.net.switch",
     "SwitchPort": "aiokvm.net.switch",
     "SwitchStats": "aiokvm.net.switch",
     "Tap": "aiokvm.net.tap",
