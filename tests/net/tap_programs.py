@@ -306,7 +306,11 @@ def transfer() -> None:
 @contextmanager
 def far_side() -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
-    with ours, theirs, subprocess.Popen(("unshare", "-n", sys.executable, "-c", FAR), stdin=theirs) as far:
+    with (
+        ours,
+        theirs,
+        subprocess.Popen(("unshare", "-n", sys.executable, "-c", FAR), stdin=theirs.fileno()) as far,
+    ):
         try:
             yield ours
         finally:
