@@ -412,12 +412,21 @@ uint32_t aiokvm_net_end_id(const struct aiokvm_net_end *end)
     return end->id;
 }
 
+/* The limit that holds it back is gone, or another. */
+static void unthrottle(struct aiokvm_net_end *end)
+{
+    if (end && end->throttled_ns)
+        net_throttle(end, 1);
+}
+
 static void unlink_ends(struct aiokvm_net_end *end)
 {
     struct aiokvm_net_end *peer = end->peer;
     if (!peer)
         return;
     /* What waits may go: it will be dropped. */
+    unthrottle(end);
+    unthrottle(peer);
     net_resume(end);
     net_resume(peer);
     end->peer = peer->peer = NULL;
@@ -472,6 +481,8 @@ void aiokvm_net_set_policy(struct aiokvm_net_end *end, struct aiokvm_net_filter 
     end->capture = capture;
     end->sent_limit = sent;
     end->received_limit = received;
+    unthrottle(end);
+    unthrottle(end->peer);
     net_leave(end->net);
 }
 

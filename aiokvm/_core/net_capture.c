@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "net_priv.h"
 
@@ -23,6 +24,7 @@ struct block_trailer {
 };
 
 struct aiokvm_net_recording {
+    pid_t pid; /* of the process whose it is: in a child of fork the lock may be held by nobody */
     pthread_mutex_t lock; /* of all below, and of the counts of its captures */
     uint32_t snaplen;
     uint64_t size; /* of a buffer */
@@ -96,6 +98,7 @@ struct aiokvm_net_recording *aiokvm_net_recording_new(uint32_t snaplen, uint64_t
     struct aiokvm_net_recording *recording = calloc(1, sizeof(*recording));
     if (recording) {
         pthread_mutex_init(&recording->lock, NULL);
+        recording->pid = getpid();
         recording->snaplen = snaplen;
         recording->size = buffer_bytes;
         recording->left = limit_bytes ? limit_bytes : UINT64_MAX;
@@ -109,9 +112,16 @@ struct aiokvm_net_recording *aiokvm_net_recording_new(uint32_t snaplen, uint64_t
     return NULL;
 }
 
+/* For the program's calls. False: this is a child of fork. */
+static bool enter(struct aiokvm_net_recording *recording)
+{
+    return recording->pid == getpid() && !pthread_mutex_lock(&recording->lock);
+}
+
 uint64_t aiokvm_net_recording_take(struct aiokvm_net_recording *recording, uint8_t **data)
 {
-    pthread_mutex_lock(&recording->lock);
+    if (!enter(recording))
+        return 0;
     uint64_t size = recording->filled;
     *data = recording->filling;
     recording->filling = recording->taken;
@@ -123,7 +133,8 @@ uint64_t aiokvm_net_recording_take(struct aiokvm_net_recording *recording, uint8
 
 uint64_t aiokvm_net_recording_pending(struct aiokvm_net_recording *recording)
 {
-    pthread_mutex_lock(&recording->lock);
+    if (!enter(recording))
+        return 0;
     uint64_t size = recording->filled;
     pthread_mutex_unlock(&recording->lock);
     return size;
@@ -131,14 +142,16 @@ uint64_t aiokvm_net_recording_pending(struct aiokvm_net_recording *recording)
 
 void aiokvm_net_recording_end(struct aiokvm_net_recording *recording)
 {
-    pthread_mutex_lock(&recording->lock);
+    if (!enter(recording))
+        return;
     recording->ended = true;
     pthread_mutex_unlock(&recording->lock);
 }
 
 int aiokvm_net_recording_ended(struct aiokvm_net_recording *recording)
 {
-    pthread_mutex_lock(&recording->lock);
+    if (!enter(recording))
+        return 1;
     bool ended = recording->ended;
     pthread_mutex_unlock(&recording->lock);
     return ended;
@@ -167,7 +180,9 @@ struct aiokvm_net_capture *aiokvm_net_capture_new(struct aiokvm_net_recording *r
 
 void aiokvm_net_capture_counts(struct aiokvm_net_capture *capture, uint64_t *frames, uint64_t *dropped)
 {
-    pthread_mutex_lock(&capture->recording->lock);
+    *frames = *dropped = 0;
+    if (!enter(capture->recording))
+        return;
     *frames = capture->frames;
     *dropped = capture->dropped;
     pthread_mutex_unlock(&capture->recording->lock);

@@ -2,7 +2,8 @@
  *
  * A recording is one file: a bounded buffer, that the program empties. Its own lock makes it safe for ends of several
  * planes. A capture is one interface of the file, for one end; AIOKVM_NET_NEWS_CAPTURED of that end says that the
- * first block is there, or that the buffer is half full. What finds no room is left out and counted. */
+ * first block is there, or that the buffer is half full. What finds no room is left out and counted. In a child of
+ * fork a recording is empty and over. */
 #ifndef AIOKVM_NET_CAPTURE_H
 #define AIOKVM_NET_CAPTURE_H
 

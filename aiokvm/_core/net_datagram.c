@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "net_priv.h"
 
 /* How many are read with one call, and how many may wait to be written with one. */
@@ -19,6 +20,8 @@ enum { SLOT = AIOKVM_NET_MAX_FRAME + 1 };
 enum { OUT_BYTES = 256 << 10 };
 /* How often reading may fail before something new has to happen. */
 enum { ERRORS = 8 };
+/* How soon a named socket that was full is tried again: it grows. */
+static const uint64_t MIN_PAUSE_NS = 50000, MAX_PAUSE_NS = 20000000;
 
 struct datagram {
     struct aiokvm_net_end end;
@@ -26,9 +29,12 @@ struct datagram {
     bool is_unix;
     bool is_seqpacket;
     bool is_full;   /* the peer was told NET_BLOCKED */
-    bool is_tried;  /* to connect again, in this call */
+    bool is_told;   /* in this call: that nobody is there */
+    /* Of AF_UNIX, else not needed: the socket is connected. That one would not hear a peer that has come back until it
+     * has noticed, and would lose what it has received when it connects anew. */
     struct sockaddr_storage remote;
     socklen_t remote_size; /* 0: none */
+    uint64_t pause_ns;
     uint32_t in_next, in_count;
     uint32_t passed, segments; /* of the frame at in_next, when that was blocked */
     uint32_t out_next, out_count, out_bytes;
@@ -132,31 +138,34 @@ static bool read_frames(struct datagram *datagram)
 
 /* ---- to the socket ---- */
 
-/* Whether it is worth trying again now. */
-static bool reconnects(struct datagram *datagram)
+/* A named socket does not say when there is room. */
+static void wait_for_room(struct datagram *datagram)
 {
-    if (datagram->is_tried)
-        return false;
-    datagram->is_tried = true;
-    if (!datagram->is_unix)
-        return true; /* what was said was about an earlier one */
-    return datagram->remote_size &&
-           connect(datagram->watch.fd, (struct sockaddr *)&datagram->remote, datagram->remote_size) == 0;
+    datagram->watch.events &= ~(uint32_t)EPOLLOUT;
+    if (!datagram->remote_size)
+        return;
+    uint64_t pause_ns = datagram->pause_ns * 2;
+    if (pause_ns < MIN_PAUSE_NS)
+        pause_ns = MIN_PAUSE_NS;
+    datagram->pause_ns = pause_ns > MAX_PAUSE_NS ? MAX_PAUSE_NS : pause_ns;
+    net_at(&datagram->end, aiokvm_now_ns() + datagram->pause_ns);
 }
 
 static void on_error(struct datagram *datagram, int error)
 {
     struct aiokvm_net_stats *stats = &datagram->end.stats;
     if (error == EAGAIN) {
-        datagram->watch.events &= ~(uint32_t)EPOLLOUT;
+        wait_for_room(datagram);
     } else if (is_final(datagram, error)) {
         stats->dropped_down += datagram->out_count - datagram->out_next;
         lose(datagram, error);
     } else if (is_absence(error)) {
-        if (!reconnects(datagram)) {
+        /* Of UDP it was said about an earlier one. */
+        if (datagram->is_unix || datagram->is_told) {
             stats->dropped_down += datagram->out_count - datagram->out_next;
             datagram->out_next = datagram->out_count;
         }
+        datagram->is_told = true;
     } else if (error != EINTR) {
         datagram->out_next++;
         if (error == EMSGSIZE)
@@ -170,14 +179,16 @@ static void on_error(struct datagram *datagram, int error)
 
 static void write_out(struct datagram *datagram)
 {
-    datagram->is_tried = false;
+    datagram->is_told = false;
     while (datagram->out_next < datagram->out_count && datagram->watch.events & EPOLLOUT) {
         int count = sendmmsg(datagram->watch.fd, datagram->out + datagram->out_next,
                              datagram->out_count - datagram->out_next, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (count >= 0)
-            datagram->out_next += (uint32_t)count;
-        else
+        if (count < 0) {
             on_error(datagram, errno);
+            continue;
+        }
+        datagram->out_next += (uint32_t)count;
+        datagram->pause_ns = 0;
     }
     if (datagram->out_next < datagram->out_count || datagram->watch.fd < 0)
         return;
@@ -225,6 +236,8 @@ static void flush(struct aiokvm_net_end *end)
 static bool serve(struct aiokvm_net_end *end)
 {
     struct datagram *datagram = (struct datagram *)end;
+    if (datagram->remote_size)
+        datagram->watch.events |= EPOLLOUT; /* so it is tried */
     if (datagram->watch.fd >= 0)
         write_out(datagram);
     return datagram->watch.fd >= 0 && read_frames(datagram);
@@ -257,11 +270,11 @@ static int set_up(struct datagram *datagram, int fd, const void *remote, uint32_
         return EINVAL;
     datagram->is_unix = domain == AF_UNIX;
     datagram->is_seqpacket = type == SOCK_SEQPACKET;
-    if (remote_size) {
+    if (datagram->is_unix && remote_size) {
         memcpy(&datagram->remote, remote, remote_size);
         datagram->remote_size = remote_size;
-        if (connect(fd, remote, remote_size) < 0 && !is_absence(errno))
-            return errno;
+    } else if (remote_size && connect(fd, remote, remote_size) < 0) {
+        return errno;
     }
     datagram->in_data = malloc((size_t)IN * SLOT);
     datagram->out_data = malloc(OUT_BYTES);
@@ -272,7 +285,10 @@ static int set_up(struct datagram *datagram, int fd, const void *remote, uint32_
         datagram->in[i].msg_hdr = (struct msghdr){ .msg_iov = &datagram->in_iov[i], .msg_iovlen = 1 };
     }
     for (uint32_t i = 0; i < OUT; i++)
-        datagram->out[i].msg_hdr = (struct msghdr){ .msg_iov = &datagram->out_iov[i], .msg_iovlen = 1 };
+        datagram->out[i].msg_hdr = (struct msghdr){
+            .msg_name = datagram->remote_size ? &datagram->remote : NULL, .msg_namelen = datagram->remote_size,
+            .msg_iov = &datagram->out_iov[i], .msg_iovlen = 1,
+        };
     int error = net_watch(&datagram->watch, &datagram->end, fd, EPOLLIN | EPOLLOUT);
     datagram->watch.events = EPOLLIN | EPOLLOUT;
     net_ready(&datagram->end);

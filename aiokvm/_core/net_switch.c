@@ -213,7 +213,10 @@ static enum net_result port_receive(struct aiokvm_net_end *end, struct net_frame
         sw->stats.dropped_vlan++;
         return NET_TAKEN;
     }
-    switch_learn(sw, from, switch_key(source, passage.vlan));
+    if (!switch_learn(sw, from, switch_key(source, passage.vlan))) {
+        sw->stats.dropped_source++;
+        return NET_TAKEN;
+    }
     bool group = destination[0] & 1;
     struct switch_port *to = group ? NULL : switch_find(sw, switch_key(destination, passage.vlan));
     if (to ? !may_go(&passage, to) : group && is_link_local(destination)) {

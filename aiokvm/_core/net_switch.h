@@ -1,5 +1,5 @@
-/* A learning switch: IEEE 802.1Q, sections 8.6 to 8.8, without spanning tree. Its ports are ends of its plane, each to be
- * linked to whatever is connected there.
+/* A learning switch: IEEE 802.1Q, sections 8.6 to 8.8, without spanning tree. Its ports are ends of its plane, each to
+ * be linked to whatever is connected there.
  *
  * A port is in one of three modes. Open: what comes in is of VLAN 0 and goes out at other open ports as it is, whatever
  * tags it has. Access: it has a VLAN, and frames without a tag. Trunk: it has a set of VLANs, of which its frames
@@ -27,7 +27,8 @@ struct aiokvm_net_switch_config {
 
 struct aiokvm_net_switch_port_config {
     uint32_t vlan;     /* of frames without a tag: 1 to 4094; 0: none */
-    uint32_t isolated; /* frames do not go from one isolated port to another */
+    /* Frames do not go from one isolated port to another, and it does not take over addresses of ports that are not. */
+    uint32_t isolated;
     const uint16_t *trunk; /* VLANs: 1 to 4094 */
     uint32_t trunks;       /* how many; 0: not a trunk */
 };
@@ -42,8 +43,8 @@ struct aiokvm_net_switch_entry {
 struct aiokvm_net_switch_stats {
     uint64_t forwarded;   /* frames whose receiver was known */
     uint64_t flooded;     /* those that went to all */
-    uint64_t filtered;    /* that need not leave, or may not: back to their port, to isolated ports, link-local groups */
-    uint64_t dropped_source; /* the source is a group */
+    uint64_t filtered;    /* that need not leave, or may not: back to their port, to isolated ports, link-local */
+    uint64_t dropped_source; /* the source is a group, or at an isolated port a station of another */
     uint64_t dropped_vlan;   /* not of their port */
     uint64_t learned, moved, forgotten; /* addresses; forgotten: to make room */
 };

@@ -55,7 +55,8 @@ static inline uint64_t switch_key(const uint8_t mac[6], uint32_t vlan)
 void switch_table_init(struct aiokvm_net_switch *sw);
 /* Who was heard with this address, or NULL. */
 struct switch_port *switch_find(struct aiokvm_net_switch *sw, uint64_t key);
-void switch_learn(struct aiokvm_net_switch *sw, struct switch_port *port, uint64_t key);
+/* False: the address is another's, and this port may not take it over. */
+bool switch_learn(struct aiokvm_net_switch *sw, struct switch_port *port, uint64_t key);
 /* All of the port's. */
 void switch_forget(struct aiokvm_net_switch *sw, struct switch_port *port);
 

@@ -108,15 +108,18 @@ static void make_room(struct aiokvm_net_switch *sw, struct switch_port *port)
     forget(sw, most->oldest);
 }
 
-void switch_learn(struct aiokvm_net_switch *sw, struct switch_port *port, uint64_t key)
+bool switch_learn(struct aiokvm_net_switch *sw, struct switch_port *port, uint64_t key)
 {
     uint16_t index = find(sw, key);
     if (index != NO_ENTRY) {
         struct switch_entry *entry = &sw->entries[index];
         /* Most frames are of those heard a moment ago: an age need not be that exact. */
         if (entry->port == port->index && sw->now_ns - entry->seen_ns < sw->ageing_ns / 256)
-            return;
+            return true;
         if (entry->port != port->index) {
+            /* A guest that says it is the gateway would cut off all others: they are isolated from it. */
+            if (port->isolated && !sw->ports[entry->port]->isolated && !is_old(sw, entry))
+                return false;
             sw->stats.moved++;
             if (port->addresses >= AIOKVM_NET_SWITCH_PORT_ADDRESSES)
                 make_room(sw, port);
@@ -124,7 +127,7 @@ void switch_learn(struct aiokvm_net_switch *sw, struct switch_port *port, uint64
         detach(sw, index);
         attach(sw, port, index);
         entry->seen_ns = sw->now_ns;
-        return;
+        return true;
     }
     make_room(sw, port);
     index = sw->free;
@@ -137,6 +140,7 @@ void switch_learn(struct aiokvm_net_switch *sw, struct switch_port *port, uint64
     entry->seen_ns = sw->now_ns;
     attach(sw, port, index);
     sw->stats.learned++;
+    return true;
 }
 
 int aiokvm_net_switch_table(struct aiokvm_net_switch *sw, struct aiokvm_net_switch_entry *entries, uint32_t most)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aiokvm.net.plane import NetStats
     from aiokvm.net.port import Batch, Frame, Port
     from aiokvm.net.stream import Stream
-    from aiokvm.net.switch import Switch, SwitchPort, SwitchStats
+    from aiokvm.net.switch import Switch, SwitchAddress, SwitchPort, SwitchStats
     from aiokvm.net.tap import Tap
     from aiokvm.ratelimit import Limit
 
@@ -34,6 +34,7 @@ __all__ = [
     "Rule",
     "Stream",
     "Switch",
+    "SwitchAddress",
     "SwitchPort",
     "SwitchStats",
     "Tap",
@@ -57,6 +58,7 @@ _LATER = {
     "Rule": "aiokvm.net.filter",
     "Stream": "aiokvm.net.stream",
     "Switch": "aiokvm.net.switch",
+    "SwitchAddress": "aiokvm.net.switch",
     "SwitchPort": "aiokvm.net.switch",
     "SwitchStats": "aiokvm.net.switch",
     "Tap": "aiokvm.net.tap",

@@ -63,13 +63,14 @@ def pack_sockaddr(family: int, address: str | tuple[str | int, ...]) -> bytes:
     """A ``struct sockaddr_un``, ``sockaddr_in`` or ``sockaddr_in6``."""
     if isinstance(address, str):
         return struct.pack("=H", family) + os.fsencode(address) + (b"" if address.startswith("\0") else b"\0")
-    host, port, *rest = address
-    host = str(host).partition("%")[0]
+    host, _, zone = str(address[0]).partition("%")
     number = socket.inet_pton(family, host)
     if family == socket.AF_INET:
-        return struct.pack("=H", family) + struct.pack("!H4s8x", port, number)
-    flow, scope = rest
-    return struct.pack("=H", family) + struct.pack("!HI16s", port, flow, number) + struct.pack("=I", scope)
+        return struct.pack("=H", family) + struct.pack("!H4s8x", address[1], number)
+    scope = 0
+    if zone:
+        scope = int(zone) if zone.isdecimal() else socket.if_nametoindex(zone)
+    return struct.pack("=H", family) + struct.pack("!HI16s", address[1], 0, number) + struct.pack("=I", scope)
 
 
 def open_socket(family: int, kind: socket.SocketKind) -> socket.socket:

@@ -55,8 +55,8 @@ class NetBackend(ABC):
         self.ingress = ingress
         self.end: End | None = None
         """Its end of the link, while it is open."""
-        self.name = ""
-        """What it is called in captures; empty: what it is."""
+        self.label = ""
+        """What it is called in captures; empty: its name, or what it is."""
         self._opening = False
         self._last_stats: NetStats | None = None
         self._filter: Filter | None = None
@@ -145,7 +145,8 @@ class NetBackend(ABC):
 
     async def _set_policy(self, end: End) -> None:
         if self.tap:
-            self._capture = await self.tap._attach(end, self.name or type(self).__name__.lower())
+            name = self.label or getattr(self, "name", None) or type(self).__name__.lower()
+            self._capture = await self.tap._attach(end, str(name))
         if self.filters:
             self._filter = self._new_filter(end, self.filters)
         self._apply(end)

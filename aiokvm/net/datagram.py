@@ -37,7 +37,7 @@ class Datagram(NetBackend):
 
     ``local`` is where it listens, ``remote`` where the peer does: two paths of Unix sockets, or a host and a
     port each, for UDP. The peer need not be there, and may go and come back; meanwhile frames are dropped.
-    Only ``remote`` is heard.
+    Of UDP only ``remote`` is heard; who may write to a path is what the file system says.
 
     Or ``fd``: a datagram or seqpacket socket that is connected, or its descriptor, of which a copy is made.
     When the other one of a pair closes, that is the end.

@@ -77,6 +77,7 @@ class Pcap:
         self._buffer_bytes = buffer_bytes
         self._left_bytes = limit_bytes
         self._began = False
+        self._loop: Loop | None = None
         self._lock: anyio.Lock | None = None
         self._section: _Section | None = None
         self._frames = self._dropped = 0
@@ -98,19 +99,20 @@ class Pcap:
 
     async def _attach(self, end: End, name: str) -> Capture:
         """Record this end from its `set_policy` on. Raises OSError if the file cannot be opened."""
+        loop = end.plane.loop
         if self._section is None and not (self._lock and self._lock.locked()):
-            # One of an event loop that has ended is of no use.
-            self._lock = anyio.Lock()
+            # Not in use: what it had of another loop is of no use here.
+            self._loop, self._lock = loop, anyio.Lock()
+        if self._loop != loop:
+            raise ConfigError("a capture belongs to one event loop: take another for the other loop")
         assert self._lock
         async with self._lock:
             if self._section is None:
-                self._section = await self._begin(end.plane.loop)
-            elif self._section.loop != end.plane.loop:
-                raise ConfigError("a capture belongs to one event loop: take another for the other loop")
+                self._section = await self._begin(loop)
             try:
                 return self._section.add(end, name)
             except BaseException:
-                await end.plane.loop.uncancelled(self._end_if_unused)
+                await loop.uncancelled(self._end_if_unused)
                 raise
 
     async def _begin(self, loop: Loop) -> _Section:
@@ -314,8 +316,8 @@ class _Sink:
             except BlockingIOError:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
-                if not poll.poll(500) and self.hurry:
-                    stalled_s += 0.5
+                if not poll.poll(100) and self.hurry:
+                    stalled_s += 0.1
                 if stalled_s >= STALLED_S:
                     raise TimeoutError(f"nobody has read for {STALLED_S:g} s") from None
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aiokvm.net")
 
 
-class Address(NamedTuple):
+class SwitchAddress(NamedTuple):
     """A station that a switch has heard: ``vlan`` is None at ports without any, ``age`` is in seconds."""
 
     mac: str
@@ -40,8 +40,9 @@ class SwitchStats:
     ``forwarded`` went to the one port where their receiver is, ``flooded`` to all, as it was not known or
     they are for many. ``filtered`` need not leave or may not: their receiver is where they came from, both
     ports are isolated, they are of a protocol between neighbours. ``dropped_source``: the source is no
-    station. ``dropped_vlan``: their port is not in their VLAN. Addresses are ``learned``, ``moved`` to
-    another port, and ``forgotten`` to make room. What had no room at a port is in the port's own statistics.
+    station, or an isolated port passes itself off as one at a port that is not. ``dropped_vlan``: their port
+    is not in their VLAN. Addresses are ``learned``, ``moved`` to another port, and ``forgotten`` to make
+    room. What had no room at a port is in the port's own statistics.
     """
 
     forwarded: int
@@ -235,7 +236,8 @@ class Switch:
 
         ``vlan`` (1 to 4094): of frames without a tag; ``trunk``: VLANs whose frames have tags. A port with
         neither passes frames, tagged or not, to other such ports only. Frames do not go from one port that
-        is ``isolated`` to another. Raises ConfigError for a VLAN that cannot be.
+        is ``isolated`` to another, and it cannot pass itself off as a station at a port that is not: not as
+        the gateway. Raises ConfigError for a VLAN that cannot be.
         """
         self._made += 1
         name = name or str(self._made)
@@ -310,14 +312,14 @@ class Switch:
             self._part(port.backend.switch)
         await _close_both(port)
 
-    def table(self) -> list[Address]:
+    def table(self) -> list[SwitchAddress]:
         """The addresses that it knows, port by port, latest first. Raises StateError if it is not open."""
         self._check_open()
         most = lib.AIOKVM_NET_SWITCH_ADDRESSES
         entries = ffi.new("struct aiokvm_net_switch_entry[]", most)
         count = lib.aiokvm_net_switch_table(self._core, entries, most)
         return [
-            Address(
+            SwitchAddress(
                 bytes(entry.mac).hex(":"), entry.vlan or None, self._ports[entry.port], entry.age_ns / 1e9
             )
             for entry in entries[0 : max(count, 0)]
@@ -354,6 +356,8 @@ class Switch:
             raise ConfigError(
                 f"{self!r} and {other!r} cannot be connected: make one of them beside the other"
             )
+        if other is self:
+            raise ConfigError(f"{self!r} cannot be connected to itself: this would be a loop")
         reached, found = {self}, [self]
         while found:
             new = set(found.pop()._joined) - reached

@@ -15,6 +15,7 @@ from anyio import to_thread
 from aiokvm._core import ffi, lib
 from aiokvm.errors import ConfigError
 from aiokvm.net.backend import NetBackend, Policy
+from aiokvm.net.links import LinkWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ _TUNGETIFF = 0x800454D2
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
 _IFF_UP = 1
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCGIFMTU, _SIOCSIFMTU = 0x8913, 0x8914, 0x8921, 0x8922
+_SIOCGIFHWADDR = 0x8927
 _IFNAMSIZ = 16
 
 
@@ -42,8 +44,10 @@ class Tap(NetBackend):
     was created goes when it is closed, unless ``persist``. ``mtu`` is set on the device, and told to the
     guest; by default the guest is told what the device has.
 
-    ``fds`` are descriptors of a device that somebody else has opened (IFF_TAP | IFF_NO_PI, and IFF_VNET_HDR if
-    offloads are wanted): a macvtap's /dev/tapN, those of a privileged helper. Copies are made of them.
+    ``fds`` are descriptors of a device that somebody else has opened (IFF_TAP | IFF_NO_PI, and IFF_VNET_HDR
+    if offloads are wanted): a macvtap's /dev/tapN, those of a privileged helper. Copies are made of them. If
+    the device is in another network namespace nothing is asked of it or set, and that a macvtap was deleted
+    is not seen.
 
     ``bridge`` names a bridge that the device is to be a port of, ``address`` is one or more addresses that it
     is to have, as in "10.0.0.1/24". Both need the extra ``netlink`` (pyroute2).
@@ -88,6 +92,7 @@ class Tap(NetBackend):
         self.mtu = mtu
         self._given = None if fds is None else tuple(fds)
         self._fds: list[int] = []
+        self._links: LinkWatch | None = None
         self._on_lost: Callable[[str], None] = _nobody
 
     def __repr__(self) -> str:
@@ -108,12 +113,18 @@ class Tap(NetBackend):
 
                 assert self.name is not None
                 await configure(self.name, bridge=self.bridge, addresses=self.addresses)
+            if self._given is not None and self.ifindex:
+                # A macvtap's descriptors do not tell.
+                self._links = LinkWatch(plane.loop, self.ifindex, self._look)
             return self._adopt(plane)
         except BaseException:
             await self._close()
             raise
 
     async def _close(self) -> None:
+        links, self._links = self._links, None
+        if links:
+            links.close()
         fds, self._fds = self._fds, []
         for fd in fds:
             os.close(fd)
@@ -134,8 +145,21 @@ class Tap(NetBackend):
 
     def _on_news(self, news: int, error: int, _detail: int) -> None:
         if news & lib.AIOKVM_NET_NEWS_CLOSED:
-            why = "was deleted" if error == errno.ENODEV else f"failed: {os.strerror(error)}"
-            self._on_lost(f"the interface {self.name} {why}")
+            self._lose("was deleted" if error == errno.ENODEV else f"failed: {os.strerror(error)}")
+
+    def _look(self) -> None:
+        # One that has moved to another network namespace is still there.
+        if _name_of(self._fds[0]) is None:
+            if self.end and self.end.is_open:
+                self.end.set_up(False)
+            self._lose("was deleted")
+
+    def _lose(self, why: str) -> None:
+        links, self._links = self._links, None
+        if links:
+            links.close()
+        on_lost, self._on_lost = self._on_lost, _nobody
+        on_lost(f"the interface {self.name} {why}")
 
     # In a worker thread.
 
@@ -150,9 +174,15 @@ class Tap(NetBackend):
         else:
             self._create()
         if self.name is not None:
-            with suppress(OSError):
-                self.ifindex = socket.if_nametoindex(self.name)
-            self._set_up(self.name)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+                if _is_here(control, self._fds[0], self.name):
+                    self.ifindex = socket.if_nametoindex(self.name)
+                    self._set_up(control, self.name)
+                elif self._wanted_mtu is not None or self.bridge is not None or self.addresses:
+                    raise ConfigError(
+                        f"{self.name} is in another network namespace: its MTU, bridge and addresses "
+                        "are to be set there"
+                    )
 
     def _create(self) -> None:
         for _ in range(self.queues):
@@ -168,29 +198,27 @@ class Tap(NetBackend):
         if self.persist:
             fcntl.ioctl(self._fds[0], _TUNSETPERSIST, 1)
 
-    def _set_up(self, name: str) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
-            if self._wanted_mtu is not None:
-                try:
-                    _set(control, _SIOCSIFMTU, name, "i", self._wanted_mtu)
-                except OSError as error:
-                    raise ConfigError(
-                        f"the MTU of {name} cannot be {self._wanted_mtu} ({error.strerror}): set it before, "
-                        f"`ip link set {name} mtu {self._wanted_mtu}`, or leave it out"
-                    ) from error
-            # Descriptors may be of another network namespace: then it is for others to do.
-            with suppress(OSError):
-                self.mtu = _ask(control, _SIOCGIFMTU, name, "i")
-            with suppress(OSError):
-                flags = _ask(control, _SIOCGIFFLAGS, name, "h")
-                if not flags & _IFF_UP:
-                    _set(control, _SIOCSIFFLAGS, name, "h", flags | _IFF_UP)
+    def _set_up(self, control: socket.socket, name: str) -> None:
+        if self._wanted_mtu is not None:
+            try:
+                _set(control, _SIOCSIFMTU, name, "i", self._wanted_mtu)
+            except OSError as error:
+                raise ConfigError(
+                    f"the MTU of {name} cannot be {self._wanted_mtu} ({error.strerror}): set it before, "
+                    f"`ip link set {name} mtu {self._wanted_mtu}`, or leave it out"
+                ) from error
+        self.mtu = _ask(control, _SIOCGIFMTU, name, "i")
+        flags = _ask(control, _SIOCGIFFLAGS, name, "h")
+        if not flags & _IFF_UP:
+            # Who may not do that has somebody who does.
+            with suppress(PermissionError):
+                _set(control, _SIOCSIFFLAGS, name, "h", flags | _IFF_UP)
 
     def _explain(self, name: str, error: OSError) -> Exception:
         several = " multi_queue" if self.queues > 1 else ""
-        make = f"`ip tuntap add {name} mode tap user $USER{several}`"
+        make = f"`ip tuntap add dev {name} mode tap user $USER{several}`"
         if name == "aiokvm%d":
-            make = f"`ip tuntap add NAME mode tap user $USER{several}` and give its name"
+            make = f"`ip tuntap add dev NAME mode tap user $USER{several}` and give its name"
         match error.errno:
             case errno.EPERM | errno.EACCES:
                 return ConfigError(
@@ -253,6 +281,16 @@ def _name_of(fd: int) -> str | None:
 
 def _text(request: bytes | bytearray) -> str:
     return os.fsdecode(bytes(request[:_IFNAMSIZ]).partition(b"\0")[0])
+
+
+def _is_here(control: socket.socket, fd: int, name: str) -> bool:
+    """Whether the interface of this name is the descriptor's: it may have one of another namespace."""
+    request = struct.pack(f"{_IFNAMSIZ}s24x", os.fsencode(name))
+    try:
+        theirs, ours = (fcntl.ioctl(each, _SIOCGIFHWADDR, request) for each in (fd, control.fileno()))
+    except OSError:
+        return False
+    return theirs[_IFNAMSIZ : _IFNAMSIZ + 8] == ours[_IFNAMSIZ : _IFNAMSIZ + 8]
 
 
 def _ask(control: socket.socket, what: int, name: str, form: str) -> int:

@@ -138,6 +138,32 @@ TEST(a_rate_limit_holds_back_and_lets_go)
     aiokvm_net_free(net);
 }
 
+TEST(a_limit_that_is_gone_holds_nothing_back)
+{
+    struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(1, 1, 0, 0);
+    for (int i = 0; i < 3; i++) {
+        struct aiokvm_net *net = plane(NULL);
+        struct fake_end *ends[2];
+        pair(net, ends);
+        aiokvm_net_set_policy(&ends[1]->end, NULL, NULL, NULL, limit);
+        while (fake_end_send(ends[0], NULL, FRAME, sizeof(FRAME)) == NET_TAKEN)
+            continue;
+        CHECK(!ends[0]->resumed);
+        if (i == 0)
+            aiokvm_net_unlink(&ends[0]->end);
+        else if (i == 1)
+            aiokvm_net_end_free(&ends[1]->end);
+        else
+            aiokvm_net_set_policy(&ends[1]->end, NULL, NULL, NULL, NULL);
+        struct pollfd fd = { .fd = aiokvm_net_fd(net), .events = POLLIN };
+        CHECK_EQ(poll(&fd, 1, PATIENCE_S * 1000), 1);
+        fake_end_serve(net);
+        CHECK(ends[0]->resumed);
+        aiokvm_net_free(net);
+    }
+    aiokvm_ratelimit_free(limit);
+}
+
 TEST(a_deadline_has_its_end_served)
 {
     struct aiokvm_net *net = plane(NULL);

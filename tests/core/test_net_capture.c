@@ -1,5 +1,7 @@
 /* Frames as blocks of pcapng: what is in them, and what happens when nobody takes them. */
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "check.h"
 #include "net_capture.h"
@@ -121,6 +123,30 @@ TEST(a_recording_ends_at_its_limit)
     CHECK_EQ(frames, 3);
     CHECK_EQ(dropped, 0);
     CHECK_EQ(fixture.ends[1]->received, 10);
+    stop(&fixture);
+}
+
+TEST(a_child_of_fork_has_no_recording)
+{
+    struct fixture fixture = start(65536, 1 << 16, 0);
+    static const uint8_t FRAME[100];
+    fake_end_send(fixture.ends[0], NULL, FRAME, sizeof(FRAME));
+    pid_t pid = fork();
+    if (pid == 0) {
+        uint64_t frames, dropped;
+        uint8_t *data;
+        aiokvm_net_recording_end(fixture.recording);
+        aiokvm_net_capture_counts(fixture.capture, &frames, &dropped);
+        bool right = !aiokvm_net_recording_take(fixture.recording, &data) && !frames && !dropped &&
+                     !aiokvm_net_recording_pending(fixture.recording) &&
+                     aiokvm_net_recording_ended(fixture.recording);
+        stop(&fixture);
+        _exit(right ? 0 : 1);
+    }
+    int status;
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK_EQ(status, 0);
+    CHECK(!aiokvm_net_recording_ended(fixture.recording));
     stop(&fixture);
 }
 

@@ -62,6 +62,16 @@ static void check_quiet(const struct world *world)
     CHECK_EQ(poll(&fd, 1, 0), 0);
 }
 
+static bool has_more(int fd)
+{
+    return poll(&(struct pollfd){ .fd = fd, .events = POLLIN }, 1, 0) == 1;
+}
+
+static void wait_for(int fd)
+{
+    CHECK_EQ(poll(&(struct pollfd){ .fd = fd, .events = POLLIN }, 1, PATIENCE_S * 1000), 1);
+}
+
 /* Serves until as many frames have come. */
 static void await(const struct world *world, uint32_t received)
 {
@@ -170,6 +180,42 @@ TEST(a_peer_that_stalls_holds_up_and_nothing_is_lost)
                 world.fake->resumed = false;
             else
                 sent++;
+        }
+    }
+    CHECK_EQ(stats(&world).dropped_full + stats(&world).dropped_down, 0);
+    tear_down(&world);
+}
+
+TEST(a_named_peer_that_stalls_holds_up_too)
+{
+    struct world world;
+    struct sockaddr_un near, far;
+    int near_fd = named(&near, "near"), far_fd = named(&far, "far");
+    set_up(&world, near_fd, far_fd, &far, sizeof(far));
+    uint8_t data[60] = { 2 }, got[64];
+    uint32_t sent = 0, taken = 0;
+    while (fake_end_send(world.fake, NULL, data, sizeof(data)) == NET_TAKEN)
+        CHECK(++sent < 10000);
+    for (uint32_t first = sent; taken < 5 * first; taken++) {
+        wait_for(far_fd);
+        uint32_t number;
+        CHECK_EQ(recv(far_fd, got, sizeof(got), 0), sizeof(data));
+        memcpy(&number, got + 20, sizeof(number));
+        CHECK(taken < first || number == taken);
+        while (sent < 5 * first && (taken + 64 > sent || world.fake->resumed)) {
+            memcpy(data + 20, &sent, sizeof(sent));
+            if (fake_end_send(world.fake, NULL, data, sizeof(data)) == NET_TAKEN) {
+                sent++;
+                continue;
+            }
+            world.fake->resumed = false;
+            break;
+        }
+        fake_end_serve(world.net);
+        /* Only time brings more. */
+        while (taken + 1 < sent && !has_more(far_fd)) {
+            wait_for(aiokvm_net_fd(world.net));
+            fake_end_serve(world.net);
         }
     }
     CHECK_EQ(stats(&world).dropped_full + stats(&world).dropped_down, 0);

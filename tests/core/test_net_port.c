@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "check.h"
 #include "net_fake.h"
@@ -240,6 +242,28 @@ TEST(frames_that_cannot_be_are_refused)
     for (size_t i = 0; i < LENGTH(headers); i++)
         CHECK_EQ(aiokvm_net_port_send(bench.port, data(0, 60), sizes[0], &headers[i], 1), -EINVAL);
     CHECK_EQ(bench.peer->received, 4);
+    aiokvm_net_free(bench.net);
+}
+
+TEST(a_child_of_fork_has_no_port)
+{
+    struct bench bench = setup(4, BYTES, false);
+    const uint32_t size = 60;
+    CHECK_EQ(give(&bench, 0, 60), NET_TAKEN);
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct aiokvm_net_port_batch batch;
+        bool right = aiokvm_net_port_take(bench.port, 1, &batch) == -EOWNERDEAD &&
+                     aiokvm_net_port_send(bench.port, data(0, 60), &size, NULL, 1) == -EOWNERDEAD;
+        aiokvm_net_port_release(bench.port, 1);
+        aiokvm_net_end_free(bench.port);
+        _exit(right ? 0 : 1);
+    }
+    int status;
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK_EQ(status, 0);
+    struct aiokvm_net_port_batch batch;
+    CHECK_EQ(aiokvm_net_port_take(bench.port, 1, &batch), 1);
     aiokvm_net_free(bench.net);
 }
 

@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "check.h"
 #include "net_fake.h"
@@ -222,6 +224,34 @@ TEST(isolated_ports_talk_to_the_others_only)
     end(&bench);
 }
 
+TEST(isolated_ports_do_not_pass_themselves_off_as_others)
+{
+    struct bench bench = setup();
+    uint8_t bytes[64];
+    for (uint32_t i = 0; i < 4; i++)
+        add(&bench, (struct aiokvm_net_switch_port_config){ .isolated = i < 2 });
+    say(&bench, 2, 9, UNTAGGED);
+    heard(&bench);
+    uint32_t size = frame(bytes, 9, 2, UNTAGGED);
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, size), NET_TAKEN);
+    CHECK_EQ(heard(&bench), 0);
+    CHECK_EQ(stats(&bench).dropped_source, 1);
+    say(&bench, 1, 2, UNTAGGED);
+    CHECK_EQ(heard(&bench), 0x4);
+    /* Ports that are not isolated may, and isolated ones among each other. */
+    CHECK_EQ(fake_end_send(bench.hosts[3], NULL, bytes, size), NET_TAKEN);
+    heard(&bench);
+    say(&bench, 1, 2, UNTAGGED);
+    CHECK_EQ(heard(&bench), 0x8);
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, frame(bytes, 9, 1, UNTAGGED)), NET_TAKEN);
+    CHECK_EQ(heard(&bench), 0xc);
+    /* Until the station has been forgotten. */
+    fake_now_ns += 301 * SECOND_NS;
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, frame(bytes, 9, 2, UNTAGGED)), NET_TAKEN);
+    CHECK_EQ(heard(&bench), 0xc);
+    end(&bench);
+}
+
 /* 0, 1: VLAN 10. 2: VLAN 20. 3: trunk of 10 and 20. 4: trunk of 20 and 30, 10 without tags. 5: open. */
 static struct bench vlans(void)
 {
@@ -303,6 +333,8 @@ TEST(tags_of_frames_in_pieces)
 {
     struct bench bench = vlans();
     uint8_t bytes[1100], expected[1104];
+    for (uint32_t i = 0; i < bench.count; i++)
+        bench.hosts[i]->end.offloads = AIOKVM_NET_OFFLOAD_CSUM;
     for (uint32_t pieces = 1; pieces <= 1000; pieces += pieces < 30 ? 1 : 97) {
         uint32_t size = frame(bytes, EVERYBODY, 0, UNTAGGED);
         for (uint32_t i = size; i < sizeof(bytes); i++)
@@ -313,7 +345,6 @@ TEST(tags_of_frames_in_pieces)
             from[i] = (struct iovec){ bytes + i, i + 1 < pieces ? 1 : sizeof(bytes) - i };
         struct net_frame given = { .hdr = { .flags = 1, .csum_start = 34, .csum_offset = 16 } };
         net_frame_set(&given, iov + 1, head, from, pieces, 0);
-        bench.hosts[3]->end.offloads = AIOKVM_NET_OFFLOAD_CSUM;
         CHECK(net_enter(bench.net));
         CHECK_EQ(net_send(&bench.hosts[0]->end, &given), NET_TAKEN);
         net_leave(bench.net);
@@ -505,6 +536,26 @@ TEST(a_loop_ends)
     fake_end_serve(bench.net);
     CHECK(bench.hosts[0]->received < 10);
     aiokvm_net_switch_free(other);
+    end(&bench);
+}
+
+TEST(a_child_of_fork_has_no_switch)
+{
+    struct bench bench = hub(2);
+    say(&bench, 0, 9, UNTAGGED);
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct aiokvm_net_switch_entry entry;
+        bool right = aiokvm_net_switch_table(bench.sw, &entry, 1) == -EOWNERDEAD && !stats(&bench).learned;
+        aiokvm_net_end_free(bench.ports[0]);
+        aiokvm_net_switch_free(bench.sw);
+        _exit(right ? 0 : 1);
+    }
+    int status;
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK_EQ(status, 0);
+    CHECK_EQ(stats(&bench).learned, 1);
+    heard(&bench);
     end(&bench);
 }
 

@@ -235,7 +235,7 @@ static void run(struct aiokvm_net *net, struct input *input)
     struct peer *peer = net_end_new(net, &PEER, sizeof(*peer), &error);
     REQUIRE(guest.end && peer);
     peer->end.offloads = bits >> 4;
-    REQUIRE(!aiokvm_net_nic_set_features(guest.end, guest.features));
+    REQUIRE(!aiokvm_net_nic_set_features(guest.end, guest.features, 0));
     for (uint32_t i = 0; i < QUEUES; i++) {
         guest.kicks[i] = eventfd(0, EFD_NONBLOCK);
         guest.vrings[i] = aiokvm_vring_new(&ram, 1, SIZE);

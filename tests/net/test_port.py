@@ -315,3 +315,16 @@ def test_a_batch_is_a_sequence() -> None:
     assert list(reversed(batch)) == [b"bbb", b"aa"]
     assert b"aa" in batch
     assert "2 bytes" in repr(batch.frame(0))
+
+
+def test_a_port_may_be_made_before_there_is_a_loop_and_outlive_it(run: Any, linked: Linked) -> None:
+    one, other = Port(depth=4), Port(depth=4)
+
+    async def main() -> None:
+        async with linked(one, other), anyio.create_task_group() as group:
+            group.start_soon(one.send, frames(20))
+            for number in range(20):
+                assert number_of((await anext(other)).data) == number
+
+    run(main)
+    run(main)

@@ -14,7 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiokvm import ConfigError
+from aiokvm.aio import current_loop
 from aiokvm.errors import StateError
+from aiokvm.machine.events import EventHub
+from aiokvm.machine.log import machine_logger
+from aiokvm.machine.nets import Nets
 from aiokvm.net import NetBackend, Port, Switch, SwitchPort
 
 if TYPE_CHECKING:
@@ -41,6 +45,10 @@ def taken(port: Port) -> list[bytes]:
     while batch := port.take_nowait(256):
         found += map(bytes, batch)
     return found
+
+
+def exists(plane: Plane) -> bool:
+    return bool(plane.core)
 
 
 class Refuses(NetBackend):
@@ -171,6 +179,31 @@ class TestSwitch:
             pass
         await switch.close()
 
+    async def test_a_machine_whose_switch_is_closed(self) -> None:
+        async with AsyncExitStack() as undo:
+            nets = Nets(current_loop(), "vm", EventHub(), machine_logger("vm"))
+            async with Switch("gone", dataplane="thread") as switch:
+                port = switch.port()
+                plane = port.plane
+                await nets.open([port], undo)
+                [nic] = nets.all
+                assert nic.tid == plane.tid
+                async with Switch(beside=switch) as other:
+                    with pytest.raises(ConfigError, match="in use"):
+                        await other.connect(port)
+                    assert other.ports == ()
+            assert nic.lost == f"{switch!r} was closed"
+            assert nic.stats().sent_frames == 0
+            # Its end is where the switch was, until it leads somewhere else.
+            assert exists(plane)
+            await nic.replace(Port())
+            assert not exists(plane)
+            assert not nic.lost
+            async with Switch() as last:
+                await nic.replace(last.port())
+                assert last.ports[0].end
+        assert nic.backend.end is None
+
     async def test_a_switch_beside_another_is_closed_with_it(self) -> None:
         async with Switch("a") as a:
             b = Switch("b", beside=a)
@@ -289,6 +322,9 @@ class Model:
     def send(self, port: int, to: int, source: int, tag: int | None) -> dict[int, bytes]:
         vlan = self.vlan(port, tag)
         if isinstance(vlan, Refused):
+            return {}
+        before = self.known.get((vlan, source), port)
+        if before != port and self.ports[port][2] and not self.ports[before][2]:
             return {}
         self.known[vlan, source] = port
         there = self.known.get((vlan, to))
