@@ -349,9 +349,13 @@ async def macvtap() -> None:
     """A device of which only the descriptors are had; deleting it is told by the kernel's messages alone."""
     ip("tuntap", "add", "dev", "lower", "mode", "tap")
     ip("link", "set", "lower", "up")
-    ip("link", "add", "link", "lower", "name", "mac7", "type", "macvtap", "mode", "bridge")
-    node = f"/dev/tap{socket.if_nametoindex('mac7')}"
-    fd = os.open(node, os.O_RDWR)
+    # Its node has the interface's number, of which other namespaces have the same.
+    number = 100_000 + os.getpid()
+    ip(
+        *("link", "add", "link", "lower", "name", "mac7", "index", f"{number}"),
+        *("type", "macvtap", "mode", "bridge"),
+    )
+    fd = os.open(f"/dev/tap{number}", os.O_RDWR)
     tap = Tap(fds=[fd])
     async with linked(Tap("lower")) as below, linked(tap) as peer:
         assert tap.name == "mac7"

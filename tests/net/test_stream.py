@@ -365,13 +365,19 @@ def running(*argv: str | Path) -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-async def until_there(path: Path, process: subprocess.Popen[bytes]) -> None:
+async def until_there(path: Path, process: subprocess.Popen[bytes], listening: bool = True) -> None:
+    """Until the process has bound its socket there, and listens."""
+    flags = "00010000" if listening else "00000000"
     with anyio.fail_after(PATIENCE_S):
-        while not await anyio.Path(path).exists():
+        while True:
+            # Num RefCount Protocol Flags Type St Inode Path
+            lines = (await anyio.Path("/proc/net/unix").read_text()).splitlines()
+            if any(line.endswith(f" {path}") and line.split()[3] == flags for line in lines):
+                return
             if process.poll() is not None:
                 assert process.stderr
                 pytest.fail(f"{process.args!r} has ended: {process.stderr.read().decode()}")
-            await anyio.sleep(0.01)
+            await anyio.lowlevel.checkpoint()
 
 
 QEMU = ("qemu-system-x86_64", "-machine", "none", "-display", "none")
