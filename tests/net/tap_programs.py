@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from aiokvm import ConfigError
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
-from aiokvm.net import Tap
+from aiokvm.net import Limit, Tap
 from aiokvm.net.plane import Plane
 from tests.net.peers import (
     ETH_P_ARP,
@@ -121,13 +121,24 @@ async def traffic() -> None:
             assert tap.stats().dropped_invalid == 0
         # What was created is gone.
         assert "tap7" not in ip("link")
-    await threads()
-
-
-async def threads() -> None:
-    tap = Tap("tap7", queues=2)
-    async with linked(tap, thread="net") as peer:
+    async with linked(Tap("tap7", queues=2), thread="net") as peer:
         await exchange(peer, "tap7")
+
+
+async def rates() -> None:
+    """What is held back by a limit is not lost."""
+    limit = Limit(operations_per_second=1000, burst_operations=5)
+    for queues in (1, 3):
+        tap = Tap("tap7", queues=queues, ingress=limit, egress=limit)
+        async with linked(tap) as peer:
+            with packet_socket("tap7") as kernel:
+                frames = [ethernet(b"%d" % index) for index in range(50)]
+                for frame in frames:
+                    kernel.send(frame)
+                assert [await peer.receive(is_local) for _ in frames] == frames
+                assert tap.stats().throttled > 0
+                await peer.send(*frames)
+                assert [await receive(kernel) for _ in frames] == frames
 
 
 async def names() -> None:
@@ -404,18 +415,10 @@ async def unprivileged() -> None:
     assert "mine" in ip("link")
 
 
-PROGRAMS = {
-    each.__name__: each
-    for each in (
-        *(traffic, names, deleted, errors, bridges, handed, elsewhere, tcp, macvtap, cancelled, unprivileged),
-    )
-}
-
-
 def main() -> None:
     program, loop = sys.argv[1:]
     backend, options = OPTIONS[loop]
-    anyio.run(PROGRAMS[program], backend=backend, backend_options=options)
+    anyio.run(globals()[program], backend=backend, backend_options=options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 
 from aiokvm import ConfigError, StateError
 from aiokvm.aio import current_loop
-from aiokvm.net import Stream
+from aiokvm.net import Limit, Stream
 from aiokvm.net.plane import Plane
 from tests.net.peers import PATIENCE_S, dhcp, ethernet, linked
 
@@ -248,6 +248,21 @@ async def test_a_peer_that_stalls_holds_up_its_sender_only() -> None:
             size = (4 + len(frame)) * sent
             assert len(await anyio.to_thread.run_sync(exactly, theirs, size)) == size
             assert stream.stats().dropped_full == 0
+
+
+async def test_rates_hold_frames_back_and_lose_none() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        limits = Limit(operations_per_second=1000, burst_operations=5), Limit(bytes_per_second=100_000)
+        stream = Stream(ours, ingress=limits[0], egress=limits[1])
+        async with linked(stream) as peer:
+            frames = [ethernet(b"%d" % index) for index in range(50)]
+            theirs.sendall(b"".join(map(framed, frames)))
+            assert [await peer.receive() for _ in frames] == frames
+            assert stream.stats().throttled > 0
+            await peer.send(*frames)
+            data = await anyio.to_thread.run_sync(exactly, theirs, 64 * len(frames))
+            assert data == b"".join(map(framed, frames))
 
 
 async def test_a_flood_leaves_the_loop_its_turns() -> None:

@@ -18,7 +18,18 @@ from aiokvm.net import Tap
 from aiokvm.net.links import removed
 
 FILE = Path(__file__).with_name("tap_programs.py")
-PROGRAMS = ("traffic", "names", "deleted", "errors", "bridges", "handed", "elsewhere", "tcp", "cancelled")
+PROGRAMS = (
+    "traffic",
+    "rates",
+    "names",
+    "deleted",
+    "errors",
+    "bridges",
+    "handed",
+    "elsewhere",
+    "tcp",
+    "cancelled",
+)
 
 
 @cache
