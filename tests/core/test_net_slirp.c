@@ -303,11 +303,12 @@ struct nat {
 
 static struct aiokvm_net_slirp_config config(void)
 {
+    static const char *search[] = { "example", "example.org", NULL };
     return (struct aiokvm_net_slirp_config){
         .network = 0x0a000200, .netmask = 0xffffff00, .host = HOST, .dhcp_start = GUEST, .nameserver = NAMESERVER,
         .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64, .host6 = { 0xfe, 0xc0, [15] = 2 },
         .nameserver6 = { 0xfe, 0xc0, [15] = 3 }, .mtu = 1500, .max_connections = 64, .hostname = "guest",
-        .domain = "example", .search = (const char *[]){ "example", "example.org", NULL },
+        .domain = "example", .search = search,
     };
 }
 
