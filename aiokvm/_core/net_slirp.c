@@ -11,6 +11,8 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -65,6 +67,7 @@ static ssize_t send_packet(const void *data, size_t size, void *opaque)
     uint32_t needs = is_ip6 ? AIOKVM_NET_OFFLOAD_TSO6 : AIOKVM_NET_OFFLOAD_TSO4;
     net_dirty(&self->end);
     slirp_guard_heard(&self->guard, data, size);
+    slirp_order_heard(&self->order, data, size);
     if (self->end.peer && self->end.peer->offloads & needs) {
         if (slirp_merge_add(&self->merge, data, size))
             return (ssize_t)size;
@@ -306,6 +309,38 @@ void slirp_ask(struct slirp_end *self)
     net_at(&self->end, at_ns);
 }
 
+/* libslirp writes to sockets as if nobody ever died of SIGPIPE. A program that has not left Python's way of ignoring it
+ * alone would. */
+static void guard_signals(struct slirp_end *self)
+{
+    sigset_t pipe, old;
+    if (self->is_guarded)
+        return;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    if (pthread_sigmask(SIG_BLOCK, &pipe, &old) == 0)
+        self->is_guarded = !sigismember(&old, SIGPIPE);
+}
+
+static void unguard_signals(struct slirp_end *self)
+{
+    sigset_t pipe;
+    if (!self->is_guarded)
+        return;
+    self->is_guarded = false;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    sigtimedwait(&pipe, NULL, &(struct timespec){ 0 });
+    pthread_sigmask(SIG_UNBLOCK, &pipe, NULL);
+}
+
+static void enter(struct slirp_end *self)
+{
+    net_dirty(&self->end);
+    guard_signals(self);
+    self->is_inside = true;
+}
+
 static void leave(struct slirp_end *self)
 {
     self->is_inside = false;
@@ -337,7 +372,7 @@ static bool serve(struct aiokvm_net_end *end)
     if (count <= 0)
         self->watch.events = 0;
     uint64_t now_ns = aiokvm_now_ns();
-    self->is_inside = true;
+    enter(self);
     run_timers(self, now_ns);
     if (count > 0 || (self->poll_at_ns && self->poll_at_ns <= now_ns)) {
         for (int i = 0; i < count; i++)
@@ -348,7 +383,6 @@ static bool serve(struct aiokvm_net_end *end)
             self->watched[events[i].data.fd].ready = 0;
     }
     leave(self);
-    net_dirty(end);
     return count > 0;
 }
 
@@ -361,7 +395,6 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         self->is_refused = true;
         return NET_BLOCKED;
     }
-    net_dirty(end);
     if (self->is_starved)
         slirp_accept(self);
     struct slirp_load load = {
@@ -400,13 +433,18 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     }
     if (self->services)
         slirp_guard_sender(self->input, &self->sender.address, &self->sender.port);
-    self->is_inside = true;
+    enter(self);
     if (now_ns - self->polled_ns >= TICK_NS) {
         /* Only the time and its timers: a new socket would be as old as the time that it knows. */
         self->polled_ns = now_ns;
         slirp_pollfds_poll(self->slirp, 1, get_revents, self);
     }
+    slirp_order_begin(&self->order, self->input, size);
     slirp_input(self->slirp, self->input, (int)size);
+    if ((size = slirp_order_end(&self->order, self->input, size))) {
+        end->stats.dropped_full++;
+        slirp_input(self->slirp, self->input, (int)size);
+    }
     leave(self);
     if (self->is_connected)
         slirp_accept(self);
@@ -418,6 +456,7 @@ static void flush(struct aiokvm_net_end *end)
     struct slirp_end *self = self_of(end);
     emit_merged(self);
     slirp_ask(self);
+    unguard_signals(self);
 }
 
 /* ---- the end ---- */
@@ -495,6 +534,8 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     memcpy(self->guard.prefix6, config->prefix6, 16);
     memcpy(self->guard.host6, config->host6, 16);
     memcpy(self->guard.nameserver6, config->nameserver6, 16);
+    if (getrandom(&self->order.seed, sizeof(self->order.seed), GRND_NONBLOCK) < 0)
+        self->order.seed = (uintptr_t)self;
     net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (self->epoll < 0) {

@@ -64,6 +64,37 @@ struct slirp_fragments {
 uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, uint64_t now_ns, bool *is_invalid);
 void slirp_fragments_clear(struct slirp_fragments *fragments);
 
+/* ---- net_slirp_order.c: segments that libslirp keeps because others are missing ---- */
+
+enum { SLIRP_BUCKETS = 128, SLIRP_WAYS = 8 };
+
+struct slirp_flow {
+    uint8_t guest[16], other[16], guest_port[2], other_port[2];
+};
+
+struct slirp_gaps {
+    struct slirp_flow flow;
+    uint32_t kept; /* segments, at most; 0: there is no such flow */
+    uint32_t end;  /* of the last */
+};
+
+struct slirp_order {
+    uint64_t seed;
+    uint32_t count; /* of flows in gaps */
+    struct slirp_gaps gaps[SLIRP_BUCKETS * SLIRP_WAYS];
+    /* Of the segment that libslirp has now. */
+    bool is_watching, is_missing;
+    uint32_t end, next;
+    struct slirp_flow flow;
+};
+
+/* Before libslirp gets a frame of the guest's. */
+void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t size);
+/* Of each frame to the guest. */
+void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t size);
+/* After it has got it. Not 0: it keeps too many, and `frame` is now one of so many bytes that makes it stop. */
+uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size);
+
 /* ---- net_slirp_merge.c: segments of one TCP flow become one frame ---- */
 
 struct slirp_merge {
@@ -138,11 +169,13 @@ struct slirp_end {
     uint32_t tcp, other, max;
     bool is_inside;  /* libslirp runs: it cannot be entered again */
     bool is_refused; /* a frame had to wait for that */
+    bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
     bool is_connected; /* it has made a connection to a service */
     bool is_starved;   /* which could not be accepted for want of descriptors */
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has */
     struct slirp_guard guard;
     struct slirp_fragments fragments;
+    struct slirp_order order;
     struct net_queue queue;
     struct slirp_merge merge;
     struct slirp_service *services;

@@ -851,6 +851,114 @@ TEST(large_frames_of_tcp_are_taken_and_given)
     remove_path();
 }
 
+TEST(segments_with_gaps_are_bounded)
+{
+    make_path();
+    struct nat nat = nat_new();
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8) > 0);
+    greet(&nat);
+    uint32_t next = open_connection(&nat, 5000, SERVICE, 80);
+    struct aiokvm_net_slirp_connection connection;
+    int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
+    uint8_t frame[100];
+    char buffer[1000];
+    /* Some, and then what was missing. */
+    for (uint32_t i = 1; i < 200; i++) {
+        say(&nat, frame, tcp_frame(frame, GUEST, 5000, SERVICE, 80, 1001 + i, next, ACK, "x", 1));
+        fake_end_clear(nat.guest);
+    }
+    struct slirp_end *slirp = (struct slirp_end *)nat.slirp;
+    CHECK_EQ(slirp->order.count, 1);
+    CHECK_EQ(read(fd, buffer, sizeof(buffer)), -1);
+    say(&nat, frame, tcp_frame(frame, GUEST, 5000, SERVICE, 80, 1001, next, ACK, "x", 1));
+    fake_end_serve(nat.net);
+    CHECK_EQ(read(fd, buffer, sizeof(buffer)), 200);
+    CHECK_EQ(slirp->order.count, 0);
+    CHECK_EQ(stats(nat.slirp).dropped_full, 0);
+    /* Too many, for ever. */
+    fake_end_clear(nat.guest);
+    for (uint32_t i = 0; i < 300; i++) {
+        say(&nat, frame, tcp_frame(frame, GUEST, 5000, SERVICE, 80, 1202 + 2 * i, next, ACK, "x", 1));
+        fake_end_clear(nat.guest);
+    }
+    CHECK_EQ(stats(nat.slirp).dropped_full, 1);
+    fake_end_serve(nat.net);
+    CHECK_EQ(slirp->tcp, 0);
+    CHECK(read(fd, buffer, sizeof(buffer)) <= 0);
+    close(fd);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
+/* Segments of connections that there are, at places where they make some sense. */
+TEST(random_segments_do_no_harm)
+{
+    make_path();
+    struct nat nat = nat_new();
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 64) > 0);
+    greet(&nat);
+    uint64_t state = 11;
+    if (getenv("SEED"))
+        state = strtoull(getenv("SEED"), NULL, 0);
+    static uint8_t frame[1600], data[1460], block[30000];
+    uint32_t next[8] = { 0 }, seq[8] = { 0 };
+    int fds[8] = { -1, -1, -1, -1, -1, -1, -1, -1 };
+    struct aiokvm_net_slirp_connection connection;
+    for (int i = 0; i < 40000; i++) {
+        uint32_t k = random_below(&state, 8), port = 5000 + k;
+        if (fds[k] < 0 && random_below(&state, 20) == 0) {
+            say(&nat, frame, tcp_frame(frame, GUEST, port, SERVICE, 80, 999, 0, RST, NULL, 0));
+            say(&nat, frame, tcp_frame(frame, GUEST, port, SERVICE, 80, 1000, 0, SYN, NULL, 0));
+            for (uint32_t n = 0; n < nat.guest->kept; n++)
+                if (nat.guest->frames[n].data[47] == (SYN | ACK))
+                    next[k] = get32(nat.guest->frames[n].data + 38) + 1;
+            say(&nat, frame, tcp_frame(frame, GUEST, port, SERVICE, 80, 1001, next[k], ACK, NULL, 0));
+            fds[k] = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
+            seq[k] = 1001;
+        }
+        for (uint32_t n = 0; n < nat.guest->kept; n++) {
+            const uint8_t *heard = nat.guest->frames[n].data;
+            uint32_t of = get16(heard + 36) - 5000;
+            if (get16(heard + 12) != 0x0800 || heard[23] != 6 || of >= 8)
+                continue;
+            seq[of] = get32(heard + 42);
+            if (random_below(&state, 4))
+                next[of] = get32(heard + 38) + get16(heard + 16) - 40;
+        }
+        fake_end_clear(nat.guest);
+        uint32_t flags = random_below(&state, 40) ? ACK : random_below(&state, 64);
+        uint32_t at = seq[k] + (random_below(&state, 3) ? 0 : random_below(&state, 4000) - 2000);
+        uint32_t ack = next[k] + (random_below(&state, 5) ? 0 : random_below(&state, 4000) - 2000);
+        uint32_t size = random_below(&state, 2) ? 0 : random_below(&state, random_below(&state, 2) ? 1460 : 20);
+        size = tcp_frame(frame, GUEST, port, SERVICE, 80, at, ack, flags, data, size);
+        if (random_below(&state, 6) == 0) {
+            put16(frame + 48, random_below(&state, 3000)); /* the window */
+            put16(frame + 52, random_below(&state, 3000)); /* the urgent pointer */
+            if (size > 60)
+                frame[46] = (uint8_t)(0x50 + 16 * random_below(&state, 3)); /* options */
+            seal(frame, 6, GUEST, SERVICE, size - 34);
+        }
+        say(&nat, frame, size);
+        if (fds[k] >= 0 && random_below(&state, 10) == 0) {
+            ssize_t result = random_below(&state, 2) ? read(fds[k], block, sizeof(block))
+                                                     : send(fds[k], block, random_below(&state, sizeof(block)), MSG_NOSIGNAL);
+            if (result == 0 || random_below(&state, 40) == 0) {
+                close(fds[k]);
+                fds[k] = -1;
+            }
+        }
+        if (random_below(&state, 8) == 0)
+            fake_end_serve(nat.net);
+    }
+    for (int k = 0; k < 8; k++)
+        if (fds[k] >= 0)
+            close(fds[k]);
+    fake_end_clear(nat.guest);
+    greet(&nat);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
 TEST(random_frames_do_no_harm)
 {
     make_path();
@@ -858,6 +966,8 @@ TEST(random_frames_do_no_harm)
     CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8) > 0);
     greet(&nat);
     uint64_t state = 3;
+    if (getenv("SEED"))
+        state = strtoull(getenv("SEED"), NULL, 0);
     static uint8_t frame[1600];
     static const uint32_t TYPES[] = { 0x0800, 0x86dd, 0x0806, 0x88f8 };
     static const uint8_t PROTOCOLS[] = { 1, 6, 17, 58, 47 };
