@@ -5,39 +5,25 @@
 
 #include <string.h>
 
+#include "net_packet.h"
+
 enum {
     ETH_SIZE = 14, IP_SIZE = 20, IP6_SIZE = 40, TCP_SIZE = 20, TCP_RST = 0x04, TCP_ACK = 0x10,
     /* A window has 45 segments of the usual size. */
     MOST_KEPT = 256,
 };
 
-static uint32_t get16(const uint8_t *at)
-{
-    return (uint32_t)at[0] << 8 | at[1];
-}
-
-static uint32_t get32(const uint8_t *at)
-{
-    return get16(at) << 16 | get16(at + 2);
-}
-
-static void put16(uint8_t *at, uint32_t value)
-{
-    at[0] = (uint8_t)(value >> 8);
-    at[1] = (uint8_t)value;
-}
-
 /* Where TCP's header is, 0 if it is none; `rest` are the bytes from there on. */
 static uint32_t find_tcp(const uint8_t *frame, size_t size, uint32_t *rest)
 {
     const uint8_t *ip = frame + ETH_SIZE;
     uint32_t at;
-    if (size >= ETH_SIZE + IP_SIZE + TCP_SIZE && get16(frame + 12) == 0x0800 && ip[0] == 0x45 && ip[9] == 6) {
+    if (size >= ETH_SIZE + IP_SIZE + TCP_SIZE && net_load16(frame + 12) == 0x0800 && ip[0] == 0x45 && ip[9] == 6) {
         at = ETH_SIZE + IP_SIZE;
-        *rest = get16(ip + 2) - IP_SIZE;
-    } else if (size >= ETH_SIZE + IP6_SIZE + TCP_SIZE && get16(frame + 12) == 0x86dd && ip[6] == 6) {
+        *rest = net_load16(ip + 2) - IP_SIZE;
+    } else if (size >= ETH_SIZE + IP6_SIZE + TCP_SIZE && net_load16(frame + 12) == 0x86dd && ip[6] == 6) {
         at = ETH_SIZE + IP6_SIZE;
-        *rest = get16(ip + 4);
+        *rest = net_load16(ip + 4);
     } else {
         return 0;
     }
@@ -61,7 +47,7 @@ static struct slirp_gaps *bucket_of(struct slirp_order *order, const struct slir
     uint64_t hash = order->seed;
     const uint8_t *bytes = (const uint8_t *)flow;
     for (size_t i = 0; i < sizeof(*flow); i += 4)
-        hash = (hash ^ get32(bytes + i)) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
+        hash = (hash ^ net_load32(bytes + i)) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
     return &order->gaps[hash % SLIRP_BUCKETS * SLIRP_WAYS];
 }
 
@@ -81,7 +67,7 @@ void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t s
     if (!at || rest == (uint32_t)(frame[at + 12] >> 4) * 4)
         return;
     order->is_watching = true;
-    order->end = get32(frame + at + 4) + rest - (uint32_t)(frame[at + 12] >> 4) * 4;
+    order->end = net_load32(frame + at + 4) + rest - (uint32_t)(frame[at + 12] >> 4) * 4;
     name(&order->flow, frame, at, false);
 }
 
@@ -91,7 +77,7 @@ void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t s
     if ((!order->is_watching && !order->count) || !(at = find_tcp(frame, size, &rest)) || !(frame[at + 13] & TCP_ACK))
         return;
     struct slirp_flow flow;
-    uint32_t next = get32(frame + at + 8);
+    uint32_t next = net_load32(frame + at + 8);
     name(&flow, frame, at, true);
     if (order->is_watching && !memcmp(&flow, &order->flow, sizeof(flow))) {
         order->is_missing = (int32_t)(next - order->end) < 0;
@@ -129,18 +115,18 @@ uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size)
     uint32_t rest, at = find_tcp(frame, size, &rest);
     uint8_t *ip = frame + ETH_SIZE, *tcp = frame + at;
     bool is_ip = at == ETH_SIZE + IP_SIZE;
-    put16(ip + (is_ip ? 2 : 4), is_ip ? IP_SIZE + TCP_SIZE : TCP_SIZE);
+    net_store16(ip + (is_ip ? 2 : 4), is_ip ? IP_SIZE + TCP_SIZE : TCP_SIZE);
     if (is_ip) {
-        put16(ip + 10, 0);
-        put16(ip + 10, ~slirp_sum(ip, IP_SIZE, 0));
+        net_store16(ip + 10, 0);
+        net_store16(ip + 10, ~slirp_sum(ip, IP_SIZE, 0));
     }
-    put16(tcp + 4, order->next >> 16);
-    put16(tcp + 6, order->next);
+    net_store16(tcp + 4, order->next >> 16);
+    net_store16(tcp + 6, order->next);
     tcp[12] = TCP_SIZE / 4 << 4;
     tcp[13] = TCP_RST;
     memset(tcp + 16, 0, 4);
     uint8_t pseudo[4] = { 0, 6, 0, TCP_SIZE };
     uint32_t addresses = is_ip ? slirp_sum(ip + 12, 8, 0) : slirp_sum(ip + 8, 32, 0);
-    put16(tcp + 16, ~slirp_sum(tcp, TCP_SIZE, slirp_sum(pseudo, sizeof(pseudo), addresses)));
+    net_store16(tcp + 16, ~slirp_sum(tcp, TCP_SIZE, slirp_sum(pseudo, sizeof(pseudo), addresses)));
     return at + TCP_SIZE;
 }

@@ -59,8 +59,8 @@ struct slirp_fragments {
     struct slirp_datagram *datagrams[SLIRP_DATAGRAMS];
 };
 
-/* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram that
- * is there instead if this was the last piece, else 0. */
+/* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram
+ * that is there instead if this was the last piece, else 0. */
 uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, uint64_t now_ns, bool *is_invalid);
 void slirp_fragments_clear(struct slirp_fragments *fragments);
 
@@ -113,8 +113,6 @@ bool slirp_merge_add(struct slirp_merge *merge, const uint8_t *frame, size_t siz
 void slirp_merge_finish(struct slirp_merge *merge, struct virtio_net_hdr_v1 *hdr);
 
 #ifdef AIOKVM_HAVE_SLIRP
-
-/* ---- net_slirp.c ---- */
 
 enum { SLIRP_TIMERS = 4 };
 
@@ -183,8 +181,16 @@ struct slirp_end {
     uint8_t input[AIOKVM_NET_MAX_FRAME];
 };
 
+/* ---- net_slirp_poll.c ---- */
+
+/* SlirpCb's and slirp_pollfds_poll's; opaque is the end. */
+void slirp_register(int fd, void *opaque);
+void slirp_unregister(int fd, void *opaque);
+int slirp_get_revents(int index, void *opaque);
 /* Asks libslirp what it waits for. */
 void slirp_ask(struct slirp_end *self);
+/* Else this is a child of fork, which has a copy. */
+bool slirp_is_ours(const struct slirp_end *self);
 
 /* ---- net_slirp_forward.c ---- */
 
