@@ -11,6 +11,8 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -21,8 +23,6 @@ enum {
     WAITING_FRAMES = 1024, WAITING_BYTES = 2 << 20,
     /* Descriptors that are looked after before others have their turn: each has up to 128 KiB. */
     READY = 8,
-    /* libslirp asks for 1. */
-    BACKLOG = 128,
 };
 /* Without a need to do so earlier, libslirp's clock is set so often. */
 static const uint64_t TICK_NS = 100000000;
@@ -65,6 +65,7 @@ static ssize_t send_packet(const void *data, size_t size, void *opaque)
     uint32_t needs = is_ip6 ? AIOKVM_NET_OFFLOAD_TSO6 : AIOKVM_NET_OFFLOAD_TSO4;
     net_dirty(&self->end);
     slirp_guard_heard(&self->guard, data, size);
+    slirp_order_heard(&self->order, data, size);
     if (self->end.peer && self->end.peer->offloads & needs) {
         if (slirp_merge_add(&self->merge, data, size))
             return (ssize_t)size;
@@ -116,84 +117,6 @@ static void timer_mod(void *timer, int64_t at_ms, void *opaque)
         ((struct slirp_timer *)timer)->at_ns = (uint64_t)at_ms * 1000000;
 }
 
-/* NULL: no memory. */
-static struct slirp_watched *watched_of(struct slirp_end *self, int fd)
-{
-    if ((uint32_t)fd < self->size)
-        return &self->watched[fd];
-    uint32_t size = 64;
-    while (size <= (uint32_t)fd)
-        size *= 2;
-    struct slirp_watched *watched = realloc(self->watched, size * sizeof(*watched));
-    if (!watched)
-        return NULL;
-    self->watched = watched;
-    int *in_epoll = realloc(self->in_epoll, size * sizeof(*in_epoll));
-    if (!in_epoll)
-        return NULL;
-    self->in_epoll = in_epoll;
-    memset(watched + self->size, 0, (size - self->size) * sizeof(*watched));
-    self->size = size;
-    return &self->watched[fd];
-}
-
-static bool is_ours(const struct slirp_end *self)
-{
-    return self->end.net->pid == getpid();
-}
-
-static void forget(struct slirp_end *self, int fd)
-{
-    struct slirp_watched *watched = &self->watched[fd];
-    /* A copy that a child has would keep it in the epoll, were it only closed. */
-    if (watched->in_epoll && is_ours(self))
-        epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL);
-    if (watched->is_counted && watched->kind == SLIRP_TCP)
-        self->tcp--;
-    else if (watched->is_counted)
-        self->other--;
-    if (watched->in_epoll)
-        for (uint32_t i = 0; i < self->count; i++)
-            if (self->in_epoll[i] == fd) {
-                self->in_epoll[i] = self->in_epoll[--self->count];
-                break;
-            }
-    *watched = (struct slirp_watched){ 0 };
-}
-
-static int option_of(int fd, int option)
-{
-    int value = -1;
-    socklen_t size = sizeof(value);
-    return getsockopt(fd, SOL_SOCKET, option, &value, &size) == 0 ? value : -1;
-}
-
-static void register_fd(int fd, void *opaque)
-{
-    struct slirp_end *self = opaque;
-    struct slirp_watched *watched = fd >= 0 ? watched_of(self, fd) : NULL;
-    if (!watched)
-        return;
-    forget(self, fd);
-    /* Those that were accepted have it not. */
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
-    watched->kind = option_of(fd, SO_TYPE) == SOCK_STREAM ? SLIRP_TCP : SLIRP_OTHER;
-    watched->is_counted = true;
-    if (watched->kind == SLIRP_TCP)
-        self->tcp++;
-    else
-        self->other++;
-    if (watched->kind == SLIRP_TCP && option_of(fd, SO_DOMAIN) == AF_UNIX && option_of(fd, SO_ACCEPTCONN) == 0)
-        self->is_connected = true;
-}
-
-static void unregister_fd(int fd, void *opaque)
-{
-    struct slirp_end *self = opaque;
-    if (fd >= 0 && (uint32_t)fd < self->size)
-        forget(self, fd);
-}
-
 static void notify(void *opaque)
 {
     /* It may want to hear of a socket again: that is asked for after everything that can have led here. */
@@ -202,108 +125,42 @@ static void notify(void *opaque)
 
 static const SlirpCb CALLBACKS = {
     .send_packet = send_packet, .guest_error = guest_error, .clock_get_ns = clock_get_ns, .timer_free = timer_free,
-    .timer_mod = timer_mod, .register_poll_fd = register_fd, .unregister_poll_fd = unregister_fd, .notify = notify,
-    .timer_new_opaque = timer_new,
+    .timer_mod = timer_mod, .timer_new_opaque = timer_new, .register_poll_fd = slirp_register,
+    .unregister_poll_fd = slirp_unregister, .notify = notify,
 };
 
-/* ---- descriptors ---- */
+/* ---- serving ---- */
 
-/* What is not registered is a socket that listens, or that is there for a forwarded UDP port. */
-static void find(struct slirp_end *self, int fd, struct slirp_watched *watched)
+/* libslirp writes to sockets as if nobody ever died of SIGPIPE. A program that has not left Python's way of ignoring it
+ * alone would. */
+static void guard_signals(struct slirp_end *self)
 {
-    self->found = fd;
-    if (option_of(fd, SO_ACCEPTCONN) != 1) {
-        watched->kind = SLIRP_OTHER;
+    sigset_t pipe, old;
+    if (self->is_guarded)
         return;
-    }
-    watched->kind = option_of(fd, SO_DOMAIN) == AF_UNIX ? SLIRP_UNIX_LISTENER : SLIRP_LISTENER;
-    listen(fd, BACKLOG);
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    if (pthread_sigmask(SIG_BLOCK, &pipe, &old) == 0)
+        self->is_guarded = !sigismember(&old, SIGPIPE);
 }
 
-static int add_poll(int fd, int events, void *opaque)
+static void unguard_signals(struct slirp_end *self)
 {
-    struct slirp_end *self = opaque;
-    struct slirp_watched *watched = fd >= 0 ? watched_of(self, fd) : NULL;
-    if (!watched)
-        return -1;
-    if (watched->kind == SLIRP_UNKNOWN)
-        find(self, fd, watched);
-    watched->asked = self->round;
-    watched->events = (uint32_t)events;
-    /* Who connects waits until somebody has gone, or there are descriptors again. */
-    bool is_listener = watched->kind == SLIRP_LISTENER || watched->kind == SLIRP_UNIX_LISTENER;
-    if ((is_listener && self->tcp >= self->max) || (watched->kind == SLIRP_UNIX_LISTENER && self->unix_at_ns))
-        watched->events = 0;
-    /* Urgent data is taken for data. */
-    uint32_t wanted = (watched->events & SLIRP_POLL_IN ? EPOLLIN : 0u) |
-                      (watched->events & SLIRP_POLL_OUT ? EPOLLOUT : 0u);
-    if (wanted == watched->in_epoll)
-        return fd;
-    if (!wanted) {
-        watched->asked = self->round - 1; /* it is taken out with those that were not asked for */
-        return fd;
-    }
-    struct epoll_event event = { .events = wanted, .data.fd = fd };
-    int operation = watched->in_epoll ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
-    if (epoll_ctl(self->epoll, operation, fd, &event) < 0 &&
-        epoll_ctl(self->epoll, operation == EPOLL_CTL_ADD ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) < 0)
-        return -1;
-    if (!watched->in_epoll)
-        self->in_epoll[self->count++] = fd;
-    watched->in_epoll = wanted;
-    return fd;
+    sigset_t pipe;
+    if (!self->is_guarded)
+        return;
+    self->is_guarded = false;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    sigtimedwait(&pipe, NULL, &(struct timespec){ 0 });
+    pthread_sigmask(SIG_UNBLOCK, &pipe, NULL);
 }
 
-static int get_revents(int index, void *opaque)
+static void enter(struct slirp_end *self)
 {
-    struct slirp_end *self = opaque;
-    struct slirp_watched *watched = &self->watched[index];
-    uint32_t ready = watched->ready;
-    watched->ready = 0;
-    if (!ready)
-        return 0;
-    if (watched->kind == SLIRP_UNIX_LISTENER && !slirp_has_descriptors()) {
-        self->unix_at_ns = aiokvm_now_ns() + TICK_NS;
-        return 0;
-    }
-    int events = 0;
-    if (watched->events & SLIRP_POLL_IN)
-        events |= (ready & EPOLLIN ? SLIRP_POLL_IN : 0) | (ready & EPOLLHUP ? SLIRP_POLL_HUP : 0) |
-                  (ready & EPOLLERR ? SLIRP_POLL_ERR : 0);
-    /* An error says to libslirp that there is something to be read; it aborts where there is no room for that. A socket
-     * that is not to be read gets to know of the error when it is written to. */
-    if (watched->events & SLIRP_POLL_OUT && ready & (EPOLLOUT | EPOLLERR | EPOLLHUP))
-        events |= SLIRP_POLL_OUT;
-    return events;
-}
-
-void slirp_ask(struct slirp_end *self)
-{
-    uint32_t timeout_ms = UINT32_MAX;
-    uint64_t now_ns = aiokvm_now_ns();
-    if (self->unix_at_ns <= now_ns)
-        self->unix_at_ns = 0;
-    self->round++;
-    slirp_pollfds_fill(self->slirp, &timeout_ms, add_poll, self);
-    for (uint32_t i = 0; i < self->count;) {
-        struct slirp_watched *watched = &self->watched[self->in_epoll[i]];
-        if (watched->asked == self->round) {
-            i++;
-            continue;
-        }
-        epoll_ctl(self->epoll, EPOLL_CTL_DEL, self->in_epoll[i], NULL);
-        watched->in_epoll = watched->events = 0;
-        self->in_epoll[i] = self->in_epoll[--self->count];
-    }
-    /* Without connections it says a second, for nothing. */
-    uint64_t at_ns = timeout_ms < 1000 ? now_ns + timeout_ms * 1000000ull : 0;
-    self->poll_at_ns = at_ns;
-    for (struct slirp_timer *timer = self->timers; timer < self->timers + SLIRP_TIMERS; timer++)
-        if (timer->used && timer->at_ns && (!at_ns || timer->at_ns < at_ns))
-            at_ns = timer->at_ns;
-    if (self->unix_at_ns && (!at_ns || self->unix_at_ns < at_ns))
-        at_ns = self->unix_at_ns;
-    net_at(&self->end, at_ns);
+    net_dirty(&self->end);
+    guard_signals(self);
+    self->is_inside = true;
 }
 
 static void leave(struct slirp_end *self)
@@ -337,18 +194,17 @@ static bool serve(struct aiokvm_net_end *end)
     if (count <= 0)
         self->watch.events = 0;
     uint64_t now_ns = aiokvm_now_ns();
-    self->is_inside = true;
+    enter(self);
     run_timers(self, now_ns);
     if (count > 0 || (self->poll_at_ns && self->poll_at_ns <= now_ns)) {
         for (int i = 0; i < count; i++)
             self->watched[events[i].data.fd].ready = events[i].events;
-        slirp_pollfds_poll(self->slirp, 0, get_revents, self);
+        slirp_pollfds_poll(self->slirp, 0, slirp_get_revents, self);
         self->polled_ns = now_ns;
         for (int i = 0; i < count; i++)
             self->watched[events[i].data.fd].ready = 0;
     }
     leave(self);
-    net_dirty(end);
     return count > 0;
 }
 
@@ -361,7 +217,6 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         self->is_refused = true;
         return NET_BLOCKED;
     }
-    net_dirty(end);
     if (self->is_starved)
         slirp_accept(self);
     struct slirp_load load = {
@@ -400,13 +255,18 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     }
     if (self->services)
         slirp_guard_sender(self->input, &self->sender.address, &self->sender.port);
-    self->is_inside = true;
+    enter(self);
     if (now_ns - self->polled_ns >= TICK_NS) {
         /* Only the time and its timers: a new socket would be as old as the time that it knows. */
         self->polled_ns = now_ns;
-        slirp_pollfds_poll(self->slirp, 1, get_revents, self);
+        slirp_pollfds_poll(self->slirp, 1, slirp_get_revents, self);
     }
+    slirp_order_begin(&self->order, self->input, size);
     slirp_input(self->slirp, self->input, (int)size);
+    if ((size = slirp_order_end(&self->order, self->input, size))) {
+        end->stats.dropped_full++;
+        slirp_input(self->slirp, self->input, (int)size);
+    }
     leave(self);
     if (self->is_connected)
         slirp_accept(self);
@@ -418,6 +278,7 @@ static void flush(struct aiokvm_net_end *end)
     struct slirp_end *self = self_of(end);
     emit_merged(self);
     slirp_ask(self);
+    unguard_signals(self);
 }
 
 /* ---- the end ---- */
@@ -428,7 +289,7 @@ static void slirp_free(struct aiokvm_net_end *end)
     if (self->slirp)
         slirp_cleanup(self->slirp);
     slirp_free_services(self);
-    if (is_ours(self))
+    if (slirp_is_ours(self))
         net_unwatch(&self->watch);
     if (self->epoll >= 0)
         close(self->epoll);
@@ -476,7 +337,8 @@ int aiokvm_net_slirp_built(void)
 struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct aiokvm_net_slirp_config *config,
                                             int *error)
 {
-    if (config->mtu < AIOKVM_NET_SLIRP_MIN_MTU || config->mtu > AIOKVM_NET_SLIRP_MAX_MTU || config->prefix6_length > 126) {
+    if (config->mtu < AIOKVM_NET_SLIRP_MIN_MTU || config->mtu > AIOKVM_NET_SLIRP_MAX_MTU ||
+        config->prefix6_length > 126) {
         *error = EINVAL;
         return NULL;
     }
@@ -495,6 +357,8 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     memcpy(self->guard.prefix6, config->prefix6, 16);
     memcpy(self->guard.host6, config->host6, 16);
     memcpy(self->guard.nameserver6, config->nameserver6, 16);
+    if (getrandom(&self->order.seed, sizeof(self->order.seed), GRND_NONBLOCK) < 0)
+        self->order.seed = (uintptr_t)self;
     net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (self->epoll < 0) {
@@ -514,55 +378,6 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
         return &self->end;
     aiokvm_net_end_free(&self->end);
     return NULL;
-}
-
-#else
-
-int aiokvm_net_slirp_built(void)
-{
-    return 0;
-}
-
-struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct aiokvm_net_slirp_config *config,
-                                            int *error)
-{
-    (void)net;
-    (void)config;
-    *error = ENOSYS;
-    return NULL;
-}
-
-int aiokvm_net_slirp_add_forward(struct aiokvm_net_end *end, int udp, const char *host, uint16_t host_port,
-                                 const char *guest, uint16_t guest_port)
-{
-    (void)end, (void)udp, (void)host, (void)host_port, (void)guest, (void)guest_port;
-    return -ENOSYS;
-}
-
-int aiokvm_net_slirp_remove_forward(struct aiokvm_net_end *end, int udp, const char *host, uint16_t host_port)
-{
-    (void)end, (void)udp, (void)host, (void)host_port;
-    return -ENOSYS;
-}
-
-int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, uint16_t port, const char *path,
-                                 uint32_t max)
-{
-    (void)end, (void)address, (void)port, (void)path, (void)max;
-    return -ENOSYS;
-}
-
-int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service)
-{
-    (void)end, (void)service;
-    return -ENOSYS;
-}
-
-int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
-                            struct aiokvm_net_slirp_connection *connection)
-{
-    (void)end, (void)service, (void)connection;
-    return -ENOSYS;
 }
 
 #endif

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "net_packet.h"
+
 enum { ETH_SIZE = 14, IP_SIZE = 20, MAX_IP = 65535, BLOCKS = (MAX_IP + 1) / 8, MORE = 0x2000 };
 static const uint64_t PATIENCE_NS = UINT64_C(30000000000);
 
@@ -17,17 +19,6 @@ struct slirp_datagram {
     uint8_t map[BLOCKS / 8];
     uint8_t frame[ETH_SIZE + MAX_IP + 1];
 };
-
-static uint32_t get16(const uint8_t *at)
-{
-    return (uint32_t)at[0] << 8 | at[1];
-}
-
-static void put16(uint8_t *at, uint32_t value)
-{
-    at[0] = (uint8_t)(value >> 8);
-    at[1] = (uint8_t)value;
-}
 
 /* The one with this key, else a new one in the place of what is old. NULL: no memory. */
 static struct slirp_datagram *find(struct slirp_fragments *fragments, const uint8_t key[11], uint64_t now_ns)
@@ -93,11 +84,11 @@ uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, 
     key[2] = ip[9];
     memcpy(key + 3, ip + 12, 8);
     struct slirp_datagram *datagram = find(fragments, key, now_ns);
-    uint32_t flags = get16(ip + 6);
+    uint32_t flags = net_load16(ip + 6);
     *is_invalid = false;
     if (!datagram)
         return 0;
-    if (!put(datagram, frame, (flags & 0x1fff) * 8, get16(ip + 2) - IP_SIZE, flags & MORE)) {
+    if (!put(datagram, frame, (flags & 0x1fff) * 8, net_load16(ip + 2) - IP_SIZE, flags & MORE)) {
         *is_invalid = true;
         drop(fragments, datagram);
         return 0;
@@ -110,10 +101,10 @@ uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, 
     if (!*is_invalid) {
         memcpy(frame, datagram->frame, size);
         uint8_t *whole = frame + ETH_SIZE;
-        put16(whole + 2, size - ETH_SIZE);
-        put16(whole + 6, 0);
-        put16(whole + 10, 0);
-        put16(whole + 10, ~slirp_sum(whole, IP_SIZE, 0));
+        net_store16(whole + 2, size - ETH_SIZE);
+        net_store16(whole + 6, 0);
+        net_store16(whole + 10, 0);
+        net_store16(whole + 10, ~slirp_sum(whole, IP_SIZE, 0));
     }
     drop(fragments, datagram);
     return *is_invalid ? 0 : size;

@@ -2,7 +2,11 @@
  * host's loopback, and does not bound sockets. */
 #include "net_slirp_priv.h"
 
+#include <arpa/inet.h>
 #include <string.h>
+
+#include "net_checksum.h"
+#include "net_packet.h"
 
 enum {
     ETH_SIZE = 14, IP_SIZE = 20, IP6_SIZE = 40, ARP_SIZE = 28, TCP_SIZE = 20, UDP_SIZE = 8, ICMP_SIZE = 8,
@@ -12,22 +16,6 @@ enum {
     ICMP_ECHO = 8, ICMP6_ECHO = 128, NDP_FIRST = 133, NDP_LAST = 137,
     PORT_DNS = 53, PORT_BOOTP = 67, PORT_TFTP = 69, PORT_DHCP6 = 547,
 };
-
-static uint32_t get16(const uint8_t *at)
-{
-    return (uint32_t)at[0] << 8 | at[1];
-}
-
-static uint32_t get32(const uint8_t *at)
-{
-    return get16(at) << 16 | get16(at + 2);
-}
-
-static void put16(uint8_t *at, uint32_t value)
-{
-    at[0] = (uint8_t)(value >> 8);
-    at[1] = (uint8_t)value;
-}
 
 /* ---- checksums, RFC 1071 ---- */
 
@@ -40,35 +28,16 @@ static uint32_t fold(uint64_t sum)
 
 uint32_t slirp_sum(const uint8_t *data, size_t size, uint32_t sum)
 {
-    uint64_t wide = 0; /* in the order of the bytes */
-    for (; size >= 4; size -= 4, data += 4) {
-        uint32_t word;
-        memcpy(&word, data, 4);
-        wide += word;
-    }
-    uint16_t half = 0;
-    if (size >= 2) {
-        memcpy(&half, data, 2);
-        wide += half;
-        size -= 2;
-        data += 2;
-    }
-    if (size) {
-        half = 0;
-        memcpy(&half, data, 1);
-        wide += half;
-    }
-    half = (uint16_t)fold(wide);
-    uint8_t bytes[2];
-    memcpy(bytes, &half, 2);
-    return fold((uint64_t)sum + get16(bytes));
+    struct net_sum own = { 0 };
+    net_sum_add(&own, data, size);
+    return fold((uint64_t)sum + ntohs(net_sum_fold(&own)));
 }
 
 /* One 16-bit word that a checksum covers is replaced, RFC 1624. */
 static void replace16(uint8_t *at, uint32_t value, uint8_t *checksum)
 {
-    put16(checksum, ~fold((~get16(checksum) & 0xffff) + (~get16(at) & 0xffff) + value));
-    put16(at, value);
+    net_store16(checksum, ~fold((~net_load16(checksum) & 0xffff) + (~net_load16(at) & 0xffff) + value));
+    net_store16(at, value);
 }
 
 static void fill_checksum(const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size)
@@ -78,7 +47,7 @@ static void fill_checksum(const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, u
     uint8_t *at = frame + hdr->csum_start + hdr->csum_offset;
     /* The sum of the pseudo header stands there already. */
     uint32_t sum = ~slirp_sum(frame + hdr->csum_start, size - hdr->csum_start, 0) & 0xffff;
-    put16(at, sum ? sum : 0xffff);
+    net_store16(at, sum ? sum : 0xffff);
 }
 
 /* ---- the host's loopback ----
@@ -100,14 +69,14 @@ void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t s
 {
     const uint8_t *ip = frame + ETH_SIZE, *udp;
     uint64_t heard;
-    if (size >= ETH_SIZE + IP_SIZE + UDP_SIZE && get16(frame + 12) == ETHERTYPE_IP && ip[9] == PROTOCOL_UDP &&
-        get32(ip + 12) == guard->host && !(get16(ip + 6) & 0x1fff)) {
+    if (size >= ETH_SIZE + IP_SIZE + UDP_SIZE && net_load16(frame + 12) == ETHERTYPE_IP && ip[9] == PROTOCOL_UDP &&
+        net_load32(ip + 12) == guard->host && !(net_load16(ip + 6) & 0x1fff)) {
         udp = ip + IP_SIZE;
-        heard = peer(get32(ip + 16), get16(udp), get16(udp + 2));
-    } else if (size >= ETH_SIZE + IP6_SIZE + UDP_SIZE && get16(frame + 12) == ETHERTYPE_IP6 &&
+        heard = peer(net_load32(ip + 16), net_load16(udp), net_load16(udp + 2));
+    } else if (size >= ETH_SIZE + IP6_SIZE + UDP_SIZE && net_load16(frame + 12) == ETHERTYPE_IP6 &&
                ip[6] == PROTOCOL_UDP && !memcmp(ip + 8, guard->host6, 16)) {
         udp = ip + IP6_SIZE;
-        heard = peer(get32(ip + 36), get16(udp), get16(udp + 2));
+        heard = peer(net_load32(ip + 36), net_load16(udp), net_load16(udp + 2));
     } else {
         return;
     }
@@ -120,13 +89,13 @@ static enum slirp_verdict to_loopback(struct slirp_guard *guard, uint32_t guest,
     if (guard->host_loopback)
         return SLIRP_PASS;
     if (protocol == PROTOCOL_UDP) {
-        uint64_t answered = peer(guest, get16(payload + 2), get16(payload));
+        uint64_t answered = peer(guest, net_load16(payload + 2), net_load16(payload));
         return *peer_of(guard, answered) == answered ? SLIRP_PASS : SLIRP_DENY;
     }
     if ((payload[13] & (TCP_SYN | TCP_ACK)) != TCP_SYN)
         return SLIRP_PASS; /* of a connection from there */
     /* No TCP begins with both: libslirp sends a reset. */
-    replace16(payload + 12, get16(payload + 12) | TCP_FIN, payload + 16);
+    replace16(payload + 12, net_load16(payload + 12) | TCP_FIN, payload + 16);
     return SLIRP_REFUSE;
 }
 
@@ -143,7 +112,7 @@ static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, ui
         return SLIRP_FULL;
     /* Urgent data is data: what libslirp does with it is little tried. */
     if (tcp[13] & TCP_URG) {
-        replace16(tcp + 12, get16(tcp + 12) & ~(uint32_t)TCP_URG, tcp + 16);
+        replace16(tcp + 12, net_load16(tcp + 12) & ~(uint32_t)TCP_URG, tcp + 16);
         replace16(tcp + 18, 0, tcp + 16);
     }
     return SLIRP_PASS;
@@ -164,7 +133,7 @@ static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_lo
     /* Options are for routers. */
     if ((ip[0] & 15) != 5)
         return SLIRP_IGNORE;
-    uint32_t length = get16(ip + 2);
+    uint32_t length = net_load16(ip + 2);
     if (is_large && length != size) {
         /* Some drivers leave it to the device. */
         replace16(ip + 2, size, ip + 10);
@@ -172,26 +141,26 @@ static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_lo
     }
     if (length < IP_SIZE || length > size)
         return SLIRP_INVALID;
-    uint32_t to = get32(ip + 16), protocol = ip[9], rest = length - IP_SIZE;
+    uint32_t to = net_load32(ip + 16), protocol = ip[9], rest = length - IP_SIZE;
     uint8_t *payload = ip + IP_SIZE;
-    bool is_dhcp = protocol == PROTOCOL_UDP && rest >= UDP_SIZE && get16(payload + 2) == PORT_BOOTP;
+    bool is_dhcp = protocol == PROTOCOL_UDP && rest >= UDP_SIZE && net_load16(payload + 2) == PORT_BOOTP;
     if (is_denied(to) && !(to == UINT32_MAX && is_dhcp))
         return SLIRP_DENY;
-    if (get16(ip + 6) & 0x3fff)
+    if (net_load16(ip + 6) & 0x3fff)
         return length > IP_SIZE ? SLIRP_FRAGMENT : SLIRP_INVALID;
     enum slirp_verdict verdict;
     if (protocol == PROTOCOL_TCP) {
         verdict = of_tcp(load, payload, rest);
-        return verdict || to != guard->host ? verdict : to_loopback(guard, get32(ip + 12), protocol, payload);
+        return verdict || to != guard->host ? verdict : to_loopback(guard, net_load32(ip + 12), protocol, payload);
     }
     if (protocol == PROTOCOL_UDP) {
-        if (rest < UDP_SIZE || get16(payload + 4) < UDP_SIZE)
+        if (rest < UDP_SIZE || net_load16(payload + 4) < UDP_SIZE)
             return SLIRP_INVALID;
         if (is_dhcp)
             return SLIRP_PASS;
-        if (get16(payload + 2) == PORT_TFTP && to == guard->host)
+        if (net_load16(payload + 2) == PORT_TFTP && to == guard->host)
             return SLIRP_IGNORE;
-        verdict = to == guard->host ? to_loopback(guard, get32(ip + 12), protocol, payload) : SLIRP_PASS;
+        verdict = to == guard->host ? to_loopback(guard, net_load32(ip + 12), protocol, payload) : SLIRP_PASS;
         return verdict || !load->other_full ? verdict : SLIRP_FULL;
     }
     if (protocol == PROTOCOL_ICMP) {
@@ -207,7 +176,8 @@ static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_lo
 static bool is_denied6(const uint8_t *address)
 {
     static const uint8_t ZEROES[10];
-    if (!memcmp(address, ZEROES, sizeof(ZEROES)) && (get16(address + 10) == 0 || get16(address + 10) == 0xffff))
+    uint32_t next = net_load16(address + 10);
+    if (!memcmp(address, ZEROES, sizeof(ZEROES)) && (next == 0 || next == 0xffff))
         return true;
     return address[0] == 0xfe && (address[1] & 0xc0) == 0x80;
 }
@@ -236,7 +206,7 @@ static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_l
 {
     if (size < IP6_SIZE || ip[0] >> 4 != 6)
         return SLIRP_INVALID;
-    uint32_t rest = get16(ip + 4), protocol = ip[6];
+    uint32_t rest = net_load16(ip + 4), protocol = ip[6];
     const uint8_t *to = ip + 24;
     uint8_t *payload = ip + IP6_SIZE;
     if (rest > size - IP6_SIZE)
@@ -251,15 +221,15 @@ static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_l
     enum slirp_verdict verdict = SLIRP_PASS;
     if (protocol == PROTOCOL_TCP) {
         verdict = to[0] == 0xff || is_denied6(to) ? SLIRP_DENY : of_tcp(load, payload, rest);
-        if (!verdict && is_loopback6(guard, to, get16(payload + 2)))
-            verdict = to_loopback(guard, get32(ip + 20), protocol, payload);
+        if (!verdict && is_loopback6(guard, to, net_load16(payload + 2)))
+            verdict = to_loopback(guard, net_load32(ip + 20), protocol, payload);
         return verdict;
     }
     if (protocol != PROTOCOL_UDP)
         return SLIRP_IGNORE;
-    if (rest < UDP_SIZE || get16(payload + 4) < UDP_SIZE)
+    if (rest < UDP_SIZE || net_load16(payload + 4) < UDP_SIZE)
         return SLIRP_INVALID;
-    uint32_t port = get16(payload + 2);
+    uint32_t port = net_load16(payload + 2);
     if (to[0] == 0xff)
         return port == PORT_DHCP6 ? SLIRP_PASS : SLIRP_DENY;
     if (is_denied6(to))
@@ -267,7 +237,7 @@ static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_l
     if (port == PORT_TFTP)
         return SLIRP_IGNORE;
     if (port != PORT_DHCP6 && is_loopback6(guard, to, port))
-        verdict = to_loopback(guard, get32(ip + 20), protocol, payload);
+        verdict = to_loopback(guard, net_load32(ip + 20), protocol, payload);
     return verdict || !load->other_full ? verdict : SLIRP_FULL;
 }
 
@@ -276,7 +246,7 @@ enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_loa
 {
     uint8_t *payload = frame + ETH_SIZE;
     size -= ETH_SIZE;
-    switch (get16(frame + 12)) {
+    switch (net_load16(frame + 12)) {
     case ETHERTYPE_ARP:
         return size >= ARP_SIZE ? SLIRP_PASS : SLIRP_INVALID;
     case ETHERTYPE_IP:
@@ -292,6 +262,6 @@ enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_loa
 
 void slirp_guard_sender(const uint8_t *frame, uint32_t *address, uint16_t *port)
 {
-    *address = get32(frame + ETH_SIZE + 12);
-    *port = (uint16_t)get16(frame + ETH_SIZE + IP_SIZE);
+    *address = net_load32(frame + ETH_SIZE + 12);
+    *port = (uint16_t)net_load16(frame + ETH_SIZE + IP_SIZE);
 }

@@ -59,10 +59,41 @@ struct slirp_fragments {
     struct slirp_datagram *datagrams[SLIRP_DATAGRAMS];
 };
 
-/* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram that
- * is there instead if this was the last piece, else 0. */
+/* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram
+ * that is there instead if this was the last piece, else 0. */
 uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, uint64_t now_ns, bool *is_invalid);
 void slirp_fragments_clear(struct slirp_fragments *fragments);
+
+/* ---- net_slirp_order.c: segments that libslirp keeps because others are missing ---- */
+
+enum { SLIRP_BUCKETS = 128, SLIRP_WAYS = 8 };
+
+struct slirp_flow {
+    uint8_t guest[16], other[16], guest_port[2], other_port[2];
+};
+
+struct slirp_gaps {
+    struct slirp_flow flow;
+    uint32_t kept; /* segments, at most; 0: there is no such flow */
+    uint32_t end;  /* of the last */
+};
+
+struct slirp_order {
+    uint64_t seed;
+    uint32_t count; /* of flows in gaps */
+    struct slirp_gaps gaps[SLIRP_BUCKETS * SLIRP_WAYS];
+    /* Of the segment that libslirp has now. */
+    bool is_watching, is_missing;
+    uint32_t end, next;
+    struct slirp_flow flow;
+};
+
+/* Before libslirp gets a frame of the guest's. */
+void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t size);
+/* Of each frame to the guest. */
+void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t size);
+/* After it has got it. Not 0: it keeps too many, and `frame` is now one of so many bytes that makes it stop. */
+uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size);
 
 /* ---- net_slirp_merge.c: segments of one TCP flow become one frame ---- */
 
@@ -82,8 +113,6 @@ bool slirp_merge_add(struct slirp_merge *merge, const uint8_t *frame, size_t siz
 void slirp_merge_finish(struct slirp_merge *merge, struct virtio_net_hdr_v1 *hdr);
 
 #ifdef AIOKVM_HAVE_SLIRP
-
-/* ---- net_slirp.c ---- */
 
 enum { SLIRP_TIMERS = 4 };
 
@@ -138,11 +167,13 @@ struct slirp_end {
     uint32_t tcp, other, max;
     bool is_inside;  /* libslirp runs: it cannot be entered again */
     bool is_refused; /* a frame had to wait for that */
+    bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
     bool is_connected; /* it has made a connection to a service */
     bool is_starved;   /* which could not be accepted for want of descriptors */
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has */
     struct slirp_guard guard;
     struct slirp_fragments fragments;
+    struct slirp_order order;
     struct net_queue queue;
     struct slirp_merge merge;
     struct slirp_service *services;
@@ -150,8 +181,16 @@ struct slirp_end {
     uint8_t input[AIOKVM_NET_MAX_FRAME];
 };
 
+/* ---- net_slirp_poll.c ---- */
+
+/* SlirpCb's and slirp_pollfds_poll's; opaque is the end. */
+void slirp_register(int fd, void *opaque);
+void slirp_unregister(int fd, void *opaque);
+int slirp_get_revents(int index, void *opaque);
 /* Asks libslirp what it waits for. */
 void slirp_ask(struct slirp_end *self);
+/* Else this is a child of fork, which has a copy. */
+bool slirp_is_ours(const struct slirp_end *self);
 
 /* ---- net_slirp_forward.c ---- */
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import asynccontextmanager, contextmanager
@@ -45,9 +47,11 @@ def needs(*commands: str) -> pytest.MarkDecorator:
 
 
 @asynccontextmanager
-async def guest_of(user: net.User, folder: Path, lease: bool = True) -> AsyncIterator[Namespace]:
+async def guest_of(
+    user: net.User, folder: Path, lease: bool = True, thread: str | None = None
+) -> AsyncIterator[Namespace]:
     """A guest behind this NAT."""
-    plane = Plane(current_loop())
+    plane = Plane(current_loop(), thread)
     with anyio.fail_after(LIMIT_S):
         async with namespace(folder) as guest:
             try:
@@ -472,6 +476,94 @@ async def test_large_pages_both_ways(tmp_path: Path) -> None:
         )
         assert output == str(size)
         assert hashes == [size]
+
+
+@needs("curl")
+@pytest.mark.anyio
+async def test_a_plane_with_a_thread(tmp_path: Path) -> None:
+    user = net.User(services={PAGE: application})
+    async with guest_of(user, tmp_path, thread="net") as guest:
+        assert await guest.run("curl", "-sS", *["http://10.0.2.100/"] * 20) == "hello 10.0.2.15" * 20
+
+
+async def greeting(stream: Connection) -> None:
+    await stream.send(b"hello")
+    stream.close()
+
+
+async def without_python_ignoring_sigpipe(folder: Path) -> None:
+    """Run by the next test in a process of its own."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    async with guest_of(net.User(services={PAGE: greeting}), folder) as guest:
+        assert "True" in await guest.python(AFTERWARDS, *map(str, PAGE))
+        assert signal.SIGPIPE not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+# Goes on to send to one who has gone.
+AFTERWARDS = """
+import socket, sys
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=30)
+while s.recv(100):
+    pass
+try:
+    for _ in range(1000):
+        s.send(b"x" * 1000)
+except OSError:
+    print(True)
+"""
+
+
+@needs()
+def test_a_program_that_does_not_ignore_sigpipe_lives(tmp_path: Path) -> None:
+    program = (
+        "import anyio, pathlib, sys; from tests.net import test_user; "
+        "anyio.run(test_user.without_python_ignoring_sigpipe, pathlib.Path(sys.argv[1]))"
+    )
+    root = str(Path(__file__).parents[2])
+    argv = (sys.executable, "-c", f"import sys; sys.path.append({root!r}); {program}", tmp_path)
+    subprocess.run(argv, check=True, timeout=LIMIT_S)
+
+
+# In a network and mount namespace of its own: asks a nameserver that only it knows.
+RESOLVER = """
+import pathlib, socket, sys, threading
+sys.path.append(sys.argv[2])
+import anyio
+from aiokvm import net
+from tests.net.test_user import guest_of
+
+def answer():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 53))
+        ready.set()
+        query, asker = server.recvfrom(512)
+        # The question again, and a record of type A: RFC 1035, section 4.
+        end = query.index(b"\\0", 12) + 5
+        head = query[:2] + bytes.fromhex("8180 0001 0001 0000 0000")
+        server.sendto(head + query[12:end] + bytes.fromhex("c00c 0001 0001 0000003c 0004 c6336407"), asker)
+
+async def main():
+    async with guest_of(net.User(), pathlib.Path(sys.argv[1])) as guest:
+        print(await guest.run("dig", "+short", "@10.0.2.3", "some.example"), end="")
+
+ready = threading.Event()
+threading.Thread(target=answer, daemon=True).start()
+ready.wait()
+anyio.run(main)
+"""
+
+
+@needs("dig")
+def test_names_by_the_nameserver_of_the_host(tmp_path: Path) -> None:
+    resolv = tmp_path / "resolv.conf"
+    resolv.write_text("nameserver 127.0.0.1\n")
+    prepare = f"ip link set lo up; mount --bind {resolv} /etc/resolv.conf; "
+    argv = ("unshare", "-rnm", "sh", "-ec", prepare + 'exec "$@"', "sh", sys.executable, "-c", RESOLVER)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        (*argv, tmp_path, root), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.stdout == "198.51.100.7\n", done.stderr
 
 
 # ---- what is refused
