@@ -44,8 +44,9 @@ struct facts {
     bool is_ip;
     bool is_bad;  /* a transport header that is not whole, as in an attack by fragments: RFC 1858 */
     bool has_ports, has_icmp_type;
-    bool has_flow;  /* it may be the first of one */
-    bool may_reply; /* not what asks: an echo request is no reply */
+    bool has_flow; /* it may belong to one by its own header */
+    bool begins;   /* it may be the first of one: an echo's reply is not */
+    bool replies;  /* it may be an answer: an echo request is not */
     bool is_error;  /* an ICMP error, which quotes a packet of another flow */
     uint16_t src_port, dst_port;
     uint8_t icmp_type;
@@ -86,7 +87,8 @@ static void look_at_icmp(struct facts *facts)
     /* RFC 792 and RFC 4443: unreachable, source quench or too big, time exceeded, parameter problem. */
     facts->is_error = is_v4 ? type == 3 || type == 4 || type == 11 || type == 12 : type >= 1 && type <= 4;
     facts->has_flow = !facts->is_error;
-    facts->may_reply = type == echo_reply;
+    facts->begins = facts->has_flow && type != echo_reply;
+    facts->replies = type == echo_reply;
     /* An echo's identifier is what a port is to others. */
     if (type == echo_reply || type == echo)
         facts->src_port = facts->dst_port = net_load16(icmp + 4);
@@ -96,7 +98,6 @@ static void look_at_transport(struct facts *facts, bool is_whole)
 {
     const struct net_packet *packet = &facts->packet;
     facts->is_ip = packet->ethertype == ETH_P_IP || packet->ethertype == ETH_P_IPV6;
-    facts->may_reply = true;
     if (!packet->has_network || !packet->has_transport)
         return;
     if (packet->fragment == NET_FRAGMENT_LATER) {
@@ -106,7 +107,7 @@ static void look_at_transport(struct facts *facts, bool is_whole)
     }
     uint32_t length = is_icmp(packet) ? 8 : port_header(packet->protocol);
     if (!length) {
-        facts->has_flow = true;
+        facts->has_flow = facts->begins = facts->replies = true;
         return;
     }
     if (packet->transport + (is_whole ? length : 8) > packet->end) {
@@ -117,7 +118,7 @@ static void look_at_transport(struct facts *facts, bool is_whole)
             return;
         }
         const uint8_t *ports = packet->head + packet->transport;
-        facts->has_ports = facts->has_flow = true;
+        facts->has_ports = facts->has_flow = facts->begins = facts->replies = true;
         facts->src_port = net_load16(ports);
         facts->dst_port = net_load16(ports + 2);
     }
@@ -323,7 +324,7 @@ static bool belongs(struct aiokvm_net_filter *filter, const struct facts *facts,
         struct net_flow *flow = net_flows_find(filter->flows, &key, now_ns);
         return flow && flow->state == NET_FLOW_ALLOWED && flow->generation == filter->generation;
     }
-    if (!facts->has_flow || !facts->may_reply)
+    if (!facts->replies)
         return false;
     set_key(&key, facts);
     struct net_flow *flow = net_flows_find(filter->flows, &key, now_ns);
@@ -399,7 +400,7 @@ static bool passes_by_rule(struct aiokvm_net_filter *filter, const struct aiokvm
     bool asks = rule->verdict == AIOKVM_NET_ASK, replies = !(rule->has & AIOKVM_NET_NO_REPLIES);
     if (rule->verdict == AIOKVM_NET_DENY)
         return false;
-    if (!filter->tracks || !facts->has_flow || (!replies && facts->packet.fragment == NET_FRAGMENT_NONE))
+    if (!filter->tracks || !facts->begins || (!replies && facts->packet.fragment == NET_FRAGMENT_NONE))
         return !asks;
     if (!filter->flows && !(filter->flows = net_flows_new()))
         return !asks;
