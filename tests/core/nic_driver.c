@@ -18,7 +18,7 @@ void nic_driver_open(struct nic_driver *nic, struct aiokvm_net *net, uint64_t fe
     int error = 0;
     nic->end = aiokvm_net_nic_new(net, &error);
     CHECK(nic->end);
-    CHECK_EQ(aiokvm_net_nic_set_features(nic->end, features), 0);
+    CHECK_EQ(aiokvm_net_nic_set_features(nic->end, features, 0), 0);
     struct aiokvm_ram ram = { 0, NIC_RAM, nic->ram };
     struct aiokvm_notifier notifier = { nic->irq, &nic->status };
     for (uint32_t i = 0; i < 2 * pairs; i++) {

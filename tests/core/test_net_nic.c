@@ -399,7 +399,7 @@ TEST(a_receive_buffer_that_is_too_small_or_to_be_read_breaks_the_adapter)
         check_broken(&rig, AIOKVM_NET_NIC_EHEADER, 0);
         /* A reset makes it whole. */
         nic_driver_detach(&rig.nic);
-        CHECK_EQ(aiokvm_net_nic_set_features(rig.nic.end, 0), 0);
+        CHECK_EQ(aiokvm_net_nic_set_features(rig.nic.end, 0, 0), 0);
         close_rig(&rig);
     }
 }
@@ -462,6 +462,41 @@ TEST(the_filter_lets_through_what_the_driver_asked_for)
     CHECK_EQ(stats(&rig).dropped_filtered, 6);
     filter.macs = AIOKVM_NET_NIC_MACS + 1;
     CHECK_EQ(aiokvm_net_nic_set_filter(rig.nic.end, &filter), -EINVAL);
+    close_rig(&rig);
+}
+
+TEST(no_frame_is_longer_than_the_mtu_that_the_driver_was_told)
+{
+    struct rig rig;
+    open_rig(&rig, 0, 64, 1);
+    const uint64_t features = F_MRG | F_GUEST_CSUM | F_GUEST_TSO4 | 1 << VIRTIO_NET_F_MTU;
+    CHECK_EQ(aiokvm_net_nic_set_features(rig.nic.end, features, 1000), 0);
+    for (uint32_t i = 0; i < 20; i++)
+        nic_driver_give(&rig.nic, 0, i, 2000, 1);
+    struct virtio_net_hdr_v1 segments = { .flags = 1, .csum_start = 34, .csum_offset = 16, .gso_type = 0x81,
+                                          .gso_size = 900 };
+    static const struct {
+        uint32_t size;
+        int tags;
+        bool segmented, passes;
+    } CASES[] = {
+        { 1014, 0, false, true }, { 1015, 0, false, false }, { 1018, 1, false, true }, { 1019, 1, false, false },
+        { 1022, 2, false, true }, { 1023, 2, false, false }, { 9000, 0, true, true },
+    };
+    uint64_t dropped = 0;
+    rig.nic.end->offloads |= AIOKVM_NET_OFFLOAD_ECN;
+    for (size_t i = 0; i < LENGTH(CASES); i++) {
+        uint8_t data[9000];
+        memcpy(data, frame_data, sizeof(data));
+        for (int tag = 0; tag < CASES[i].tags; tag++)
+            memcpy(data + 12 + 4 * tag, "\x81\x00\x00\x05\x08", 5);
+        const struct virtio_net_hdr_v1 *hdr = CASES[i].segmented ? &segments : NULL;
+        CHECK_EQ(fake_end_send(rig.peer, hdr, data, CASES[i].size), NET_TAKEN);
+        if ((taken(&rig, 0) > 0) != CASES[i].passes)
+            check_failed(__FILE__, __LINE__, "case %zu", i);
+        dropped += !CASES[i].passes;
+    }
+    CHECK_EQ(stats(&rig).dropped_invalid, dropped);
     close_rig(&rig);
 }
 
@@ -589,7 +624,7 @@ TEST(queues_are_taken_away_and_given_again)
         fake_end_serve(rig.net);
         nic_driver_detach(&rig.nic);
         rig.peer->blocks = false;
-        CHECK_EQ(aiokvm_net_nic_set_features(rig.nic.end, rig.nic.features), 0);
+        CHECK_EQ(aiokvm_net_nic_set_features(rig.nic.end, rig.nic.features, 0), 0);
         struct aiokvm_notifier notifier = { rig.nic.irq, &rig.nic.status };
         for (uint32_t i = 0; i < 2; i++) {
             struct nic_driver_queue *queue = &rig.nic.queues[i];
@@ -611,7 +646,7 @@ TEST(a_child_of_fork_leaves_the_parents_adapter_alone)
     pid_t pid = fork();
     if (pid == 0) {
         bool right = aiokvm_net_nic_set_queue(rig.nic.end, 0, NULL, 0, -1, NULL) == -EOWNERDEAD &&
-                     aiokvm_net_nic_set_features(rig.nic.end, 0) == -EOWNERDEAD;
+                     aiokvm_net_nic_set_features(rig.nic.end, 0, 0) == -EOWNERDEAD;
         aiokvm_net_free(rig.net);
         _exit(right ? 0 : 1);
     }

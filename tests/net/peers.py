@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aiokvm.net import NetBackend
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 GUEST_MAC = b"\x02\0\0\0\0\x02"
 BROADCAST = b"\xff" * 6
 ETH_P_IP, ETH_P_ARP, ETH_P_LOCAL = 0x0800, 0x0806, 0x88B5

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import array
+import hashlib
 import os
 import socket
 import struct
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -36,6 +39,9 @@ from tests.net.peers import (
     is_local,
     linked,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {"use_uvloop": False}),
@@ -256,6 +262,89 @@ async def elsewhere() -> None:
     os.close(fd)
 
 
+FAR = """
+import array, fcntl, hashlib, os, socket, struct, subprocess, sys
+fd = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"far", 0x5002))
+for command in ("link set far up", "addr add 10.78.0.2/24 dev far"):
+    subprocess.run(("ip", *command.split()), check=True)
+listener = socket.create_server(("10.78.0.2", 5000))
+socket.socket(fileno=0).sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+os.close(fd)
+while True:
+    made, _ = listener.accept()
+    digest = hashlib.sha256()
+    while data := made.recv(1 << 20):
+        digest.update(data)
+        made.sendall(data[:len(data) // 2])
+    made.sendall(digest.digest())
+    made.close()
+"""
+MEBIBYTES = 16
+
+
+def transfer() -> None:
+    """Sends through the kernel to a program in another namespace, which sends half of it back and the sum."""
+    chunk = os.urandom(1 << 20)
+    with socket.create_connection(("10.78.0.2", 5000), PATIENCE_S) as made:
+        back = b""
+
+        def read() -> None:
+            nonlocal back
+            while data := made.recv(1 << 20):
+                back = (back + data)[-32:]
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for _ in range(MEBIBYTES):
+            made.sendall(chunk)
+        made.shutdown(socket.SHUT_WR)
+        reader.join()
+    assert back == hashlib.sha256(chunk * MEBIBYTES).digest()
+
+
+@contextmanager
+def far_side() -> Iterator[socket.socket]:
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        subprocess.Popen(("unshare", "-n", sys.executable, "-c", FAR), stdin=theirs.fileno()) as far,
+    ):
+        try:
+            yield ours
+        finally:
+            far.kill()
+
+
+async def tcp() -> None:
+    """Two kernels talk TCP through two devices: whole segments of 64 KiB, or cut by whoever sends them."""
+    with far_side() as ours:
+        with anyio.fail_after(PATIENCE_S):
+            await anyio.wait_readable(ours)
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+        (fd,) = array.array("i", ancillary[0][2])
+        for thread, near_offload, far_offload in (
+            (None, True, True),
+            ("net", True, True),
+            (None, False, True),
+            (None, True, False),
+        ):
+            plane = Plane(current_loop(), thread)
+            near, far = Tap("near", offload=near_offload), Tap(fds=[fd], offload=far_offload)
+            (await near.open(plane, print)).link(await far.open(plane, print))
+            ip("addr", "add", "10.78.0.1/24", "dev", "near")
+            await anyio.to_thread.run_sync(transfer)
+            for stats in (near.stats(), far.stats()):
+                assert stats.dropped_invalid == stats.segmented == 0
+                size = stats.sent_bytes / stats.sent_frames
+                assert (size > 3000) is (near_offload and far_offload), size
+            await near.close()
+            await far.close()
+            plane.close()
+        os.close(fd)
+
+
 async def macvtap() -> None:
     """A device of which only the descriptors are had; deleting it is told by the kernel's messages alone."""
     ip("tuntap", "add", "dev", "lower", "mode", "tap")
@@ -314,7 +403,7 @@ async def unprivileged() -> None:
 PROGRAMS = {
     each.__name__: each
     for each in (
-        *(traffic, names, deleted, errors, bridges, handed, elsewhere, macvtap, cancelled, unprivileged),
+        *(traffic, names, deleted, errors, bridges, handed, elsewhere, tcp, macvtap, cancelled, unprivileged),
     )
 }
 

@@ -250,6 +250,53 @@ async def test_a_peer_that_stalls_holds_up_its_sender_only() -> None:
             assert stream.stats().dropped_full == 0
 
 
+async def test_a_flood_leaves_the_loop_its_turns() -> None:
+    ours, theirs = socket.socketpair()
+    frames = 200_000
+    data = framed(ethernet(b"flood")) * 1000
+    with ours, theirs:
+        stream = Stream(ours)
+        async with linked(stream) as peer:
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    await current_loop().turn()
+                    turns += 1
+
+            def flood() -> None:
+                for _ in range(frames // 1000):
+                    theirs.sendall(data)
+
+            async def drain() -> None:
+                while True:
+                    await peer.receive()
+
+            async with anyio.create_task_group() as tasks:
+                for each in (count, drain):
+                    tasks.start_soon(each)
+                await anyio.to_thread.run_sync(flood)
+                with anyio.fail_after(PATIENCE_S):
+                    while stream.stats().sent_frames < frames:
+                        await current_loop().turn()
+                tasks.cancel_scope.cancel()
+            # One turn serves for half a millisecond at most.
+            assert turns > 100
+
+
+async def test_nothing_is_left_of_many(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(30):
+        server = Stream(tmp_path / "s", server=True)
+        async with linked(server) as one, linked(Stream(tmp_path / "s")) as other:
+            await until(server, True)
+            await one.send(ethernet(b"hello"))
+            assert await other.receive() == ethernet(b"hello")
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the loop's own
+    assert not os.listdir(tmp_path)
+
+
 async def test_closing_while_it_connects_leaves_nothing(tmp_path: Path) -> None:
     stream = Stream(tmp_path / "s", reconnect=0.01)
     for _ in range(3):

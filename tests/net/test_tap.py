@@ -18,7 +18,7 @@ from aiokvm.net import Tap
 from aiokvm.net.links import removed
 
 FILE = Path(__file__).with_name("tap_programs.py")
-PROGRAMS = ("traffic", "names", "deleted", "errors", "bridges", "handed", "elsewhere", "cancelled")
+PROGRAMS = ("traffic", "names", "deleted", "errors", "bridges", "handed", "elsewhere", "tcp", "cancelled")
 
 
 @cache
