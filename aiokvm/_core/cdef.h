@@ -1029,6 +1029,43 @@ struct aiokvm_net_end *aiokvm_net_datagram_new(struct aiokvm_net *net, int fd, c
 
 /* ---- net_slirp.h: user-mode NAT ---- */
 
+#define AIOKVM_NET_SLIRP_MIN_MTU ...
+#define AIOKVM_NET_SLIRP_MAX_MTU ...
+
+struct aiokvm_net_slirp_config {
+    uint32_t network, netmask;
+    uint32_t host;
+    uint32_t dhcp_start;
+    uint32_t nameserver;
+    uint8_t prefix6[16], host6[16], nameserver6[16];
+    uint32_t prefix6_length;
+    const char *hostname;
+    const char *domain;
+    const char **search;
+    uint32_t mtu;
+    uint32_t restricted;
+    uint32_t host_loopback;
+    uint32_t own_nameserver;
+    uint32_t max_connections;
+};
+
+struct aiokvm_net_slirp_connection {
+    uint32_t address;
+    uint16_t port;
+};
+
+int aiokvm_net_slirp_built(void);
+struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct aiokvm_net_slirp_config *config,
+                                            int *error);
+int aiokvm_net_slirp_add_forward(struct aiokvm_net_end *end, int udp, const char *host, uint16_t host_port,
+                                 const char *guest, uint16_t guest_port);
+int aiokvm_net_slirp_remove_forward(struct aiokvm_net_end *end, int udp, const char *host, uint16_t host_port);
+int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, uint16_t port, const char *path,
+                                 uint32_t max);
+int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service);
+int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
+                            struct aiokvm_net_slirp_connection *connection);
+
 /* ---- net_port.h: the program as the peer ---- */
 
 #define AIOKVM_NET_PORT_MAX_DEPTH ...

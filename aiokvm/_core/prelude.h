@@ -12,6 +12,7 @@
 #include "net_filter.h"
 #include "net_nic.h"
 #include "net_port.h"
+#include "net_slirp.h"
 #include "net_stream.h"
 #include "net_switch.h"
 #include "net_tap.h"

@@ -1,0 +1,383 @@
+/* User-mode NAT: libslirp as an end. Everything that it watches is in an epoll of its own, of which the plane watches
+ * the whole; what it wants to know of each descriptor is asked for when something has happened. */
+#define _GNU_SOURCE
+#include "net_slirp_priv.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef AIOKVM_HAVE_SLIRP
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "clock.h"
+
+enum {
+    /* Frames for a guest that takes none. TCP comes again with what is dropped. */
+    WAITING_FRAMES = 1024, WAITING_BYTES = 2 << 20,
+    /* Descriptors that are looked after before others have their turn: each has up to 128 KiB. */
+    READY = 8,
+};
+/* Without a need to do so earlier, libslirp's clock is set so often. */
+static const uint64_t TICK_NS = 100000000;
+
+static struct slirp_end *self_of(struct aiokvm_net_end *end)
+{
+    return (struct slirp_end *)end;
+}
+
+/* ---- frames to the guest ---- */
+
+static void emit(struct slirp_end *self, const struct virtio_net_hdr_v1 *hdr, const void *data, size_t size)
+{
+    /* [0] is the receiver's. */
+    struct iovec iov[3] = { [1] = { (void *)(uintptr_t)data, size } };
+    struct net_frame frame = { .hdr = *hdr, .iov = iov + 1, .count = 1, .size = (uint32_t)size };
+    if (!self->queue.first && net_send(&self->end, &frame) == NET_TAKEN)
+        return;
+    if (!net_queue_put(&self->queue, &frame))
+        self->end.stats.dropped_full++;
+}
+
+static void emit_merged(struct slirp_end *self)
+{
+    if (!self->merge.size)
+        return;
+    struct virtio_net_hdr_v1 hdr;
+    slirp_merge_finish(&self->merge, &hdr);
+    uint32_t size = self->merge.size;
+    self->merge.size = 0;
+    emit(self, &hdr, self->merge.data, size);
+}
+
+static ssize_t send_packet(const void *data, size_t size, void *opaque)
+{
+    struct slirp_end *self = opaque;
+    if (size < AIOKVM_NET_MIN_FRAME || size > AIOKVM_NET_MAX_FRAME)
+        return (ssize_t)size;
+    bool is_ip6 = ((const uint8_t *)data)[12] == 0x86;
+    uint32_t needs = is_ip6 ? AIOKVM_NET_OFFLOAD_TSO6 : AIOKVM_NET_OFFLOAD_TSO4;
+    net_dirty(&self->end);
+    slirp_guard_heard(&self->guard, data, size);
+    slirp_order_heard(&self->order, data, size);
+    if (self->end.peer && self->end.peer->offloads & needs) {
+        if (slirp_merge_add(&self->merge, data, size))
+            return (ssize_t)size;
+        emit_merged(self);
+        if (slirp_merge_add(&self->merge, data, size))
+            return (ssize_t)size;
+    }
+    emit_merged(self);
+    emit(self, &(struct virtio_net_hdr_v1){ 0 }, data, size);
+    return (ssize_t)size;
+}
+
+/* ---- what libslirp asks for ---- */
+
+static void guest_error(const char *message, void *opaque)
+{
+    (void)message;
+    ((struct slirp_end *)opaque)->end.stats.dropped_invalid++;
+}
+
+static int64_t clock_get_ns(void *opaque)
+{
+    (void)opaque;
+    return (int64_t)aiokvm_now_ns();
+}
+
+static void *timer_new(SlirpTimerId id, void *timer_opaque, void *opaque)
+{
+    struct slirp_end *self = opaque;
+    for (struct slirp_timer *timer = self->timers; timer < self->timers + SLIRP_TIMERS; timer++)
+        if (!timer->used) {
+            *timer = (struct slirp_timer){ .id = id, .opaque = timer_opaque, .used = true };
+            return timer;
+        }
+    return NULL;
+}
+
+static void timer_free(void *timer, void *opaque)
+{
+    (void)opaque;
+    if (timer)
+        ((struct slirp_timer *)timer)->used = false;
+}
+
+static void timer_mod(void *timer, int64_t at_ms, void *opaque)
+{
+    (void)opaque;
+    if (timer)
+        ((struct slirp_timer *)timer)->at_ns = (uint64_t)at_ms * 1000000;
+}
+
+static void notify(void *opaque)
+{
+    /* It may want to hear of a socket again: that is asked for after everything that can have led here. */
+    (void)opaque;
+}
+
+static const SlirpCb CALLBACKS = {
+    .send_packet = send_packet, .guest_error = guest_error, .clock_get_ns = clock_get_ns, .timer_free = timer_free,
+    .timer_mod = timer_mod, .timer_new_opaque = timer_new, .register_poll_fd = slirp_register,
+    .unregister_poll_fd = slirp_unregister, .notify = notify,
+};
+
+/* ---- serving ---- */
+
+/* libslirp writes to sockets as if nobody ever died of SIGPIPE. A program that has not left Python's way of ignoring it
+ * alone would. */
+static void guard_signals(struct slirp_end *self)
+{
+    sigset_t pipe, old;
+    if (self->is_guarded)
+        return;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    if (pthread_sigmask(SIG_BLOCK, &pipe, &old) == 0)
+        self->is_guarded = !sigismember(&old, SIGPIPE);
+}
+
+static void unguard_signals(struct slirp_end *self)
+{
+    sigset_t pipe;
+    if (!self->is_guarded)
+        return;
+    self->is_guarded = false;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    sigtimedwait(&pipe, NULL, &(struct timespec){ 0 });
+    pthread_sigmask(SIG_UNBLOCK, &pipe, NULL);
+}
+
+static void enter(struct slirp_end *self)
+{
+    net_dirty(&self->end);
+    guard_signals(self);
+    self->is_inside = true;
+}
+
+static void leave(struct slirp_end *self)
+{
+    self->is_inside = false;
+    if (self->is_refused) {
+        self->is_refused = false;
+        net_resume(&self->end);
+    }
+}
+
+static void run_timers(struct slirp_end *self, uint64_t now_ns)
+{
+    for (struct slirp_timer *timer = self->timers; timer < self->timers + SLIRP_TIMERS; timer++)
+        if (timer->used && timer->at_ns && timer->at_ns <= now_ns) {
+            timer->at_ns = 0;
+            slirp_handle_timer(self->slirp, timer->id, timer->opaque);
+        }
+}
+
+static bool serve(struct aiokvm_net_end *end)
+{
+    struct slirp_end *self = self_of(end);
+    /* A guest that takes nothing now is not sent more: the sockets are left alone. */
+    if (net_queue_send(&self->queue, end, NET_QUANTUM) == NET_BLOCKED)
+        return false;
+    if (self->queue.first)
+        return true;
+    struct epoll_event events[READY];
+    int count = epoll_wait(self->epoll, events, READY, 0);
+    if (count <= 0)
+        self->watch.events = 0;
+    uint64_t now_ns = aiokvm_now_ns();
+    enter(self);
+    run_timers(self, now_ns);
+    if (count > 0 || (self->poll_at_ns && self->poll_at_ns <= now_ns)) {
+        for (int i = 0; i < count; i++)
+            self->watched[events[i].data.fd].ready = events[i].events;
+        slirp_pollfds_poll(self->slirp, 0, slirp_get_revents, self);
+        self->polled_ns = now_ns;
+        for (int i = 0; i < count; i++)
+            self->watched[events[i].data.fd].ready = 0;
+    }
+    leave(self);
+    return count > 0;
+}
+
+/* ---- frames from the guest ---- */
+
+static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *frame)
+{
+    struct slirp_end *self = self_of(end);
+    if (self->is_inside) {
+        self->is_refused = true;
+        return NET_BLOCKED;
+    }
+    if (self->is_starved)
+        slirp_accept(self);
+    struct slirp_load load = {
+        .tcp_full = self->tcp >= self->max || self->is_starved, .other_full = self->other >= self->max,
+    };
+    uint64_t now_ns = aiokvm_now_ns();
+    uint32_t size = frame->size;
+    net_frame_copy(frame, self->input);
+    enum slirp_verdict verdict = slirp_guard(&self->guard, &load, &frame->hdr, self->input, size);
+    if (verdict == SLIRP_FRAGMENT) {
+        bool is_invalid;
+        size = slirp_fragments_add(&self->fragments, self->input, now_ns, &is_invalid);
+        end->stats.dropped_invalid += is_invalid;
+        if (!size)
+            return NET_TAKEN;
+        verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
+    }
+    switch (verdict) {
+    case SLIRP_PASS:
+        break;
+    case SLIRP_FRAGMENT:
+    case SLIRP_REFUSE:
+        end->stats.dropped_filtered++;
+        break;
+    case SLIRP_IGNORE:
+        return NET_TAKEN;
+    case SLIRP_INVALID:
+        end->stats.dropped_invalid++;
+        return NET_TAKEN;
+    case SLIRP_DENY:
+        end->stats.dropped_filtered++;
+        return NET_TAKEN;
+    case SLIRP_FULL:
+        end->stats.dropped_full++;
+        return NET_TAKEN;
+    }
+    if (self->services)
+        slirp_guard_sender(self->input, &self->sender.address, &self->sender.port);
+    enter(self);
+    if (now_ns - self->polled_ns >= TICK_NS) {
+        /* Only the time and its timers: a new socket would be as old as the time that it knows. */
+        self->polled_ns = now_ns;
+        slirp_pollfds_poll(self->slirp, 1, slirp_get_revents, self);
+    }
+    slirp_order_begin(&self->order, self->input, size);
+    slirp_input(self->slirp, self->input, (int)size);
+    if ((size = slirp_order_end(&self->order, self->input, size))) {
+        end->stats.dropped_full++;
+        slirp_input(self->slirp, self->input, (int)size);
+    }
+    leave(self);
+    if (self->is_connected)
+        slirp_accept(self);
+    return NET_TAKEN;
+}
+
+static void flush(struct aiokvm_net_end *end)
+{
+    struct slirp_end *self = self_of(end);
+    emit_merged(self);
+    slirp_ask(self);
+    unguard_signals(self);
+}
+
+/* ---- the end ---- */
+
+static void slirp_free(struct aiokvm_net_end *end)
+{
+    struct slirp_end *self = self_of(end);
+    if (self->slirp)
+        slirp_cleanup(self->slirp);
+    slirp_free_services(self);
+    if (slirp_is_ours(self))
+        net_unwatch(&self->watch);
+    if (self->epoll >= 0)
+        close(self->epoll);
+    net_queue_clear(&self->queue);
+    slirp_fragments_clear(&self->fragments);
+    free(self->watched);
+    free(self->in_epoll);
+    free(self);
+}
+
+static const struct net_type TYPE = { .serve = serve, .receive = receive, .flush = flush, .free = slirp_free };
+
+static Slirp *make(struct slirp_end *self, const struct aiokvm_net_slirp_config *config)
+{
+    SlirpConfig slirp = {
+        .version = 4,
+        .restricted = config->restricted != 0,
+        .in_enabled = true,
+        .vnetwork.s_addr = htonl(config->network),
+        .vnetmask.s_addr = htonl(config->netmask),
+        .vhost.s_addr = htonl(config->host),
+        .vdhcp_start.s_addr = htonl(config->dhcp_start),
+        .vnameserver.s_addr = htonl(config->nameserver),
+        .in6_enabled = config->prefix6_length != 0,
+        .vprefix_len = (uint8_t)config->prefix6_length,
+        .vhostname = config->hostname,
+        .vdnssearch = config->search,
+        .vdomainname = config->domain,
+        .if_mtu = config->mtu,
+        .if_mru = config->mtu,
+        .disable_host_loopback = false, /* net_slirp_guard.c does that */
+        .disable_dns = config->own_nameserver != 0,
+    };
+    memcpy(&slirp.vprefix_addr6, config->prefix6, 16);
+    memcpy(&slirp.vhost6, config->host6, 16);
+    memcpy(&slirp.vnameserver6, config->nameserver6, 16);
+    return slirp_new(&slirp, &CALLBACKS, self);
+}
+
+int aiokvm_net_slirp_built(void)
+{
+    return 1;
+}
+
+struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct aiokvm_net_slirp_config *config,
+                                            int *error)
+{
+    if (config->mtu < AIOKVM_NET_SLIRP_MIN_MTU || config->mtu > AIOKVM_NET_SLIRP_MAX_MTU ||
+        config->prefix6_length > 126) {
+        *error = EINVAL;
+        return NULL;
+    }
+    struct slirp_end *self = net_end_new(net, &TYPE, sizeof(*self), error);
+    if (!self)
+        return NULL;
+    /* TSO6 is not among them: libslirp takes no IPv6 packet that is larger than the MTU. */
+    self->end.offloads = AIOKVM_NET_OFFLOAD_CSUM | AIOKVM_NET_OFFLOAD_TSO4 | AIOKVM_NET_OFFLOAD_ECN;
+    self->max = config->max_connections;
+    self->found = -1;
+    self->watch.fd = -1;
+    self->guard = (struct slirp_guard){
+        .host = config->host, .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
+        .host_loopback = config->host_loopback, .own_nameserver = config->own_nameserver,
+    };
+    memcpy(self->guard.prefix6, config->prefix6, 16);
+    memcpy(self->guard.host6, config->host6, 16);
+    memcpy(self->guard.nameserver6, config->nameserver6, 16);
+    if (getrandom(&self->order.seed, sizeof(self->order.seed), GRND_NONBLOCK) < 0)
+        self->order.seed = (uintptr_t)self;
+    net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
+    self->epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (self->epoll < 0) {
+        *error = errno;
+    } else if (net_enter(net)) {
+        *error = -net_watch(&self->watch, &self->end, self->epoll, EPOLLIN);
+        self->is_inside = true;
+        self->slirp = *error ? NULL : make(self, config);
+        if (self->slirp)
+            slirp_ask(self);
+        else if (!*error)
+            *error = EINVAL;
+        leave(self);
+        net_leave(net);
+    }
+    if (self->slirp)
+        return &self->end;
+    aiokvm_net_end_free(&self->end);
+    return NULL;
+}
+
+#endif

@@ -1,0 +1,205 @@
+/* What the parts of user-mode NAT have in common. */
+#ifndef AIOKVM_NET_SLIRP_PRIV_H
+#define AIOKVM_NET_SLIRP_PRIV_H
+
+#ifdef AIOKVM_HAVE_SLIRP
+#include <slirp/libslirp.h>
+#endif
+
+#include "net_priv.h"
+#include "net_slirp.h"
+
+/* ---- net_slirp_guard.c: what of a guest's frames gets to libslirp ---- */
+
+enum { SLIRP_PEERS = 256 };
+
+struct slirp_guard {
+    /* As in the configuration. */
+    uint32_t host, nameserver;
+    uint8_t prefix6[16], host6[16], nameserver6[16];
+    uint32_t prefix6_length;
+    bool host_loopback, own_nameserver;
+    /* Who of the host's loopback has sent to a forwarded UDP port: guest's address, port there and here. */
+    uint64_t peers[SLIRP_PEERS];
+};
+
+/* What there is already, of the guest. */
+struct slirp_load {
+    bool tcp_full, other_full;
+};
+
+enum slirp_verdict {
+    SLIRP_PASS,
+    SLIRP_FRAGMENT, /* of IPv4, whose lengths are right */
+    SLIRP_IGNORE,  /* of a protocol that libslirp has nothing to say to */
+    SLIRP_INVALID, /* lengths that contradict each other */
+    SLIRP_DENY,    /* it leads to the host's loopback, or to many */
+    SLIRP_REFUSE,  /* the same; libslirp says so to the guest */
+    SLIRP_FULL,    /* there are too many connections */
+};
+
+/* Of a frame that is one private buffer; hdr as net_frame_check left it. Fills in what offloading has left out, takes
+ * TCP's URG away. */
+enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_load *load,
+                               const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size);
+/* Of a frame to the guest. */
+void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size);
+/* Who has sent a TCP segment over IPv4 that has passed. */
+void slirp_guard_sender(const uint8_t *frame, uint32_t *address, uint16_t *port);
+/* The ones' complement sum of the bytes, as a number; `sum` is one to go on with. */
+uint32_t slirp_sum(const uint8_t *data, size_t size, uint32_t sum);
+
+/* ---- net_slirp_fragments.c ---- */
+
+enum { SLIRP_DATAGRAMS = 16 }; /* that fragments of are there, at a time */
+
+struct slirp_datagram;
+
+struct slirp_fragments {
+    struct slirp_datagram *datagrams[SLIRP_DATAGRAMS];
+};
+
+/* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram
+ * that is there instead if this was the last piece, else 0. */
+uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, uint64_t now_ns, bool *is_invalid);
+void slirp_fragments_clear(struct slirp_fragments *fragments);
+
+/* ---- net_slirp_order.c: segments that libslirp keeps because others are missing ---- */
+
+enum { SLIRP_BUCKETS = 128, SLIRP_WAYS = 8 };
+
+struct slirp_flow {
+    uint8_t guest[16], other[16], guest_port[2], other_port[2];
+};
+
+struct slirp_gaps {
+    struct slirp_flow flow;
+    uint32_t kept; /* segments, at most; 0: there is no such flow */
+    uint32_t end;  /* of the last */
+};
+
+struct slirp_order {
+    uint64_t seed;
+    uint32_t count; /* of flows in gaps */
+    struct slirp_gaps gaps[SLIRP_BUCKETS * SLIRP_WAYS];
+    /* Of the segment that libslirp has now. */
+    bool is_watching, is_missing;
+    uint32_t end, next;
+    struct slirp_flow flow;
+};
+
+/* Before libslirp gets a frame of the guest's. */
+void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t size);
+/* Of each frame to the guest. */
+void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t size);
+/* After it has got it. Not 0: it keeps too many, and `frame` is now one of so many bytes that makes it stop. */
+uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size);
+
+/* ---- net_slirp_merge.c: segments of one TCP flow become one frame ---- */
+
+struct slirp_merge {
+    uint32_t size;     /* of the frame in data, 0: none */
+    uint32_t segments; /* that it was made of */
+    uint32_t headers;  /* their length */
+    uint32_t payload;  /* of all of them but the last */
+    uint32_t next;     /* the sequence number that comes next */
+    bool is_last;      /* nothing may follow */
+    uint8_t data[AIOKVM_NET_MAX_FRAME];
+};
+
+/* Whether the frame is now in it, as the first or at the end of what there is. */
+bool slirp_merge_add(struct slirp_merge *merge, const uint8_t *frame, size_t size);
+/* Finishes the frame in data. */
+void slirp_merge_finish(struct slirp_merge *merge, struct virtio_net_hdr_v1 *hdr);
+
+#ifdef AIOKVM_HAVE_SLIRP
+
+enum { SLIRP_TIMERS = 4 };
+
+enum slirp_kind { SLIRP_UNKNOWN, SLIRP_TCP, SLIRP_OTHER, SLIRP_LISTENER, SLIRP_UNIX_LISTENER };
+
+/* A descriptor of libslirp's, by its number. */
+struct slirp_watched {
+    uint32_t events; /* SLIRP_POLL_*, asked for the last time; 0: none */
+    uint32_t in_epoll;
+    uint32_t ready;
+    uint32_t asked; /* in which round */
+    uint8_t kind;
+    bool is_counted;
+};
+
+struct slirp_timer {
+    SlirpTimerId id;
+    void *opaque;
+    uint64_t at_ns; /* 0: not set */
+    bool used;
+};
+
+struct slirp_waiting {
+    struct slirp_waiting *next;
+    int fd;
+    struct aiokvm_net_slirp_connection connection;
+};
+
+struct slirp_service {
+    struct slirp_service *next;
+    uint32_t id, address, count, max;
+    uint16_t port;
+    int listener;
+    struct slirp_waiting *first, **last;
+};
+
+struct slirp_end {
+    struct aiokvm_net_end end;
+    Slirp *slirp;
+    struct net_watch watch;
+    int epoll;
+    uint64_t poll_at_ns; /* libslirp's timers, 0: none */
+    uint64_t polled_ns;  /* when it has last been told the time */
+    uint64_t unix_at_ns; /* nobody is let in by a path before */
+    struct slirp_timer timers[SLIRP_TIMERS];
+    struct slirp_watched *watched;
+    uint32_t size;  /* of watched */
+    int *in_epoll;  /* descriptors; as large */
+    uint32_t count; /* of in_epoll */
+    uint32_t round;
+    int found; /* a descriptor that was not there the last time, -1: none */
+    uint32_t tcp, other, max;
+    bool is_inside;  /* libslirp runs: it cannot be entered again */
+    bool is_refused; /* a frame had to wait for that */
+    bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
+    bool is_connected; /* it has made a connection to a service */
+    bool is_starved;   /* which could not be accepted for want of descriptors */
+    struct aiokvm_net_slirp_connection sender; /* of the frame that it has */
+    struct slirp_guard guard;
+    struct slirp_fragments fragments;
+    struct slirp_order order;
+    struct net_queue queue;
+    struct slirp_merge merge;
+    struct slirp_service *services;
+    uint32_t next_service;
+    uint8_t input[AIOKVM_NET_MAX_FRAME];
+};
+
+/* ---- net_slirp_poll.c ---- */
+
+/* SlirpCb's and slirp_pollfds_poll's; opaque is the end. */
+void slirp_register(int fd, void *opaque);
+void slirp_unregister(int fd, void *opaque);
+int slirp_get_revents(int index, void *opaque);
+/* Asks libslirp what it waits for. */
+void slirp_ask(struct slirp_end *self);
+/* Else this is a child of fork, which has a copy. */
+bool slirp_is_ours(const struct slirp_end *self);
+
+/* ---- net_slirp_forward.c ---- */
+
+/* libslirp connects to a service, and waits if too many have done so: each is accepted at once. */
+void slirp_accept(struct slirp_end *self);
+void slirp_free_services(struct slirp_end *self);
+/* For a connection to a socket of a path libslirp needs a descriptor more, and ends the process when there is none. */
+bool slirp_has_descriptors(void);
+
+#endif
+
+#endif

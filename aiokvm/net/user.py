@@ -1,0 +1,483 @@
+"""A guest's network by user-mode NAT: no privileges, and services in the process."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import logging
+import os
+import re
+import resource
+import shutil
+import socket
+import tempfile
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import TYPE_CHECKING, cast
+
+from aiokvm._core import ffi, lib
+from aiokvm.errors import ConfigError, StateError
+from aiokvm.net.asgi import Asgi
+from aiokvm.net.backend import NetBackend
+from aiokvm.net.forwards import Forward, parse_forward, parse_host
+from aiokvm.net.service import MAX_WAITING, Connection, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Any, Unpack
+
+    from aiokvm._core import Pointer
+    from aiokvm.net.asgi import Application
+    from aiokvm.net.backend import Policy
+    from aiokvm.net.plane import End, Plane
+    from aiokvm.net.service import Handler
+
+    Responder = Handler | Application | Asgi
+    Forwards = Mapping[Any, int | str]  # int | str; the type of a mapping's keys is invariant
+    Services = Mapping[Any, Responder]  # tuple[str, int] | str
+
+logger = logging.getLogger("aiokvm.net")
+
+# TCP connections of a guest at a time, and as many UDP and ICMP flows. Each of the former may buffer 256 KiB.
+MAX_CONNECTIONS = 512
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
+
+
+class User(NetBackend):
+    """Connections of the guest are sockets of this process, by libslirp: it needs no privileges.
+
+    The guest finds a router at ``host`` (by default the second address of ``network``), DHCP that gives out
+    addresses from ``dhcp_start`` on, a nameserver (the third address) that asks the one of the host, and
+    IPv6 router advertisements for the /64 ``ipv6``; None is no IPv6. ``dns`` is another nameserver that DHCP
+    tells of; one of the network stands for the host's. ``hostname`` and the ``domains`` to search are told
+    by DHCP, ``mtu`` by the adapter.
+
+    The guest reaches what this process can, but nothing of the host's loopback unless
+    ``allow_host_loopback``, which puts 127.0.0.1 at ``host`` and ::1 at every address of ``ipv6``. TCP, UDP
+    and pings go through; multicast, broadcasts and IP options do not. With ``restrict`` nothing does but what
+    comes by ``forward``, TCP only, and goes to ``services``.
+
+    ``forward`` maps ports of the host to ports of the guest: ``[tcp:|udp:][ADDRESS:]PORT`` or the absolute
+    path of a Unix socket that is to be, to ``[ADDRESS:]PORT``. It is 127.0.0.1 that is listened at if no
+    address is given. Port 0 lets the system choose: `forwards` tells. IPv6 addresses are in brackets, and
+    lead to an IPv6 address of the guest.
+
+    ``services`` maps addresses of the network that nobody has, with a TCP port, to what answers there in
+    this process: a coroutine function that gets each connection as a `Connection`, an anyio byte stream;
+    or an ASGI application, which is a callable with three parameters, or `Asgi`.
+
+    Raises ConfigError for what cannot be, and if aiokvm was built without libslirp.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: str = "10.0.2.0/24",
+        host: str | None = None,
+        dhcp_start: str | None = None,
+        dns: str | None = None,
+        ipv6: str | None = "fec0::/64",
+        hostname: str = "",
+        domains: Sequence[str] = (),
+        forward: Forwards | None = None,
+        restrict: bool = False,
+        allow_host_loopback: bool = False,
+        mtu: int = 1500,
+        services: Services | None = None,
+        **policy: Unpack[Policy],
+    ) -> None:
+        super().__init__(**policy)
+        if not lib.aiokvm_net_slirp_built():
+            raise ConfigError(
+                "this build of aiokvm has no user-mode NAT: install libslirp 4.7 or later with its headers "
+                "(Debian: libslirp-dev) and build it again"
+            )
+        self.network = _network(network)
+        self.host = self._address("host", host, 2)
+        self._nameserver = self._address("dns", None, 3)
+        self._own_nameserver = False
+        if dns is not None:
+            self._nameserver = _address("dns", dns)
+            self._own_nameserver = self._nameserver not in self.network
+        self.dhcp_start = self._address(
+            "dhcp_start", dhcp_start, 15 if self.network.num_addresses > 16 else 4
+        )
+        if len({self.host, self._nameserver, self.dhcp_start}) < 3:
+            raise ConfigError("host, dns and dhcp_start have to be different addresses")
+        self.ipv6 = _network6(ipv6)
+        lowest = 1280 if self.ipv6 else lib.AIOKVM_NET_SLIRP_MIN_MTU
+        if isinstance(mtu, bool) or not lowest <= mtu <= lib.AIOKVM_NET_SLIRP_MAX_MTU:
+            raise ConfigError(
+                f"an mtu of {mtu} is not {lowest} to {lib.AIOKVM_NET_SLIRP_MAX_MTU}, what "
+                f"{'IPv6' if self.ipv6 else 'IPv4'} and libslirp can do"
+            )
+        self.mtu = mtu
+        self.hostname = _name("hostname", hostname, 32) if hostname else ""
+        if isinstance(domains, str):
+            raise ConfigError("domains is a sequence of names, not one")
+        self.domains = tuple(_name("domain", domain, 63) for domain in domains)
+        if sum(len(domain) + 2 for domain in self.domains) > 200:
+            raise ConfigError("domains to search: all of them have to fit into 200 bytes of DHCP")
+        self.restrict = restrict
+        self.allow_host_loopback = allow_host_loopback
+        self._forwards: dict[str, Forward] = {}
+        """What is forwarded, or will be, by `Forward.key`."""
+        self._asked: dict[str, Forward] = {}
+        """What was asked for where the system has chosen the port, by the same."""
+        self.forward: Mapping[int | str, int | str] = dict((forward or {}).items())
+        """As it was given."""
+        for from_host, to_guest in self.forward.items():
+            self._claim(parse_forward(from_host, to_guest))
+        self._handlers: dict[tuple[str, int], Handler] = {}
+        for at, handler in (services or {}).items():
+            self._handlers[self._service_address(at)] = _handler(handler)
+        self._services: dict[tuple[str, int], Service] = {}
+        self._plane: Plane | None = None
+        self._directory: str | None = None
+        self._paths: dict[str, tuple[int, int]] = {}
+        """Sockets that were made, with device and inode."""
+        self._connection = ffi.new("struct aiokvm_net_slirp_connection *")
+        self._made = 0
+
+    def __repr__(self) -> str:
+        return f"net.User(network={str(self.network)!r})"
+
+    # ---- forwards
+
+    @property
+    def forwards(self) -> tuple[Forward, ...]:
+        """What is forwarded; before it was opened, what will be. Ports that the system chose are real."""
+        return tuple(self._forwards.values())
+
+    async def add_forward(self, host: int | str, guest: int | str) -> Forward:
+        """Forward a port of the host to one of the guest, from now on. Gives it with its real port.
+
+        Raises ConfigError, and OSError if the port is in use or not to be had.
+        """
+        forward = self._claim(parse_forward(host, guest))
+        if self.end:
+            try:
+                return self._listen(forward)
+            except BaseException:
+                del self._forwards[forward.key]
+                raise
+        return forward
+
+    async def remove_forward(self, host: int | str | Forward) -> None:
+        """Forward it no more; connections that there are go on. Raises ConfigError for one that is not."""
+        if not isinstance(host, Forward):
+            protocol, address, port = parse_host(host)
+            host = Forward(protocol, address, port, "", 0)
+        forward = self._forwards.pop(host.key, None)
+        self._asked.pop(host.key, None)
+        if not forward:
+            raise ConfigError(f"{host.key} is not forwarded: {', '.join(self._forwards) or 'nothing'} is")
+        if self.end:
+            self._unlisten(forward)
+
+    def _claim(self, forward: Forward) -> Forward:
+        if forward.key in self._forwards:
+            raise ConfigError(
+                f"{forward.key} is forwarded already, to {self._forwards[forward.key].guest_port}"
+            )
+        if self.restrict and forward.protocol == "udp":
+            raise ConfigError(
+                f"{forward.key}: with restrict a guest cannot answer UDP; forward TCP or leave it out"
+            )
+        if ":" in forward.host and not forward.is_path and not self.ipv6:
+            raise ConfigError(f"{forward.key} is IPv6, which this network has not: give it a prefix by ipv6=")
+        self._forwards[forward.key] = forward
+        return forward
+
+    def _listen(self, forward: Forward) -> Forward:
+        result = lib.aiokvm_net_slirp_add_forward(
+            self._core,
+            forward.protocol == "udp",
+            forward.host.encode(),
+            forward.port,
+            forward.guest.encode(),
+            forward.guest_port,
+        )
+        if result < 0:
+            raise OSError(-result, f"cannot forward {forward}: {_why(-result, forward)}")
+        if forward.is_path:
+            status = os.stat(forward.host)
+            self._paths[forward.host] = (status.st_dev, status.st_ino)
+        real = replace(forward, port=result)
+        if real != forward:
+            self._asked[real.key] = forward
+            self._forwards = _by_key(real if other == forward else other for other in self.forwards)
+        return real
+
+    def _unlisten(self, forward: Forward) -> None:
+        lib.aiokvm_net_slirp_remove_forward(
+            self._core, forward.protocol == "udp", forward.host.encode(), forward.port
+        )
+        self._remove_path(forward.host)
+
+    def _remove_path(self, path: str) -> None:
+        made = self._paths.pop(path, None)
+        try:
+            status = os.lstat(path) if made else None
+            if status and made == (status.st_dev, status.st_ino):
+                os.unlink(path)
+        except OSError as error:
+            logger.debug("%s: the socket is not removed: %s", path, error)
+
+    # ---- services
+
+    @property
+    def services(self) -> tuple[tuple[str, int], ...]:
+        """Addresses and ports that are answered in this process."""
+        return tuple(self._handlers)
+
+    async def add_service(self, address: tuple[str, int] | str, handler: Responder) -> tuple[str, int]:
+        """Answer the guest's connections to this address and port from now on. Gives both.
+
+        Raises ConfigError, OSError, and AiokvmError for an ASGI application that does not start.
+        """
+        at = self._service_address(address)
+        self._handlers[at] = _handler(handler)
+        if self.end:
+            try:
+                await self._serve(at)
+            except BaseException:
+                self._handlers.pop(at, None)
+                raise
+        return at
+
+    async def remove_service(self, address: tuple[str, int] | str) -> None:
+        """Answer there no more: handlers are cancelled. Raises ConfigError for one that is not."""
+        at = _endpoint(address)
+        if at not in self._handlers:
+            raise ConfigError(f"there is no service at {at[0]}:{at[1]}")
+        del self._handlers[at]
+        service = self._services.pop(at, None)
+        if service:
+            if self.end:
+                lib.aiokvm_net_slirp_remove_service(self._core, service.id)
+            await _stop(service)
+
+    def _service_address(self, address: tuple[str, int] | str) -> tuple[str, int]:
+        at = _endpoint(address)
+        where = IPv4Address(at[0])
+        if where not in self.network or where in (self.network[0], self.network[-1]):
+            raise ConfigError(f"a service at {at[0]} is not in {self.network}, where the guest looks for it")
+        if where in (self.host, self._nameserver, self.dhcp_start):
+            raise ConfigError(
+                f"a service cannot be at {at[0]}, which is the router's, the nameserver's or the guest's"
+            )
+        if at in self._handlers:
+            raise ConfigError(f"there is a service at {at[0]}:{at[1]} already")
+        return at
+
+    async def _serve(self, at: tuple[str, int]) -> None:
+        assert self._plane
+        handler = self._handlers[at]
+        loop = self._plane.loop
+        if isinstance(handler, Asgi):
+            await handler.start(loop)
+        service = Service(loop, at, handler)
+        try:
+            if not self.end and not self._opening:
+                raise StateError(f"{self!r} was closed meanwhile")
+            if not self._directory:
+                self._directory = tempfile.mkdtemp(prefix="aiokvm-")
+            self._made += 1
+            path = f"{self._directory}/{self._made}"
+            number = int(IPv4Address(at[0]))
+            result = lib.aiokvm_net_slirp_add_service(
+                self._core, number, at[1], os.fsencode(path), MAX_WAITING
+            )
+            if result < 0:
+                raise OSError(-result, f"no service at {at[0]}:{at[1]} by {path}: {os.strerror(-result)}")
+        except BaseException:
+            await _stop(service)
+            raise
+        service.id = result
+        self._services[at] = service
+
+    def _on_news(self, _news: int, _error: int, _detail: int) -> None:
+        for service in tuple(self._services.values()):
+            self._accept(service)
+
+    def _accept(self, service: Service) -> None:
+        while self.end and not service.is_busy and self._services.get(service.address) is service:
+            fd = lib.aiokvm_net_slirp_accept(self._core, service.id, self._connection)
+            if fd < 0:
+                return
+            guest = (str(IPv4Address(self._connection.address)), int(self._connection.port))
+            connection = Connection(socket.socket(fileno=fd), guest, service.address)
+            service.start(connection, lambda: self._accept(service))
+
+    # ---- the end
+
+    @property
+    def _core(self) -> Pointer:
+        assert self._end
+        return self._end.core
+
+    async def _open(self, plane: Plane, _on_lost: Callable[[str], None]) -> End:
+        error = ffi.new("int *")
+        end = plane.adopt(
+            lib.aiokvm_net_slirp_new(plane.core, self._config(), error), error[0], self._on_news
+        )
+        self._plane, self._end = plane, end
+        try:
+            for forward in self.forwards:
+                self._listen(forward)
+            for at in self._handlers:
+                await self._serve(at)
+        except BaseException:
+            end.close()
+            await plane.loop.uncancelled(self._close)
+            raise
+        return end
+
+    async def _close(self) -> None:
+        services, self._services = self._services, {}
+        for service in services.values():
+            await _stop(service)
+        for path in tuple(self._paths):
+            self._remove_path(path)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+        self._forwards = _by_key(self._asked.get(key, forward) for key, forward in self._forwards.items())
+        self._asked.clear()
+        self._plane = None
+
+    def _config(self) -> Pointer:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        config = ffi.new("struct aiokvm_net_slirp_config *")
+        strings = [ffi.new("char[]", domain.encode()) for domain in self.domains]
+        hostname = ffi.new("char[]", self.hostname.encode())
+        search = ffi.new("char *[]", [*strings, ffi.NULL])
+        config.network, config.netmask = int(self.network.network_address), int(self.network.netmask)
+        config.host, config.dhcp_start = int(self.host), int(self.dhcp_start)
+        config.nameserver, config.own_nameserver = int(self._nameserver), self._own_nameserver
+        config.hostname = hostname if self.hostname else ffi.NULL
+        if strings:
+            config.domain, config.search = strings[0], ffi.cast("char const **", search)
+        if self.ipv6:
+            config.prefix6 = self.ipv6.network_address.packed
+            config.prefix6_length = self.ipv6.prefixlen
+            config.host6, config.nameserver6 = self.ipv6[2].packed, self.ipv6[3].packed
+        config.mtu = self.mtu
+        config.restricted = self.restrict
+        config.host_loopback = self.allow_host_loopback
+        config.max_connections = max(1, min(MAX_CONNECTIONS, limit // 4))
+        self._strings = (strings, hostname, search)
+        return cast("Pointer", config)
+
+    def _address(self, name: str, given: str | None, default: int) -> IPv4Address:
+        address = self.network[default] if given is None else _address(name, given)
+        if address not in self.network or address in (self.network[0], self.network[-1]):
+            raise ConfigError(f"{name}={given!r} is no address of a machine in {self.network}")
+        return address
+
+
+async def _stop(service: Service) -> None:
+    await service.stop()
+    if isinstance(service.handler, Asgi):
+        await service.handler.stop()
+
+
+def _by_key(forwards: Iterable[Forward]) -> dict[str, Forward]:
+    return {forward.key: forward for forward in forwards}
+
+
+def _handler(handler: Responder) -> Handler:
+    if isinstance(handler, Asgi):
+        return handler
+    if not callable(handler):
+        raise ConfigError(
+            f"{handler!r} is neither a coroutine function of a connection nor an ASGI application"
+        )
+    try:
+        inspect.signature(handler).bind(None)
+    except TypeError:
+        pass
+    except ValueError:  # it has none that Python knows
+        return cast("Handler", handler)
+    else:
+        return cast("Handler", handler)
+    try:
+        inspect.signature(handler).bind(None, None, None)
+    except TypeError:
+        raise ConfigError(
+            f"{handler!r} takes neither a connection nor scope, receive and send, as ASGI applications do"
+        ) from None
+    return Asgi(cast("Application", handler))
+
+
+def _endpoint(address: tuple[str, int] | str) -> tuple[str, int]:
+    host, port = address.rpartition(":")[::2] if isinstance(address, str) else address
+    try:
+        where, number = IPv4Address(host), int(port)
+    except ValueError:
+        where, number = IPv4Address(0), 0
+    if not where or not 0 < number <= 0xFFFF:
+        raise ConfigError(
+            f"a service is at an IPv4 address and a TCP port, like ('10.0.2.100', 80), not {address!r}"
+        )
+    return str(where), number
+
+
+def _network(text: str) -> IPv4Network:
+    try:
+        network = IPv4Network(text)
+    except ValueError as error:
+        raise ConfigError(f"network={text!r} is no IPv4 network like '10.0.2.0/24': {error}") from None
+    if (
+        not 8 <= network.prefixlen <= 29
+        or network.is_loopback
+        or network.is_multicast
+        or network[0].packed[0] == 0
+    ):
+        raise ConfigError(f"network={text!r} cannot be a guest's: it takes a /8 to /29, as '10.0.2.0/24' is")
+    return network
+
+
+def _network6(text: str | None) -> IPv6Network | None:
+    if text is None:
+        return None
+    try:
+        network = IPv6Network(text)
+    except ValueError as error:
+        raise ConfigError(f"ipv6={text!r} is no IPv6 network like 'fec0::/64': {error}") from None
+    if (
+        network.prefixlen != 64
+        or network.is_multicast
+        or network.is_link_local
+        or not network.network_address.packed[0]
+    ):
+        raise ConfigError(f"ipv6={text!r} cannot be a guest's: it takes a /64, as 'fec0::/64' is")
+    return network
+
+
+def _address(name: str, text: str) -> IPv4Address:
+    try:
+        return IPv4Address(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is no IPv4 address: {error}") from None
+
+
+def _name(what: str, text: str, limit: int) -> str:
+    if not isinstance(text, str) or not _NAME.fullmatch(text) or len(text) > limit:
+        raise ConfigError(f"{what} {text!r} is no name of letters, digits, '-' and '.', {limit} at most")
+    return text
+
+
+def _why(error: int, forward: Forward) -> str:
+    reason = os.strerror(error)
+    if error == errno.EADDRINUSE:
+        return f"{reason}: " + (
+            "remove the file if nobody listens there" if forward.is_path else "choose another port"
+        )
+    if error == errno.EACCES and 0 < forward.port < 1024:
+        return f"{reason}: ports below 1024 are for programs with CAP_NET_BIND_SERVICE"
+    if error == errno.EADDRNOTAVAIL:
+        return f"{reason}: the host has no such address"
+    return reason
