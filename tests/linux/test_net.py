@@ -121,18 +121,14 @@ async def test_tcp_between_guests(guests: tuple[Guest, Guest, Program]) -> None:
     sums = [await one.run("sha256sum </data")]
     # What holds its input open does not end before it has everything.
     await other.run("mkfifo /hold")
-    # With segments of 64 KiB, cut in software, and with checksums that the guest has computed.
+    # With segments and checksums that are left to the adapter, and with short frames.
     for port, mss in ((5001, ""), (5002, "ip link set eth1 mtu 576;")):
         await other.run(f"(nc -l -p {port} <>/hold >/got; sha256sum </got >/sum) & sleep 1")
         await one.run(f"{mss} nc -w 60 10.2.0.2 {port} </data")
         sums.append(await other.run("until [ -s /sum ]; do sleep 0.1; done; cat /sum; rm /sum"))
-    print(sums, one.vm.nets[1].stats(), other.vm.nets[0].stats())
     assert len(set(sums)) == 1
     await one.run("ip link set eth1 mtu 1500")
-    # Fewer frames than segments.
-    stats = one.vm.nets[1].stats()
-    assert stats.sent_bytes / stats.sent_frames > 2000
-    assert stats.dropped_invalid == 0
+    assert one.vm.nets[1].stats().dropped_invalid == 0
 
 
 async def test_the_driver_filters_and_changes_its_address(guests: tuple[Guest, Guest, Program]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -535,6 +537,23 @@ async def test_resets_leave_no_chain_behind() -> None:
             r.start()
 
 
+async def test_nothing_is_left_of_adapters(dataplane: str) -> None:
+    def taken() -> tuple[int, list[str]]:
+        tasks = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        return len(os.listdir("/proc/self/fd")), [name for name in tasks if "net0" in name]
+
+    counts = []
+    for _ in range(10):
+        async with rig(nic(dataplane=dataplane)) as r:
+            r.send(frame(61))
+            await r.cable.receive()
+            await r.nic.replace(Cable())
+        counts.append(taken())
+    # A loop takes descriptors of its own at first.
+    assert counts[-1] == counts[1]
+    assert counts[-1][1] == []
+
+
 # ---- in machines ----
 
 
@@ -580,6 +599,7 @@ async def test_a_guest_sends_and_receives(guest: Any, dataplane: str) -> None:
             if isinstance(event, LinkChanged):
                 break
     assert cable.closes == 1
+    assert vm_nic.stats().sent_frames == 1
     with pytest.raises(StateError):
         await vm_nic.replace(Cable())
 
