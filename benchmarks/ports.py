@@ -91,7 +91,7 @@ class Guest:
         self.core = code.guest_new(FEATURES, SIZE)
         error = ffi.new("int *")
         self.end: End = plane.adopt(lib.aiokvm_net_nic_new(plane.core, error), error[0], lambda *_: None)
-        lib.aiokvm_net_nic_set_features(self.end.core, FEATURES)
+        lib.aiokvm_net_nic_set_features(self.end.core, FEATURES, 1500)
         size, areas = driver.new("uint64_t *"), driver.new("uint64_t[3]")
         host = int(driver.cast("uintptr_t", code.guest_ram(self.core, size)))
         ram = ffi.new("struct aiokvm_ram *", {"size": size[0], "host": ffi.cast("uint8_t *", host)})

@@ -84,7 +84,7 @@ async def initrd(folder: Path, name: str, proxy: str) -> Path:
     """Return an initramfs whose guest asks its proxy for what it wants, and turns itself off."""
     base = images.path("initramfs") or await images.pull("initramfs")
     script = f"export http_proxy=http://{proxy}:{PORT}; "
-    script += "; ".join(f"wget -q -T 60 -O - {url} || echo {url}: refused" for url in WANTED)
+    script += "; ".join(f"wget -q -O - {url} || echo {url}: refused" for url in WANTED)
     command = images.command_archive(["sh", "-c", script])
     path = folder / name
     path.write_bytes(cpio.join(base.read_bytes(), command))

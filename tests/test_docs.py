@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 CLI = (DOCS / "cli.md").read_text()
 
 # Documents whose every program is followed by what it prints.
-GUIDES = ("tutorial", "devices", "threading", "cancellation", "observability")
+GUIDES = ("tutorial", "devices", "networking", "threading", "cancellation", "observability")
 # Language and content of each fenced block, in order.
 BLOCKS = {
     guide: re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / f"{guide}.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -1005,7 +1005,7 @@ struct aiokvm_net_nic_filter {
 };
 
 struct aiokvm_net_end *aiokvm_net_nic_new(struct aiokvm_net *net, int *error);
-int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features);
+int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features, uint32_t mtu);
 int aiokvm_net_nic_set_offloads(struct aiokvm_net_end *end, uint64_t features);
 int aiokvm_net_nic_set_pairs(struct aiokvm_net_end *end, uint32_t pairs);
 int aiokvm_net_nic_set_filter(struct aiokvm_net_end *end, const struct aiokvm_net_nic_filter *filter);

@@ -258,10 +258,11 @@ static void *net_main(void *argument)
     while (!atomic_load(&net->ending)) {
         bool more = turn(net, THREAD_BUDGET_NS);
         pthread_mutex_unlock(&net->lock);
+        /* The turn may have read what was to wake it for its end. */
         if (more)
             while (atomic_load(&net->wanted))
                 sched_yield();
-        else
+        else if (!atomic_load(&net->ending))
             poll(&(struct pollfd){ .fd = net->epoll, .events = POLLIN }, 1, -1);
         pthread_mutex_lock(&net->lock);
     }

@@ -2,14 +2,13 @@
 
 #include <errno.h>
 #include <linux/if_ether.h>
-#include <netinet/in.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "clock.h"
 #include "net_flow.h"
-#include "net_packet.h"
 #include "net_priv.h"
+#include "net_rules.h"
 
 /* Flows that are being asked about, each with its first frame. */
 enum { MAX_ASKED = 64 };
@@ -37,208 +36,9 @@ struct aiokvm_net_filter {
     struct asked asked[MAX_ASKED];
 };
 
-/* What rules are held against. */
-struct facts {
-    struct net_packet packet;
-    bool egress;
-    bool is_ip;
-    bool is_bad;  /* a transport header that is not whole, as in an attack by fragments: RFC 1858 */
-    bool has_ports, has_icmp_type;
-    bool has_flow;  /* it may be the first of one */
-    bool may_reply; /* not what asks: an echo request is no reply */
-    bool is_error;  /* an ICMP error, which quotes a packet of another flow */
-    uint16_t src_port, dst_port;
-    uint8_t icmp_type;
-};
-
-/* ---- looking at a frame ---- */
-
-static bool is_icmp(const struct net_packet *packet)
-{
-    return packet->protocol == (packet->address_size == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6);
-}
-
-/* How long the transport header is at least; 0: it has no ports. */
-static uint32_t port_header(uint8_t protocol)
-{
-    switch (protocol) {
-    case IPPROTO_TCP:
-        return 20;
-    case IPPROTO_SCTP:
-    case IPPROTO_DCCP:
-        return 12;
-    case IPPROTO_UDP:
-    case IPPROTO_UDPLITE:
-        return 8;
-    default:
-        return 0;
-    }
-}
-
-static void look_at_icmp(struct facts *facts)
-{
-    const struct net_packet *packet = &facts->packet;
-    const uint8_t *icmp = packet->head + packet->transport;
-    bool is_v4 = packet->address_size == 4;
-    uint8_t type = icmp[0], echo_reply = is_v4 ? 0 : 129, echo = is_v4 ? 8 : 128;
-    facts->has_icmp_type = true;
-    facts->icmp_type = type;
-    /* RFC 792 and RFC 4443: unreachable, source quench or too big, time exceeded, parameter problem. */
-    facts->is_error = is_v4 ? type == 3 || type == 4 || type == 11 || type == 12 : type >= 1 && type <= 4;
-    facts->has_flow = !facts->is_error;
-    facts->may_reply = type == echo_reply;
-    /* An echo's identifier is what a port is to others. */
-    if (type == echo_reply || type == echo)
-        facts->src_port = facts->dst_port = net_load16(icmp + 4);
-}
-
-static void look_at_transport(struct facts *facts, bool is_whole)
-{
-    const struct net_packet *packet = &facts->packet;
-    facts->is_ip = packet->ethertype == ETH_P_IP || packet->ethertype == ETH_P_IPV6;
-    facts->may_reply = true;
-    if (!packet->has_network || !packet->has_transport)
-        return;
-    if (packet->fragment == NET_FRAGMENT_LATER) {
-        /* RFC 3128: it would lay itself over the flags of what has been looked at. */
-        facts->is_bad = packet->protocol == IPPROTO_TCP && packet->fragment_offset < 16;
-        return;
-    }
-    uint32_t length = is_icmp(packet) ? 8 : port_header(packet->protocol);
-    if (!length) {
-        facts->has_flow = true;
-        return;
-    }
-    if (packet->transport + (is_whole ? length : 8) > packet->end) {
-        facts->is_bad = true;
-    } else if (packet->transport + 8 <= packet->held) {
-        if (is_icmp(packet)) {
-            look_at_icmp(facts);
-            return;
-        }
-        const uint8_t *ports = packet->head + packet->transport;
-        facts->has_ports = facts->has_flow = true;
-        facts->src_port = net_load16(ports);
-        facts->dst_port = net_load16(ports + 2);
-    }
-}
-
-static void look(struct facts *facts, const struct net_frame *frame, bool egress)
-{
-    memset(facts, 0, sizeof(*facts));
-    facts->egress = egress;
-    net_packet_parse(&facts->packet, frame);
-    look_at_transport(facts, true);
-}
-
-/* The packet that an error is about: it went the other way. False: it cannot be seen. */
-static bool look_at_quoted(struct facts *quoted, const struct facts *facts, uint32_t frame_size)
-{
-    memset(quoted, 0, sizeof(*quoted));
-    quoted->egress = !facts->egress;
-    quoted->packet = (struct net_packet){
-        .head = facts->packet.head, .held = facts->packet.held, .ethertype = facts->packet.ethertype,
-    };
-    net_packet_parse_ip(&quoted->packet, facts->packet.transport + 8, frame_size);
-    /* At least 8 bytes behind the header are quoted: RFC 792. */
-    quoted->packet.end = frame_size;
-    look_at_transport(quoted, false);
-    return quoted->has_flow && !quoted->is_bad;
-}
-
-/* ---- matching ---- */
-
-enum match { NO, YES, UNKNOWN };
-
-static bool in_network(const uint8_t *address, const uint8_t *network, uint32_t bits)
-{
-    uint32_t bytes = bits / 8, rest = bits % 8;
-    return !memcmp(address, network, bytes) && (!rest || !((address[bytes] ^ network[bytes]) >> (8 - rest)));
-}
-
-static bool in_range(uint32_t value, const uint16_t range[2])
-{
-    return value >= range[0] && value <= range[1];
-}
-
-/* What has to do with IP. */
-static enum match matches_ip(const struct aiokvm_net_rule *rule, const struct facts *facts)
-{
-    const struct net_packet *packet = &facts->packet;
-    if (!facts->is_ip)
-        return packet->ethertype ? NO : UNKNOWN;
-    if (!packet->has_network)
-        return UNKNOWN;
-    if (rule->has & (AIOKVM_NET_HAS_SRC | AIOKVM_NET_HAS_DST) && rule->address_size != packet->address_size)
-        return NO;
-    if ((rule->has & AIOKVM_NET_HAS_SRC && !in_network(packet->src, rule->src, rule->src_bits)) ||
-        (rule->has & AIOKVM_NET_HAS_DST && !in_network(packet->dst, rule->dst, rule->dst_bits)))
-        return NO;
-    uint32_t inner = AIOKVM_NET_HAS_PROTOCOL | AIOKVM_NET_HAS_SRC_PORT | AIOKVM_NET_HAS_DST_PORT |
-                     AIOKVM_NET_HAS_ICMP_TYPE;
-    if (!(rule->has & inner))
-        return YES;
-    if (!packet->has_transport)
-        return UNKNOWN;
-    if (rule->has & AIOKVM_NET_HAS_PROTOCOL && rule->protocol != packet->protocol)
-        return NO;
-    if (rule->has & (AIOKVM_NET_HAS_SRC_PORT | AIOKVM_NET_HAS_DST_PORT)) {
-        if (!port_header(packet->protocol) || packet->fragment == NET_FRAGMENT_LATER)
-            return NO;
-        if (!facts->has_ports)
-            return UNKNOWN;
-        if ((rule->has & AIOKVM_NET_HAS_SRC_PORT && !in_range(facts->src_port, rule->src_ports)) ||
-            (rule->has & AIOKVM_NET_HAS_DST_PORT && !in_range(facts->dst_port, rule->dst_ports)))
-            return NO;
-    }
-    if (rule->has & AIOKVM_NET_HAS_ICMP_TYPE) {
-        if (!is_icmp(packet) || packet->fragment == NET_FRAGMENT_LATER)
-            return NO;
-        if (!facts->has_icmp_type)
-            return UNKNOWN;
-        return facts->icmp_type >= rule->icmp_types[0] && facts->icmp_type <= rule->icmp_types[1] ? YES : NO;
-    }
-    return YES;
-}
-
-static enum match matches(const struct aiokvm_net_rule *rule, const struct facts *facts)
-{
-    const uint8_t *head = facts->packet.head;
-    if (!(rule->directions & (facts->egress ? AIOKVM_NET_EGRESS : AIOKVM_NET_INGRESS)))
-        return NO;
-    if ((rule->has & AIOKVM_NET_HAS_DST_MAC && memcmp(head, rule->dst_mac, ETH_ALEN)) ||
-        (rule->has & AIOKVM_NET_HAS_SRC_MAC && memcmp(head + ETH_ALEN, rule->src_mac, ETH_ALEN)))
-        return NO;
-    if (rule->has & AIOKVM_NET_HAS_ETHERTYPE && facts->packet.ethertype != rule->ethertype)
-        return facts->packet.ethertype ? NO : UNKNOWN;
-    uint32_t ip = AIOKVM_NET_HAS_SRC | AIOKVM_NET_HAS_DST | AIOKVM_NET_HAS_PROTOCOL | AIOKVM_NET_HAS_SRC_PORT |
-                  AIOKVM_NET_HAS_DST_PORT | AIOKVM_NET_HAS_ICMP_TYPE;
-    if (rule->has & ip)
-        return matches_ip(rule, facts);
-    return YES;
-}
-
-static const struct aiokvm_net_rule DEFAULT = { .verdict = AIOKVM_NET_ALLOW };
-
-/* The rule that decides. What a rule cannot know of a frame is to the disadvantage of the frame. */
-static const struct aiokvm_net_rule *decide(const struct aiokvm_net_filter *filter, const struct facts *facts)
-{
-    for (uint32_t i = 0; i < filter->count; i++) {
-        const struct aiokvm_net_rule *rule = &filter->rules[i];
-        enum match match = matches(rule, facts);
-        if (match == NO || (match == UNKNOWN && rule->verdict == AIOKVM_NET_ALLOW))
-            continue;
-        /* There are no flows but in IP. */
-        if (rule->verdict == AIOKVM_NET_ASK && !facts->is_ip && facts->packet.ethertype)
-            continue;
-        return rule;
-    }
-    return &DEFAULT;
-}
-
 /* ---- flows ---- */
 
-static void set_key(struct net_flow_key *key, const struct facts *facts)
+static void set_key(struct net_flow_key *key, const struct net_facts *facts)
 {
     const struct net_packet *packet = &facts->packet;
     net_flow_key_set(key, packet->src, packet->dst, packet->address_size, facts->src_port, facts->dst_port,
@@ -266,7 +66,7 @@ static void allow(struct aiokvm_net_filter *filter, struct net_flow *flow, bool 
 }
 
 /* The fragments that follow a first one that passes may pass too. */
-static void allow_fragments(struct aiokvm_net_filter *filter, const struct facts *facts, uint64_t now_ns)
+static void allow_fragments(struct aiokvm_net_filter *filter, const struct net_facts *facts, uint64_t now_ns)
 {
     if (facts->packet.fragment != NET_FRAGMENT_FIRST)
         return;
@@ -277,7 +77,7 @@ static void allow_fragments(struct aiokvm_net_filter *filter, const struct facts
         allow(filter, flow, facts->egress, now_ns);
 }
 
-static void reverse(struct facts *to, const struct facts *facts, uint8_t macs[2 * ETH_ALEN])
+static void reverse(struct net_facts *to, const struct net_facts *facts, uint8_t macs[2 * ETH_ALEN])
 {
     *to = *facts;
     to->egress = !facts->egress;
@@ -294,18 +94,19 @@ static void reverse(struct facts *to, const struct facts *facts, uint8_t macs[2 
 }
 
 /* Whether the rules, which are others now, would let through what this replies to. */
-static bool still_allowed(const struct aiokvm_net_filter *filter, const struct facts *reply)
+static bool still_allowed(const struct aiokvm_net_filter *filter, const struct net_facts *reply)
 {
-    struct facts facts;
+    struct net_facts facts;
     uint8_t macs[2 * ETH_ALEN];
     reverse(&facts, reply, macs);
-    const struct aiokvm_net_rule *rule = decide(filter, &facts);
+    const struct aiokvm_net_rule *rule = net_rules_decide(filter->rules, filter->count, &facts);
     return rule->verdict == AIOKVM_NET_ALLOW && !(rule->has & AIOKVM_NET_NO_REPLIES);
 }
 
 /* Whether the frame belongs to a flow that has been let through, so that no rule has to be asked: a reply, a later
  * fragment, an error about a packet of it. */
-static bool belongs(struct aiokvm_net_filter *filter, const struct facts *facts, uint32_t frame_size, uint64_t now_ns)
+static bool belongs(struct aiokvm_net_filter *filter, const struct net_facts *facts, uint32_t frame_size,
+                    uint64_t now_ns)
 {
     struct net_flow_key key;
     if (!filter->flows || !facts->packet.has_network)
@@ -316,14 +117,14 @@ static bool belongs(struct aiokvm_net_filter *filter, const struct facts *facts,
         return flow && flow->egress == facts->egress && flow->generation == filter->generation;
     }
     if (facts->is_error) {
-        struct facts quoted;
-        if (!look_at_quoted(&quoted, facts, frame_size))
+        struct net_facts quoted;
+        if (!net_facts_quoted(&quoted, facts, frame_size))
             return false;
         set_key(&key, &quoted);
         struct net_flow *flow = net_flows_find(filter->flows, &key, now_ns);
         return flow && flow->state == NET_FLOW_ALLOWED && flow->generation == filter->generation;
     }
-    if (!facts->has_flow || !facts->may_reply)
+    if (!facts->replies)
         return false;
     set_key(&key, facts);
     struct net_flow *flow = net_flows_find(filter->flows, &key, now_ns);
@@ -347,7 +148,7 @@ static void drop_asked(struct asked *asked)
 }
 
 static bool ask(struct aiokvm_net_filter *filter, const struct aiokvm_net_rule *rule, struct net_flow *flow,
-                const struct facts *facts, const struct net_frame *frame)
+                const struct net_facts *facts, const struct net_frame *frame)
 {
     const struct net_packet *packet = &facts->packet;
     struct asked *asked = filter->asked;
@@ -382,7 +183,7 @@ static bool ask(struct aiokvm_net_filter *filter, const struct aiokvm_net_rule *
 
 /* Whether a flow that the program decides about may pass; it is asked if it does not know. */
 static bool passes_by_answer(struct aiokvm_net_filter *filter, const struct aiokvm_net_rule *rule,
-                             struct net_flow *flow, const struct facts *facts, const struct net_frame *frame)
+                             struct net_flow *flow, const struct net_facts *facts, const struct net_frame *frame)
 {
     if (!flow)
         return false;
@@ -394,12 +195,12 @@ static bool passes_by_answer(struct aiokvm_net_filter *filter, const struct aiok
 }
 
 static bool passes_by_rule(struct aiokvm_net_filter *filter, const struct aiokvm_net_rule *rule,
-                           const struct facts *facts, const struct net_frame *frame, uint64_t now_ns)
+                           const struct net_facts *facts, const struct net_frame *frame, uint64_t now_ns)
 {
     bool asks = rule->verdict == AIOKVM_NET_ASK, replies = !(rule->has & AIOKVM_NET_NO_REPLIES);
     if (rule->verdict == AIOKVM_NET_DENY)
         return false;
-    if (!filter->tracks || !facts->has_flow || (!replies && facts->packet.fragment == NET_FRAGMENT_NONE))
+    if (!filter->tracks || !facts->begins || (!replies && facts->packet.fragment == NET_FRAGMENT_NONE))
         return !asks;
     if (!filter->flows && !(filter->flows = net_flows_new()))
         return !asks;
@@ -420,12 +221,12 @@ bool net_filter_passes(struct aiokvm_net_filter *filter, struct aiokvm_net_end *
                        bool sent, uint64_t now_ns)
 {
     (void)end;
-    struct facts facts;
-    look(&facts, frame, !sent);
+    struct net_facts facts;
+    net_facts_set(&facts, frame, !sent);
     if (facts.is_bad)
         return false;
     return belongs(filter, &facts, frame->size, now_ns) ||
-           passes_by_rule(filter, decide(filter, &facts), &facts, frame, now_ns);
+           passes_by_rule(filter, net_rules_decide(filter->rules, filter->count, &facts), &facts, frame, now_ns);
 }
 
 /* ---- the program's side ---- */

@@ -217,7 +217,7 @@ static uint32_t host_offloads(uint64_t features)
     return offloads;
 }
 
-int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features)
+int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features, uint32_t mtu)
 {
     struct nic *nic = (struct nic *)end;
     if (!net_enter(end->net))
@@ -226,6 +226,7 @@ int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features)
     state->pairs = 1;
     state->next_pair = 0;
     state->offloads = host_offloads(features);
+    state->mtu = has(features, VIRTIO_NET_F_MTU) ? mtu : 0;
     state->is_mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
     state->is_broken = false;
     memset(&state->filter, 0, sizeof(state->filter));

@@ -34,8 +34,9 @@ struct aiokvm_net_nic_filter {
 
 /* NULL: *error is an errno. */
 struct aiokvm_net_end *aiokvm_net_nic_new(struct aiokvm_net *net, int *error);
-/* What was negotiated, before there are queues: they begin with one pair, no filter, and nothing broken. */
-int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features);
+/* What was negotiated, before there are queues: they begin with one pair, no filter, and nothing broken. mtu is that of
+ * the configuration space, for drivers that have negotiated to know it. */
+int aiokvm_net_nic_set_features(struct aiokvm_net_end *end, uint64_t features, uint32_t mtu);
 /* Of the features for offload of what the guest receives those that are on (5.1.6.5.6). */
 int aiokvm_net_nic_set_offloads(struct aiokvm_net_end *end, uint64_t features);
 /* How many pairs are in use (5.1.6.5.5). */

@@ -36,6 +36,7 @@ struct nic_state {
     struct nic_queue *queues[2 * AIOKVM_NET_NIC_PAIRS];
     uint32_t pairs;
     uint32_t offloads;  /* AIOKVM_NET_OFFLOAD_*: what the driver may send */
+    uint32_t mtu;       /* what the driver was told, 0: nothing */
     uint32_t next_pair; /* whose turn it is to transmit */
     bool is_mergeable;
     bool is_broken; /* nothing is done until the driver resets the device */

@@ -41,6 +41,7 @@ struct tap {
     uint32_t told; /* AIOKVM_NET_OFFLOAD_*: what the device may give us */
     uint32_t first; /* the queue whose turn it is */
     uint32_t count;
+    int fds[AIOKVM_NET_TAP_QUEUES];
     struct tap_queue queues[AIOKVM_NET_TAP_QUEUES];
     uint8_t *bounce; /* for frames of more pieces than writev takes */
 };
@@ -75,12 +76,11 @@ static unsigned long tun_flags(uint32_t offloads)
     return flags;
 }
 
-static bool set_offloads(struct tap *tap, uint32_t offloads)
+static bool set_offloads(const int *fds, uint32_t count, uint32_t offloads)
 {
-    for (uint32_t i = 0; i < tap->count; i++)
-        if (ioctl(tap->queues[i].watch.fd, TUNSETOFFLOAD, tun_flags(offloads)) < 0)
+    for (uint32_t i = 0; i < count; i++)
+        if (ioctl(fds[i], TUNSETOFFLOAD, tun_flags(offloads)) < 0)
             return false;
-    tap->told = offloads;
     return true;
 }
 
@@ -88,8 +88,11 @@ static bool set_offloads(struct tap *tap, uint32_t offloads)
 static void follow_peer(struct tap *tap)
 {
     uint32_t wanted = tap->end.peer ? tap->end.peer->offloads & tap->end.offloads : 0;
-    if (wanted != tap->told && !set_offloads(tap, wanted))
-        tap->told = wanted; /* what is too much is cut on the way */
+    if (wanted == tap->told)
+        return;
+    tap->told = wanted;
+    /* If it fails, what is too much is cut on the way. */
+    set_offloads(tap->fds, tap->count, wanted);
 }
 
 /* ---- from the device ---- */
@@ -234,8 +237,9 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
 static void tap_free(struct aiokvm_net_end *end)
 {
     struct tap *tap = (struct tap *)end;
-    for (uint32_t i = 0; i < tap->count; i++) {
-        net_unwatch(&tap->queues[i].watch);
+    for (uint32_t i = 0; i < AIOKVM_NET_TAP_QUEUES; i++) {
+        if (i < tap->count)
+            net_unwatch(&tap->queues[i].watch);
         free(tap->queues[i].buffer);
     }
     free(tap->bounce);
@@ -267,7 +271,7 @@ static int set_up_queue(struct tap_queue *queue, int fd)
     return 0;
 }
 
-static void find_offloads(struct tap *tap)
+static void find_offloads(struct tap *tap, const int *fds, uint32_t count)
 {
     static const uint32_t TRIES[] = {
         AIOKVM_NET_OFFLOAD_CSUM | AIOKVM_NET_OFFLOAD_TSO4 | AIOKVM_NET_OFFLOAD_TSO6 | AIOKVM_NET_OFFLOAD_ECN |
@@ -277,12 +281,13 @@ static void find_offloads(struct tap *tap)
         AIOKVM_NET_OFFLOAD_CSUM,
     };
     for (size_t i = 0; i < sizeof(TRIES) / sizeof(*TRIES); i++)
-        if (set_offloads(tap, TRIES[i])) {
+        if (set_offloads(fds, count, TRIES[i])) {
             tap->end.offloads = TRIES[i];
             return;
         }
 }
 
+/* Without the plane's lock: nobody else has the end yet, and the kernel may hold its own for long. */
 static int set_up(struct tap *tap, const int *fds, uint32_t count, int offload)
 {
     bool has_headers = true;
@@ -290,23 +295,32 @@ static int set_up(struct tap *tap, const int *fds, uint32_t count, int offload)
     if (!tap->bounce)
         return ENOMEM;
     for (uint32_t i = 0; i < count; i++) {
-        struct tap_queue *queue = &tap->queues[tap->count++];
-        queue->watch.fd = -1;
+        struct tap_queue *queue = &tap->queues[i];
         queue->buffer = malloc(BUFFER);
         int error = queue->buffer ? set_up_queue(queue, fds[i]) : ENOMEM;
         if (error)
             return error;
         has_headers = has_headers && queue->header;
-        error = -net_watch(&queue->watch, &tap->end, fds[i], EPOLLIN | EPOLLOUT);
-        if (error)
-            return error;
     }
     if (has_headers && offload)
-        find_offloads(tap);
+        find_offloads(tap, fds, count);
     /* Nothing until there is a peer that takes it; whoever had the device before may have asked for more. */
-    set_offloads(tap, 0);
-    tap->told = 0;
+    set_offloads(fds, count, 0);
     return 0;
+}
+
+static int watch(struct tap *tap, const int *fds, uint32_t count)
+{
+    if (!net_enter(tap->end.net))
+        return EOWNERDEAD;
+    int error = 0;
+    while (!error && tap->count < count) {
+        tap->fds[tap->count] = fds[tap->count];
+        error = -net_watch(&tap->queues[tap->count].watch, &tap->end, fds[tap->count], EPOLLIN | EPOLLOUT);
+        tap->count++;
+    }
+    net_leave(tap->end.net);
+    return error;
 }
 
 struct aiokvm_net_end *aiokvm_net_tap_new(struct aiokvm_net *net, const int *fds, uint32_t count, int offload,
@@ -319,12 +333,9 @@ struct aiokvm_net_end *aiokvm_net_tap_new(struct aiokvm_net *net, const int *fds
     struct tap *tap = net_end_new(net, &TYPE, sizeof(*tap), error);
     if (!tap)
         return NULL;
-    if (net_enter(net)) {
-        *error = set_up(tap, fds, count, offload);
-        net_leave(net);
-    } else {
-        *error = EOWNERDEAD;
-    }
+    *error = set_up(tap, fds, count, offload);
+    if (!*error)
+        *error = watch(tap, fds, count);
     if (*error) {
         aiokvm_net_end_free(&tap->end);
         return NULL;

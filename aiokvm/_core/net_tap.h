@@ -9,7 +9,7 @@ enum { AIOKVM_NET_TAP_QUEUES = 16 };
 /* An end over the queues of one device: descriptors which TUNSETIFF has been done on, with IFF_TAP and IFF_NO_PI.
  * They stay the caller's, must be open for as long as the end is, and are made non-blocking. Headers (IFF_VNET_HDR)
  * are used if they have them, offloads if `offload` says so, too. When the device is gone there is
- * AIOKVM_NET_NEWS_CLOSED.
+ * AIOKVM_NET_NEWS_CLOSED. May take as long as the kernel has other interfaces to look after: not for an event loop.
  *
  * NULL: *error is an errno. ENOTTY, EBADFD: one is no TAP. EPROTOTYPE: it gives packets of IP. */
 struct aiokvm_net_end *aiokvm_net_tap_new(struct aiokvm_net *net, const int *fds, uint32_t count, int offload,

@@ -130,14 +130,19 @@ class NicData:
     # `aiokvm.virtio.net.NetData`.
 
     def activate(
-        self, host: VirtioHost, features: int, queues: Sequence[Virtqueue], receive: ReceiveFilter
+        self,
+        host: VirtioHost,
+        features: int,
+        queues: Sequence[Virtqueue],
+        receive: ReceiveFilter,
+        mtu: int | None,
     ) -> None:
         core = self._core
         if not core:
             return
         self._host = host
         self._queues = tuple(queues)
-        self._check(lib.aiokvm_net_nic_set_features(core, features))
+        self._check(lib.aiokvm_net_nic_set_features(core, features, mtu or 0))
         self.set_receive_filter(receive)
         for index, queue in enumerate(queues):
             if queue.ready:

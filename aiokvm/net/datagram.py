@@ -39,8 +39,9 @@ class Datagram(NetBackend):
     port each, for UDP. The peer need not be there, and may go and come back; meanwhile frames are dropped.
     Of UDP only ``remote`` is heard; who may write to a path is what the file system says.
 
-    Or ``fd``: a datagram or seqpacket socket that is connected, or its descriptor, of which a copy is made.
-    When the other one of a pair closes, that is the end.
+    Or ``fd``: a datagram or seqpacket socket that is connected, or its descriptor, of which a copy is made;
+    it is made non-blocking. When the other one of a pair closes, that is the end: for datagrams it is seen
+    when something is sent.
 
     Opening raises OSError if an address cannot be had.
     """

@@ -15,6 +15,7 @@ import anyio
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.net.filter import DIRECTIONS, PROTOCOLS, Rule
+from aiokvm.ratelimit import Limit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -54,9 +55,9 @@ class Hook:
 
     ``decide(flow)`` is a function or a coroutine function that returns whether the flow may pass, both ways.
     Until it has answered, the first frame waits and the others of the flow are dropped. One that raises, or
-    takes longer than ``timeout`` seconds, has denied; the exception is logged. At most 64 flows of a backend
-    are asked about at the same time, what comes meanwhile is dropped. A yes lasts for as long as the flow is
-    used, a no for 30 seconds; `forget` takes all answers back.
+    takes longer than ``timeout`` seconds, has denied; that is logged, about once a second if it goes on. At
+    most 64 flows of a backend are asked about at the same time, what comes meanwhile is dropped. A yes lasts
+    for as long as the flow is used, a no for 30 seconds; `forget` takes all answers back.
 
     Frames that are no IP go on to the next rule. IP packets that begin no flow do not pass: those with
     headers that cannot be read, fragments whose first one is not known, ICMP errors about unknown flows.
@@ -102,6 +103,7 @@ class Filter:
         self._tasks: dict[int, Task] = {}
         self._answers: dict[int, Awaitable[bool]] = {}
         self._scheduled = False
+        self._logs = Limit(operations_per_second=1, burst_operations=10)
         self._adopt(items)
         end.subscribe(lib.AIOKVM_NET_NEWS_FLOW, self._on_flows)
 
@@ -198,7 +200,7 @@ class Filter:
             try:
                 with anyio.move_on_after(hook.timeout) as scope:
                     allowed = await answer is True
-                if scope.cancelled_caught:
+                if scope.cancelled_caught and self._may_log():
                     logger.warning("no answer in %g s, so it does not pass: %s", hook.timeout, _text(flow))
             except Exception:
                 self._failed(flow)
@@ -211,7 +213,12 @@ class Filter:
         self._tasks[number] = self._end.plane.loop.spawn(wait, f"aiokvm hook {_text(flow)}")
 
     def _failed(self, flow: Flow) -> None:
-        logger.exception("decide has failed, so it does not pass: %s", _text(flow))
+        if self._may_log():
+            logger.exception("decide has failed, so it does not pass: %s", _text(flow))
+
+    def _may_log(self) -> bool:
+        """A guest can begin flows without end: it is not to fill the log."""
+        return self._logs.take(self._end.plane.loop.now_ns(), 0) == 0
 
     def _decide(self, number: int, allowed: bool) -> None:
         if core := self._live:

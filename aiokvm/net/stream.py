@@ -36,8 +36,8 @@ class Stream(NetBackend):
     """Ethernet frames over a stream socket, each behind its length: what QEMU's ``-netdev stream`` speaks.
 
     ``where`` is the path of a Unix socket, a host and a port, or a socket that is connected (or its
-    descriptor, of which a copy is made). It connects there, or with ``server=True`` listens there for one
-    peer at a time and does not wait for it. While there is no peer the link is down.
+    descriptor, of which a copy is made; it is made non-blocking). It connects there, or with ``server=True``
+    listens there for one peer at a time and does not wait for it. While there is no peer the link is down.
 
     When the peer closes, or sends what is no frame, that is the end; but with ``reconnect`` the link is
     down until there is a peer again: a client tries every so many seconds, a server listens on. The first

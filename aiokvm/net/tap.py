@@ -20,6 +20,8 @@ from aiokvm.net.links import LinkWatch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from aiokvm._core import Pointer
+    from aiokvm.aio import Loop
     from aiokvm.net.plane import End, Plane
 
 MAX_QUEUES = 16
@@ -93,6 +95,8 @@ class Tap(NetBackend):
         self._given = None if fds is None else tuple(fds)
         self._fds: list[int] = []
         self._links: LinkWatch | None = None
+        self._core: Pointer = ffi.NULL
+        self._loop: Loop | None = None
         self._on_lost: Callable[[str], None] = _nobody
 
     def __repr__(self) -> str:
@@ -105,9 +109,9 @@ class Tap(NetBackend):
 
     async def _open(self, plane: Plane, on_lost: Callable[[str], None]) -> End:
         self._on_lost = on_lost
+        self._loop = plane.loop
         try:
-            # The kernel's lock for interfaces may be held for long. Uncancelled: nothing of it may get lost.
-            await plane.loop.uncancelled(lambda: to_thread.run_sync(self._get))
+            await self._in_thread(self._get)
             if self.bridge is not None or self.addresses:
                 from aiokvm.net.bridge import configure
 
@@ -116,7 +120,9 @@ class Tap(NetBackend):
             if self._given is not None and self.ifindex:
                 # A macvtap's descriptors do not tell.
                 self._links = LinkWatch(plane.loop, self.ifindex, self._look)
-            return self._adopt(plane)
+            await self._in_thread(lambda: self._make(plane))
+            core, self._core = self._core, ffi.NULL
+            return plane.adopt(core, 0, self._on_news)
         except BaseException:
             await self._close()
             raise
@@ -125,23 +131,24 @@ class Tap(NetBackend):
         links, self._links = self._links, None
         if links:
             links.close()
+        core, self._core = self._core, ffi.NULL
+        if core:
+            lib.aiokvm_net_end_free(core)
         fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
         self.name, self.mtu, self.ifindex = self._wanted_name, self._wanted_mtu, 0
         self._on_lost = _nobody
 
-    def _adopt(self, plane: Plane) -> End:
-        error = ffi.new("int *")
-        fds = ffi.new("int[]", self._fds)
-        core = lib.aiokvm_net_tap_new(plane.core, fds, len(self._fds), self.offload, error)
-        if not core:
-            match error[0]:
-                case errno.ENOTTY | errno.EBADFD | errno.EPROTOTYPE:
-                    raise ConfigError(f"{self!r}: a descriptor is no TAP's: it is to be opened with IFF_TAP")
-                case code:
-                    raise OSError(code, f"{self!r}: {os.strerror(code)}")
-        return plane.adopt(core, 0, self._on_news)
+        def close() -> None:
+            for fd in fds:
+                os.close(fd)
+
+        if fds:
+            await self._in_thread(close)
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        # The kernel's lock for interfaces may be held for long. Uncancelled: nothing of it may get lost.
+        assert self._loop
+        await self._loop.uncancelled(lambda: to_thread.run_sync(work))
 
     def _on_news(self, news: int, error: int, _detail: int) -> None:
         if news & lib.AIOKVM_NET_NEWS_CLOSED:
@@ -162,6 +169,18 @@ class Tap(NetBackend):
         on_lost(f"the interface {self.name} {why}")
 
     # In a worker thread.
+
+    def _make(self, plane: Plane) -> None:
+        error = ffi.new("int *")
+        fds = ffi.new("int[]", self._fds)
+        self._core = lib.aiokvm_net_tap_new(plane.core, fds, len(self._fds), self.offload, error)
+        if self._core:
+            return
+        match error[0]:
+            case errno.ENOTTY | errno.EBADFD | errno.EPROTOTYPE:
+                raise ConfigError(f"{self!r}: a descriptor is no TAP's: it is to be opened with IFF_TAP")
+            case code:
+                raise OSError(code, f"{self!r}: {os.strerror(code)}")
 
     def _get(self) -> None:
         if self._given is not None:

@@ -132,9 +132,17 @@ class NetData(Protocol):
     """Who moves the frames of an adapter; all of it belongs to the machine's loop."""
 
     def activate(
-        self, host: VirtioHost, features: int, queues: Sequence[Virtqueue], receive: ReceiveFilter
+        self,
+        host: VirtioHost,
+        features: int,
+        queues: Sequence[Virtqueue],
+        receive: ReceiveFilter,
+        mtu: int | None,
     ) -> None:
-        """Serve these queues, receiveq1, transmitq1 and so on, until `reset`; one pair until `set_pairs`."""
+        """Serve these queues, receiveq1, transmitq1 and so on, until `reset`; one pair until `set_pairs`.
+
+        A driver that has VIRTIO_NET_F_MTU gets no frame that is longer than ``mtu``.
+        """
 
     def set_receive_filter(self, receive: ReceiveFilter) -> None:
         """The driver wants these frames from now on."""
@@ -222,7 +230,8 @@ class VirtioNet(VirtioDevice):
 
     def activate(self, features: int, queues: Sequence[Virtqueue]) -> None:
         self._control.start(features)
-        self.data.activate(self.host, features, queues[: self._control_index], self._control.receive)
+        data_queues = queues[: self._control_index]
+        self.data.activate(self.host, features, data_queues, self._control.receive, self.layout.mtu)
 
     def notified(self, queue: int) -> None:
         # The data's are watched by who moves it.

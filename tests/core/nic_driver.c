@@ -18,7 +18,7 @@ void nic_driver_open(struct nic_driver *nic, struct aiokvm_net *net, uint64_t fe
     int error = 0;
     nic->end = aiokvm_net_nic_new(net, &error);
     CHECK(nic->end);
-    CHECK_EQ(aiokvm_net_nic_set_features(nic->end, features), 0);
+    CHECK_EQ(aiokvm_net_nic_set_features(nic->end, features, 0), 0);
     struct aiokvm_ram ram = { 0, NIC_RAM, nic->ram };
     struct aiokvm_notifier notifier = { nic->irq, &nic->status };
     for (uint32_t i = 0; i < 2 * pairs; i++) {
@@ -100,4 +100,60 @@ uint64_t nic_driver_interrupts(struct nic_driver *nic)
 {
     uint64_t count = 0;
     return read(nic->irq, &count, 8) == 8 ? count : 0;
+}
+
+/* ---- with an end that records as its peer ---- */
+
+static uint8_t frame_data[70000];
+const uint8_t *const NIC_FRAME = frame_data;
+
+__attribute__((constructor)) static void make_data(void)
+{
+    for (size_t i = 0; i < sizeof(frame_data); i++)
+        frame_data[i] = (uint8_t)(i * 7 + i / 251);
+    memcpy(frame_data, "\x52\x54\x00\x00\x00\x01\x52\x54\x00\x00\x00\x02\x08\x00\x45\x00", 16);
+    frame_data[34 + 12] = 0x50;
+}
+
+void nic_rig_open(struct nic_rig *rig, uint64_t features, uint32_t size, uint32_t pairs)
+{
+    int error = 0;
+    rig->net = aiokvm_net_new(NULL, &error);
+    CHECK(rig->net);
+    nic_driver_open(&rig->nic, rig->net, features, size, pairs);
+    rig->peer = fake_end_new(rig->net, 31);
+    CHECK_EQ(aiokvm_net_link(rig->nic.end, &rig->peer->end), 0);
+    fake_end_serve(rig->net);
+}
+
+void nic_rig_close(struct nic_rig *rig)
+{
+    aiokvm_net_free(rig->net);
+    nic_driver_close(&rig->nic);
+}
+
+struct aiokvm_net_stats nic_rig_stats(struct nic_rig *rig)
+{
+    struct aiokvm_net_stats stats;
+    aiokvm_net_end_stats(rig->nic.end, &stats);
+    return stats;
+}
+
+uint32_t nic_rig_taken(struct nic_rig *rig, uint32_t queue)
+{
+    uint32_t id, written, count = 0;
+    while (driver_take(&rig->nic.queues[queue].driver, &id, &written))
+        count++;
+    return count;
+}
+
+void nic_rig_check_broken(struct nic_rig *rig, int error, uint32_t queue)
+{
+    struct aiokvm_net_news news;
+    CHECK_EQ(aiokvm_net_take(rig->net, &news), 1);
+    CHECK_EQ(news.end, aiokvm_net_end_id(rig->nic.end));
+    CHECK_EQ(news.news, AIOKVM_NET_NEWS_BROKEN);
+    CHECK_EQ(news.error, error);
+    CHECK_EQ(news.detail, queue);
+    CHECK_EQ(aiokvm_net_take(rig->net, &news), 0);
 }

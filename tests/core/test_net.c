@@ -261,6 +261,21 @@ TEST(a_thread_serves_by_itself)
     aiokvm_net_free(net);
 }
 
+TEST(a_thread_ends_whatever_it_is_doing)
+{
+    for (int i = 0; i < 5000; i++) {
+        struct aiokvm_net *net = plane("net-test");
+        struct fake_end *end = fake_end_new(net, 0);
+        CHECK(net_enter(net));
+        net_ready(&end->end);
+        net_leave(net);
+        /* A little later each time: somewhere in its turn. */
+        for (volatile int wait = 0; wait < i * 4; wait++)
+            continue;
+        aiokvm_net_free(net);
+    }
+}
+
 TEST(frames_wait_in_a_queue_of_bounded_size)
 {
     struct aiokvm_net *net = plane(NULL);

@@ -228,6 +228,11 @@ TEST(an_echo_is_answered_and_errors_find_their_flow)
     store(request.data + request.transport + 4, 77, 2);
     CHECK(!passes(&fixture, request, INGRESS));
 
+    /* A reply that nobody asked for begins nothing. */
+    static const uint8_t OTHER[4] = { 192, 168, 7, 10 };
+    CHECK(passes(&fixture, ipv4(GUEST, OTHER, ICMP, 0, 0), EGRESS));
+    CHECK(!passes(&fixture, ipv4(OTHER, GUEST, ICMP, 0, 0), INGRESS));
+
     /* A router says that a packet of the guest's was too big. */
     static const uint8_t ROUTER[4] = { 10, 9, 9, 9 };
     struct packet error = ipv4(ROUTER, GUEST, ICMP, 3 << 8 | 4, 0);

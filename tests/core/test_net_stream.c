@@ -19,10 +19,10 @@ struct world {
     int near, far; /* the end's socket, and the peer's */
 };
 
-static void set_up(struct world *world)
+static void set_up_with(struct world *world, const char *thread)
 {
     int error = 0, pair[2];
-    world->net = aiokvm_net_new(NULL, &error);
+    world->net = aiokvm_net_new(thread, &error);
     world->end = aiokvm_net_stream_new(world->net, &error);
     CHECK_EQ(error, 0);
     world->fake = fake_end_new(world->net, 0);
@@ -33,6 +33,11 @@ static void set_up(struct world *world)
     CHECK_EQ(aiokvm_net_stream_attach(world->end, world->near), 0);
     CHECK_EQ(aiokvm_net_stream_attach(world->end, world->near), -EBUSY);
     fake_end_serve(world->net);
+}
+
+static void set_up(struct world *world)
+{
+    set_up_with(world, NULL);
 }
 
 static void tear_down(struct world *world)
@@ -321,6 +326,36 @@ TEST(millions_of_frames_leave_nothing_behind)
     CHECK_EQ(stats(&world).sent_frames, FRAMES);
     CHECK_EQ(stats(&world).received_frames, FRAMES);
     CHECK(!memcmp(got, wire, size));
+    tear_down(&world);
+}
+
+TEST(a_thread_serves_while_others_call)
+{
+    struct world world;
+    set_up_with(&world, "net-stream");
+    uint8_t data[60] = { 9 }, wire[64], got[64];
+    uint32_t size = framed(wire, data, sizeof(data));
+    for (uint32_t i = 0; i < 2000; i++) {
+        put(world.far, wire, size);
+        CHECK_EQ(fake_end_send(world.fake, NULL, data, sizeof(data)), NET_TAKEN);
+        CHECK_EQ(recv(world.far, got, size, MSG_WAITALL), size);
+        aiokvm_net_set_up(world.end, 1);
+    }
+    CHECK_SOON(stats(&world).sent_frames == 2000);
+    /* Connections that come and go. */
+    for (int i = 0; i < 200; i++) {
+        struct aiokvm_net_news news;
+        close(world.far);
+        CHECK_SOON(aiokvm_net_take(world.net, &news) == 1);
+        close(world.near);
+        int pair[2];
+        CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+        world.near = pair[0];
+        world.far = pair[1];
+        CHECK_EQ(aiokvm_net_stream_attach(world.end, world.near), 0);
+        put(world.far, wire, size);
+        CHECK_SOON(stats(&world).sent_frames == 2001 + (uint64_t)i);
+    }
     tear_down(&world);
 }
 

@@ -94,7 +94,7 @@ class Cable(NetBackend):
         notifier = ffi.new("struct aiokvm_notifier *", {"irqfd": self.irq.fd, "status": self.word})
         error = ffi.new("int *")
         end = plane.adopt(lib.aiokvm_net_nic_new(plane.core, error), error[0], lambda *_: None)
-        lib.aiokvm_net_nic_set_features(end.core, (1 << 64) - 1)
+        lib.aiokvm_net_nic_set_features(end.core, (1 << 64) - 1, 0)
         self.kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         self.vrings = [Virtqueue(self.memory, 128) for _ in range(2)]
         self.drivers = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
@@ -14,11 +14,13 @@ from aiokvm.net import Datagram
 from aiokvm.net.plane import Plane
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from aiokvm.net import NetBackend
 
-PATIENCE_S = 10.0
+T = TypeVar("T")
+
+PATIENCE_S = 60.0
 GUEST_MAC = b"\x02\0\0\0\0\x02"
 BROADCAST = b"\xff" * 6
 ETH_P_IP, ETH_P_ARP, ETH_P_LOCAL = 0x0800, 0x0806, 0x88B5
@@ -68,11 +70,16 @@ class Peer:
 
     async def ask(self, frame: bytes, wanted: Callable[[bytes], bool]) -> bytes:
         """Sends it again and again, as a program would, until there is an answer."""
-        with anyio.fail_after(PATIENCE_S):
-            while True:
-                await self.send(frame)
-                with anyio.move_on_after(1):
-                    return await self.receive(wanted)
+        return await insist(lambda: self.send(frame), lambda: self.receive(wanted))
+
+
+async def insist(send: Callable[[], Awaitable[object]], receive: Callable[[], Awaitable[T]]) -> T:
+    """Sends again and again until something comes: a device that was just made loses frames for a while."""
+    with anyio.fail_after(PATIENCE_S):
+        while True:
+            await send()
+            with anyio.move_on_after(1):
+                return await receive()
 
 
 @asynccontextmanager

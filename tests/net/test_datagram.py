@@ -9,7 +9,7 @@ import pytest
 
 from aiokvm import ConfigError
 from aiokvm.aio import current_loop
-from aiokvm.net import Datagram
+from aiokvm.net import Datagram, Limit
 from aiokvm.net.plane import Plane
 from tests.net.peers import PATIENCE_S, dhcp, ethernet, linked
 from tests.net.test_stream import HUB, QEMU, running, until_there
@@ -123,6 +123,21 @@ async def test_what_is_no_frame_is_dropped_and_counted() -> None:
             assert datagram.stats().dropped_invalid == 4
 
 
+async def test_rates_hold_frames_back_and_lose_none() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        limit = Limit(operations_per_second=1000, burst_operations=5)
+        datagram = Datagram(fd=ours, ingress=limit, egress=limit)
+        async with linked(datagram) as peer:
+            frames = [ethernet(b"%d" % index) for index in range(50)]
+            for frame in frames:
+                theirs.send(frame)
+            assert [await peer.receive() for _ in frames] == frames
+            assert datagram.stats().throttled > 0
+            await peer.send(*frames)
+            assert [await receive(theirs) for _ in frames] == frames
+
+
 async def test_an_address_in_use_is_an_error(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     async with linked(Datagram(here, there)) as peer:
@@ -167,6 +182,6 @@ async def test_qemu_and_its_nat_give_an_address(unix: bool, tmp_path: Path) -> N
     async with linked(datagram) as peer:
         with running(*QEMU, "-netdev", f"dgram,id=n,{netdev}", *HUB) as process:
             if unix:
-                await until_there(theirs, process)
+                await until_there(theirs, process, listening=False)
             assert await dhcp(peer) == "10.9.8.15"
         assert not peer.lost

@@ -124,6 +124,24 @@ async def test_who_raises_has_denied(linked: Linked, caplog: pytest.LogCaptureFi
     assert "egress tcp from 10.0.0.1 port 9 to 192.168.7.9 port 1" in caplog.text
 
 
+async def test_a_flood_of_flows_does_not_fill_the_log(
+    linked: Linked, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[net.Flow] = []
+
+    def decide(flow: net.Flow) -> bool:
+        asked.append(flow)
+        raise RuntimeError("always")
+
+    here, guest = net.Port(filters=[net.Hook(decide)]), net.Port()
+    async with linked(here, guest):
+        port = 0
+        while len(asked) < 2000:
+            assert await passing(guest, here, [udp(A, 1, B, port + more) for more in range(50)]) == []
+            port = (port + 50) % 60000
+    assert 10 <= len(caplog.records) < 100
+
+
 async def test_who_never_answers_has_denied(linked: Linked, caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
     here, guest = net.Port(filters=[net.Hook(gate, timeout=0.01)]), net.Port()

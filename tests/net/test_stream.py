@@ -17,7 +17,7 @@ import pytest
 
 from aiokvm import ConfigError, StateError
 from aiokvm.aio import current_loop
-from aiokvm.net import Stream
+from aiokvm.net import Limit, Stream
 from aiokvm.net.plane import Plane
 from tests.net.peers import PATIENCE_S, dhcp, ethernet, linked
 
@@ -250,6 +250,68 @@ async def test_a_peer_that_stalls_holds_up_its_sender_only() -> None:
             assert stream.stats().dropped_full == 0
 
 
+async def test_rates_hold_frames_back_and_lose_none() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        limits = Limit(operations_per_second=1000, burst_operations=5), Limit(bytes_per_second=100_000)
+        stream = Stream(ours, ingress=limits[0], egress=limits[1])
+        async with linked(stream) as peer:
+            frames = [ethernet(b"%d" % index) for index in range(50)]
+            theirs.sendall(b"".join(map(framed, frames)))
+            assert [await peer.receive() for _ in frames] == frames
+            assert stream.stats().throttled > 0
+            await peer.send(*frames)
+            data = await anyio.to_thread.run_sync(exactly, theirs, 64 * len(frames))
+            assert data == b"".join(map(framed, frames))
+
+
+async def test_a_flood_leaves_the_loop_its_turns() -> None:
+    ours, theirs = socket.socketpair()
+    frames = 200_000
+    data = framed(ethernet(b"flood")) * 1000
+    with ours, theirs:
+        stream = Stream(ours)
+        async with linked(stream) as peer:
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    await current_loop().turn()
+                    turns += 1
+
+            def flood() -> None:
+                for _ in range(frames // 1000):
+                    theirs.sendall(data)
+
+            async def drain() -> None:
+                while True:
+                    await peer.receive()
+
+            async with anyio.create_task_group() as tasks:
+                for each in (count, drain):
+                    tasks.start_soon(each)
+                await anyio.to_thread.run_sync(flood)
+                with anyio.fail_after(PATIENCE_S):
+                    while stream.stats().sent_frames < frames:
+                        await current_loop().turn()
+                tasks.cancel_scope.cancel()
+            # One turn serves for half a millisecond at most.
+            assert turns > 100
+
+
+async def test_nothing_is_left_of_many(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(30):
+        server = Stream(tmp_path / "s", server=True)
+        async with linked(server) as one, linked(Stream(tmp_path / "s")) as other:
+            await until(server, True)
+            await one.send(ethernet(b"hello"))
+            assert await other.receive() == ethernet(b"hello")
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the loop's own
+    assert not os.listdir(tmp_path)
+
+
 async def test_closing_while_it_connects_leaves_nothing(tmp_path: Path) -> None:
     stream = Stream(tmp_path / "s", reconnect=0.01)
     for _ in range(3):
@@ -318,13 +380,19 @@ def running(*argv: str | Path) -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-async def until_there(path: Path, process: subprocess.Popen[bytes]) -> None:
+async def until_there(path: Path, process: subprocess.Popen[bytes], listening: bool = True) -> None:
+    """Until the process has bound its socket there, and listens."""
+    flags = "00010000" if listening else "00000000"
     with anyio.fail_after(PATIENCE_S):
-        while not await anyio.Path(path).exists():
+        while True:
+            # Num RefCount Protocol Flags Type St Inode Path
+            lines = (await anyio.Path("/proc/net/unix").read_text()).splitlines()
+            if any(line.endswith(f" {path}") and line.split()[3] == flags for line in lines):
+                return
             if process.poll() is not None:
                 assert process.stderr
                 pytest.fail(f"{process.args!r} has ended: {process.stderr.read().decode()}")
-            await anyio.sleep(0.01)
+            await anyio.lowlevel.checkpoint()
 
 
 QEMU = ("qemu-system-x86_64", "-machine", "none", "-display", "none")

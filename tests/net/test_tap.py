@@ -18,7 +18,18 @@ from aiokvm.net import Tap
 from aiokvm.net.links import removed
 
 FILE = Path(__file__).with_name("tap_programs.py")
-PROGRAMS = ("traffic", "names", "deleted", "errors", "bridges", "handed", "elsewhere", "cancelled")
+PROGRAMS = (
+    "traffic",
+    "rates",
+    "names",
+    "deleted",
+    "errors",
+    "bridges",
+    "handed",
+    "elsewhere",
+    "tcp",
+    "cancelled",
+)
 
 
 @cache
@@ -54,11 +65,8 @@ def test_in_a_namespace(name: str, loop: str) -> None:
 
 @cache
 def why_no_macvtap() -> str:
-    """Its node in /dev has the number of an interface of a namespace: another's may be there."""
-    script = (
-        "ip tuntap add dev lower mode tap && ip link add link lower name mac7 type macvtap && "
-        "test -w /dev/tap$(ip -o link show mac7 | cut -d: -f1)"
-    )
+    make = "ip tuntap add dev lower mode tap && ip link add link lower name mac7 index $((100000 + $$))"
+    script = f"{make} type macvtap && test -w /dev/tap$((100000 + $$)) && ip link del mac7"
     done = subprocess.run(("unshare", "-rn", "sh", "-c", script), capture_output=True, check=False)
     return "no macvtap may be made, or its node in /dev is not there" if done.returncode else ""
 

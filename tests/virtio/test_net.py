@@ -82,8 +82,14 @@ class Data:
         return last
 
     def activate(
-        self, host: object, features: int, queues: Sequence[Virtqueue], receive: ReceiveFilter
+        self,
+        host: object,
+        features: int,
+        queues: Sequence[Virtqueue],
+        receive: ReceiveFilter,
+        mtu: int | None,
     ) -> None:
+        self.mtu = mtu
         self.calls.append(("activate", features, len(queues), receive))
 
     def set_receive_filter(self, receive: ReceiveFilter) -> None:
@@ -187,6 +193,11 @@ def test_the_configuration_space_is_that_of_the_specification() -> None:
     before = bytes(device.config)
     device.write_config(0, 4, 0)
     assert bytes(device.config) == before
+
+
+def test_the_mtu_is_that_of_the_layout() -> None:
+    assert Rig(mtu=1400).data.mtu == 1400
+    assert Rig().data.mtu is None
 
 
 @pytest.mark.parametrize(
