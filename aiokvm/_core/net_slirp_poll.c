@@ -182,8 +182,9 @@ void slirp_ask(struct slirp_end *self)
         watched->in_epoll = watched->events = 0;
         self->in_epoll[i] = self->in_epoll[--self->count];
     }
-    /* Without connections it says a second, for nothing. */
-    uint64_t at_ns = timeout_ms < 1000 ? now_ns + timeout_ms * 1000000ull : 0;
+    /* Without connections it says a second, and half of one for sockets that listen: for nothing. */
+    bool is_idle = !self->tcp && !self->other;
+    uint64_t at_ns = !is_idle && timeout_ms < 1000 ? now_ns + timeout_ms * 1000000ull : 0;
     self->poll_at_ns = at_ns;
     for (struct slirp_timer *timer = self->timers; timer < self->timers + SLIRP_TIMERS; timer++)
         if (timer->used && timer->at_ns && (!at_ns || timer->at_ns < at_ns))

@@ -631,6 +631,10 @@ TEST(ports_are_forwarded)
     CHECK_EQ(aiokvm_net_slirp_add_forward(nat.slirp, 0, "127.0.0.1", (uint16_t)port, "", 80), -EADDRINUSE);
     CHECK_EQ(aiokvm_net_slirp_add_forward(nat.slirp, 0, "127.0.0.x", 1, "", 80), -EINVAL);
     CHECK_EQ(aiokvm_net_slirp_add_forward(nat.slirp, 0, "::1", 1, "10.0.2.15", 80), -EINVAL);
+    /* Until somebody comes there is nothing to do, but to say from time to time that there is IPv6. */
+    fake_end_serve(nat.net);
+    CHECK_EQ(((struct slirp_end *)nat.slirp)->poll_at_ns, 0);
+    CHECK(nat.slirp->deadline_ns > now_ns() + UINT64_C(10000000000));
     int fd = connect_to(port);
     check_forward(&nat, fd);
     CHECK_EQ(aiokvm_net_slirp_remove_forward(nat.slirp, 0, "127.0.0.1", (uint16_t)port), 0);
