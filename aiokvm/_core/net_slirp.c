@@ -64,7 +64,7 @@ static ssize_t send_packet(const void *data, size_t size, void *opaque)
     bool is_ip6 = ((const uint8_t *)data)[12] == 0x86;
     uint32_t needs = is_ip6 ? AIOKVM_NET_OFFLOAD_TSO6 : AIOKVM_NET_OFFLOAD_TSO4;
     net_dirty(&self->end);
-    slirp_guard_heard(&self->guard, data, size);
+    slirp_guard_heard(&self->guard, data, size, aiokvm_now_ns());
     slirp_order_heard(&self->order, data, size);
     if (self->end.peer && self->end.peer->offloads & needs) {
         if (slirp_merge_add(&self->merge, data, size))
@@ -219,10 +219,11 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     }
     if (self->is_starved)
         slirp_accept(self);
+    uint64_t now_ns = aiokvm_now_ns();
     struct slirp_load load = {
         .tcp_full = self->tcp >= self->max || self->is_starved, .other_full = self->other >= self->max,
+        .now_ns = now_ns,
     };
-    uint64_t now_ns = aiokvm_now_ns();
     uint32_t size = frame->size;
     net_frame_copy(frame, self->input);
     enum slirp_verdict verdict = slirp_guard(&self->guard, &load, &frame->hdr, self->input, size);

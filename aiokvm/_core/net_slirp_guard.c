@@ -54,9 +54,12 @@ static void fill_checksum(const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, u
  *
  * libslirp could leave it out, and would leave out the answers to what comes from there to a forwarded UDP port. */
 
-static uint64_t *peer_of(struct slirp_guard *guard, uint64_t peer)
+/* How long an answer may take; libslirp forgets what is older. */
+static const uint64_t ANSWER_NS = UINT64_C(240000000000);
+
+static uint32_t place_of(uint64_t peer)
 {
-    return &guard->peers[(peer * UINT64_C(0x9e3779b97f4a7c15) >> 32) % SLIRP_PEERS];
+    return (uint32_t)(peer * UINT64_C(0x9e3779b97f4a7c15) >> 32) % SLIRP_PEERS;
 }
 
 /* `guest`: its address, of IPv6 the end. */
@@ -65,7 +68,7 @@ static uint64_t peer(uint32_t guest, uint32_t port, uint32_t guest_port)
     return (uint64_t)guest << 32 | port << 16 | guest_port;
 }
 
-void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size)
+void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size, uint64_t now_ns)
 {
     const uint8_t *ip = frame + ETH_SIZE, *udp;
     uint64_t heard;
@@ -80,17 +83,21 @@ void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t s
     } else {
         return;
     }
-    *peer_of(guard, heard) = heard;
+    guard->peers[place_of(heard)] = heard;
+    guard->heard_ns[place_of(heard)] = now_ns;
 }
 
 /* To an address that libslirp takes for the loopback's. */
-static enum slirp_verdict to_loopback(struct slirp_guard *guard, uint32_t guest, uint32_t protocol, uint8_t *payload)
+static enum slirp_verdict to_loopback(const struct slirp_guard *guard, const struct slirp_load *load, uint32_t guest,
+                                      uint32_t protocol, uint8_t *payload)
 {
     if (guard->host_loopback)
         return SLIRP_PASS;
     if (protocol == PROTOCOL_UDP) {
         uint64_t answered = peer(guest, net_load16(payload + 2), net_load16(payload));
-        return *peer_of(guard, answered) == answered ? SLIRP_PASS : SLIRP_DENY;
+        uint32_t place = place_of(answered);
+        bool is_answer = guard->peers[place] == answered && load->now_ns - guard->heard_ns[place] < ANSWER_NS;
+        return is_answer ? SLIRP_PASS : SLIRP_DENY;
     }
     if ((payload[13] & (TCP_SYN | TCP_ACK)) != TCP_SYN)
         return SLIRP_PASS; /* of a connection from there */
@@ -125,8 +132,8 @@ static bool is_denied(uint32_t address)
     return top == 0 || top == 127 || top >= 224;
 }
 
-static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_load *load, uint8_t *ip, uint32_t size,
-                                bool is_large)
+static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct slirp_load *load, uint8_t *ip,
+                                uint32_t size, bool is_large)
 {
     if (size < IP_SIZE || size > UINT16_MAX || ip[0] >> 4 != 4)
         return SLIRP_INVALID;
@@ -151,7 +158,9 @@ static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_lo
     enum slirp_verdict verdict;
     if (protocol == PROTOCOL_TCP) {
         verdict = of_tcp(load, payload, rest);
-        return verdict || to != guard->host ? verdict : to_loopback(guard, net_load32(ip + 12), protocol, payload);
+        if (!verdict && to == guard->host)
+            verdict = to_loopback(guard, load, net_load32(ip + 12), protocol, payload);
+        return verdict;
     }
     if (protocol == PROTOCOL_UDP) {
         if (rest < UDP_SIZE || net_load16(payload + 4) < UDP_SIZE)
@@ -160,7 +169,7 @@ static enum slirp_verdict of_ip(struct slirp_guard *guard, const struct slirp_lo
             return SLIRP_PASS;
         if (net_load16(payload + 2) == PORT_TFTP && to == guard->host)
             return SLIRP_IGNORE;
-        verdict = to == guard->host ? to_loopback(guard, net_load32(ip + 12), protocol, payload) : SLIRP_PASS;
+        verdict = to == guard->host ? to_loopback(guard, load, net_load32(ip + 12), protocol, payload) : SLIRP_PASS;
         return verdict || !load->other_full ? verdict : SLIRP_FULL;
     }
     if (protocol == PROTOCOL_ICMP) {
@@ -201,7 +210,7 @@ static bool is_host6(const struct slirp_guard *guard, const uint8_t *address)
            !memcmp(address, ROUTER, 16) || !memcmp(address, NAMESERVER, 16);
 }
 
-static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_load *load, uint8_t *ip,
+static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct slirp_load *load, uint8_t *ip,
                                  uint32_t size)
 {
     if (size < IP6_SIZE || ip[0] >> 4 != 6)
@@ -222,7 +231,7 @@ static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_l
     if (protocol == PROTOCOL_TCP) {
         verdict = to[0] == 0xff || is_denied6(to) ? SLIRP_DENY : of_tcp(load, payload, rest);
         if (!verdict && is_loopback6(guard, to, net_load16(payload + 2)))
-            verdict = to_loopback(guard, net_load32(ip + 20), protocol, payload);
+            verdict = to_loopback(guard, load, net_load32(ip + 20), protocol, payload);
         return verdict;
     }
     if (protocol != PROTOCOL_UDP)
@@ -237,11 +246,11 @@ static enum slirp_verdict of_ip6(struct slirp_guard *guard, const struct slirp_l
     if (port == PORT_TFTP)
         return SLIRP_IGNORE;
     if (port != PORT_DHCP6 && is_loopback6(guard, to, port))
-        verdict = to_loopback(guard, net_load32(ip + 20), protocol, payload);
+        verdict = to_loopback(guard, load, net_load32(ip + 20), protocol, payload);
     return verdict || !load->other_full ? verdict : SLIRP_FULL;
 }
 
-enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_load *load,
+enum slirp_verdict slirp_guard(const struct slirp_guard *guard, const struct slirp_load *load,
                                const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size)
 {
     uint8_t *payload = frame + ETH_SIZE;

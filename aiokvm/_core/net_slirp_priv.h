@@ -21,11 +21,13 @@ struct slirp_guard {
     bool host_loopback, own_nameserver;
     /* Who of the host's loopback has sent to a forwarded UDP port: guest's address, port there and here. */
     uint64_t peers[SLIRP_PEERS];
+    uint64_t heard_ns[SLIRP_PEERS];
 };
 
 /* What there is already, of the guest. */
 struct slirp_load {
     bool tcp_full, other_full;
+    uint64_t now_ns;
 };
 
 enum slirp_verdict {
@@ -40,10 +42,10 @@ enum slirp_verdict {
 
 /* Of a frame that is one private buffer; hdr as net_frame_check left it. Fills in what offloading has left out, takes
  * TCP's URG away. */
-enum slirp_verdict slirp_guard(struct slirp_guard *guard, const struct slirp_load *load,
+enum slirp_verdict slirp_guard(const struct slirp_guard *guard, const struct slirp_load *load,
                                const struct virtio_net_hdr_v1 *hdr, uint8_t *frame, uint32_t size);
 /* Of a frame to the guest. */
-void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size);
+void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size, uint64_t now_ns);
 /* Who has sent a TCP segment over IPv4 that has passed. */
 void slirp_guard_sender(const uint8_t *frame, uint32_t *address, uint16_t *port);
 /* The ones' complement sum of the bytes, as a number; `sum` is one to go on with. */

@@ -130,7 +130,15 @@ TEST(segments_that_follow_each_other_become_one_frame)
     CHECK(merge.size <= 14 + 65535);
 }
 
-#define GUARD(frame, size) slirp_guard(&guard, &(struct slirp_load){ 0 }, &hdr, frame, size)
+static uint32_t put_udp(uint8_t *frame, uint32_t from, uint32_t from_port, uint32_t to, uint32_t to_port)
+{
+    net_store16(frame + 34, from_port);
+    net_store16(frame + 36, to_port);
+    net_store16(frame + 38, 8);
+    return seal(frame, 17, from, to, 8);
+}
+
+#define GUARD(frame, size) slirp_guard(&guard, &(struct slirp_load){ .now_ns = 1 }, &hdr, frame, size)
 
 TEST(the_guard_knows_lengths_and_addresses)
 {
@@ -160,6 +168,16 @@ TEST(the_guard_knows_lengths_and_addresses)
     net_store16(frame + 36, 69);
     size = seal(frame, 17, GUEST, HOST, 8);
     CHECK_EQ(GUARD(frame, size), SLIRP_IGNORE);
+    /* An answer to one of the loopback is none to others, nor later. */
+    put_udp(frame, HOST, 4000, GUEST, 53);
+    slirp_guard_heard(&guard, frame, 42, 1);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 53, HOST, 4000)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 53, HOST, 4001)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 54, HOST, 4000)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST + 1, 53, HOST, 4000)), SLIRP_DENY);
+    size = put_udp(frame, GUEST, 53, HOST, 4000);
+    struct slirp_load later = { .now_ns = UINT64_C(240000000001) };
+    CHECK_EQ(slirp_guard(&guard, &later, &hdr, frame, size), SLIRP_DENY);
     /* IPv6: ::1, ::, ::7f00:1, ::ffff:127.0.0.1, fe80::1, ff02::fb. */
     static const uint8_t DENIED6[][16] = {
         { [15] = 1 }, { 0 }, { [12] = 127, [15] = 1 }, { [10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1 },
