@@ -7,7 +7,6 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <linux/virtio_mmio.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,34 +72,6 @@ void aiokvm_blk_done(struct aiokvm_blk *blk, struct blk_op *op)
     blk->in_flight--;
     blk_count(&blk->stats.in_flight, (uint64_t)-1);
     blk_request_done((struct blk_request *)op);
-}
-
-/* How often a batch of one request makes the thread impatient again, and after how many batches it tries to be patient;
- * that doubles each time in vain. */
-enum { PATIENT_FOR = 8, TRY_AFTER = 64, TRY_AFTER_MAX = 512 };
-
-/* Whether to run as soon as a vCPU notifies, or let one that shares this CPU go on and make more available: then they are
- * served, and completed, together. A guest that waits for each single request wants the first, one that has many in
- * flight the second; which it is shows in what a batch has when the thread is patient. */
-static void pace(struct aiokvm_blk *blk, uint32_t popped)
-{
-    if (popped == 0)
-        return;
-    bool patient = blk->patient;
-    if (patient && popped > 1) {
-        blk->single = 0;
-        blk->try_after = TRY_AFTER;
-    } else if (++blk->single >= (patient ? PATIENT_FOR : blk->try_after)) {
-        blk->single = 0;
-        blk->patient = !patient;
-        if (patient && blk->try_after < TRY_AFTER_MAX)
-            blk->try_after *= 2;
-        /* A policy of the program's own, as SCHED_FIFO, stays. */
-        int policy = patient ? SCHED_BATCH : SCHED_OTHER, now;
-        struct sched_param parameter;
-        if (pthread_getschedparam(pthread_self(), &now, &parameter) == 0 && now == policy)
-            pthread_setschedparam(pthread_self(), patient ? SCHED_OTHER : SCHED_BATCH, &parameter);
-    }
 }
 
 /* Pops and starts what there is. The vring gives out at most its size. */
@@ -214,7 +185,7 @@ static void *blk_main(void *argument)
             for (uint32_t i = 0; i < AIOKVM_BLK_QUEUES; i++)
                 if (blk->queues[i].vring && !blk->queues[i].broken)
                     popped += drain_queue(&blk->queues[i]);
-            pace(blk, popped);
+            aiokvm_pace(&blk->pace, popped);
             publish(blk);
         }
         blk->engine->type->wait(blk->engine, throttle_wait(blk));
@@ -286,7 +257,6 @@ struct aiokvm_blk *aiokvm_blk_new(const struct aiokvm_blk_config *config, int *e
     pthread_mutex_init(&blk->lock, NULL);
     atomic_store(&blk->capacity_sectors, config->capacity_sectors);
     atomic_store(&blk->writeback, 1);
-    blk->try_after = TRY_AFTER;
     for (uint32_t i = 0; i < AIOKVM_BLK_QUEUES; i++)
         blk->queues[i] = (struct blk_queue){ .blk = blk, .index = i, .kick = -1, .watched = -1 };
     blk->control = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

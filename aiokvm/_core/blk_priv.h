@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 
 #include "blk.h"
+#include "pace.h"
 
 /* ThreadSanitizer keeps its own on the stack. */
 #ifdef __SANITIZE_THREAD__
@@ -141,9 +142,7 @@ struct aiokvm_blk {
     /* The thread's. */
     uint64_t in_flight;
     bool running, stopping;
-    bool patient;       /* pace: does not preempt vCPUs */
-    uint32_t single;    /* pace: batches since it was made (im)patient; patient ones of one request in a row */
-    uint32_t try_after; /* pace: so many batches until it is patient again */
+    struct aiokvm_pace pace;
     int32_t stop_queue; /* which one, or -1: all */
     bool sync_failed; /* the kernel tells once, and may have dropped the data: no later flush can succeed */
     bool shrunk;      /* the image has got shorter than the disk */

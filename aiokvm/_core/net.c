@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "clock.h"
+#include "pace.h"
 
 enum { STACK_SIZE = 256 << 10, EVENTS = 64 };
 /* How long the thread serves before it looks whether somebody else wants the lock. */
@@ -251,12 +252,18 @@ int aiokvm_net_serve(struct aiokvm_net *net, uint64_t budget_ns)
 static void *net_main(void *argument)
 {
     struct aiokvm_net *net = argument;
+    struct aiokvm_pace pace = { 0 };
     pthread_setname_np(pthread_self(), net->name);
     atomic_store(&net->tid, (uint32_t)syscall(SYS_gettid));
     syscall(SYS_futex, &net->tid, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
     pthread_mutex_lock(&net->lock);
     while (!atomic_load(&net->ending)) {
         bool more = turn(net, THREAD_BUDGET_NS);
+        if (!more) {
+            aiokvm_pace(&pace, net->batch);
+            net->batch = 0;
+            net->wake++;
+        }
         pthread_mutex_unlock(&net->lock);
         /* The turn may have read what was to wake it for its end. */
         if (more)

@@ -78,6 +78,12 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
         from->waits = true;
         return result;
     }
+    if (from->wake != from->net->wake) {
+        from->wake = from->net->wake;
+        from->batch = 0;
+    }
+    if (++from->batch > from->net->batch)
+        from->net->batch = from->batch;
     from->stats.sent_frames++;
     from->stats.sent_bytes += frame->size;
     to->stats.received_frames++;

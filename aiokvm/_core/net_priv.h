@@ -82,6 +82,7 @@ struct aiokvm_net_end {
     bool is_told;           /* in the list of those with news */
     uint64_t deadline_ns;   /* of net_at; 0: none */
     uint64_t throttled_ns;  /* until when a rate limit holds back what it sends; 0: it does not */
+    uint32_t wake, batch; /* pace: how many frames it has sent since the plane's thread woke up, if wake is the plane's */
     uint32_t news, detail;
     int32_t error;
     struct aiokvm_net_filter *filter;
@@ -107,6 +108,8 @@ struct aiokvm_net {
     _Atomic uint32_t tid;
     bool has_thread;
     bool rung; /* `control` was written and not read since */
+    uint32_t wake;  /* counts how often the thread woke up */
+    uint32_t batch; /* how many frames one end has sent since then, at most */
     _Atomic bool ending;
     char name[16];
     pid_t pid; /* of the process whose it is: a child of fork has a copy */
