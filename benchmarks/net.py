@@ -113,10 +113,16 @@ async def set_up(shell: Shell, backend: str) -> str:
 
 async def iperf(shell: Shell, host: str, options: str, seconds: float) -> float:
     """Mbit/s, or packets a second, that arrived."""
+    count = "cat /sys/class/net/eth0/statistics/rx_packets"
     output = await shell.run(
-        f"iperf3 -c {host} -t {seconds:g} -f k {options} | grep -E 'receiver|error'", 60 + 20 * seconds
+        f"{count}; iperf3 -c {host} -t {seconds:g} -f k {options} | grep -E 'receiver|error'; {count}",
+        60 + 20 * seconds,
     )
-    line = output.strip().splitlines()[-1] if output.strip() else ""
+    before, *lines, after = output.split("\n")[:-1]
+    if "-u" in options and "-R" in options:
+        # What the adapter has given to the guest: its socket has no room for most of a flood.
+        return (int(after) - int(before)) / seconds
+    line = lines[-1] if lines else ""
     if "-u" in options:
         found = re.search(r"(\d+)/(\d+) \(.*receiver", line)
         if not found:
