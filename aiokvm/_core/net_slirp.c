@@ -354,6 +354,7 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     self->guard = (struct slirp_guard){
         .host = config->host, .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
         .host_loopback = config->host_loopback, .own_nameserver = config->own_nameserver,
+        .restricted = config->restricted,
     };
     memcpy(self->guard.prefix6, config->prefix6, 16);
     memcpy(self->guard.host6, config->host6, 16);

@@ -18,7 +18,7 @@ struct slirp_guard {
     uint32_t host, nameserver;
     uint8_t prefix6[16], host6[16], nameserver6[16];
     uint32_t prefix6_length;
-    bool host_loopback, own_nameserver;
+    bool host_loopback, own_nameserver, restricted;
     /* Who of the host's loopback has sent to a forwarded UDP port: guest's address, port there and here. */
     uint64_t peers[SLIRP_PEERS];
     uint64_t heard_ns[SLIRP_PEERS];

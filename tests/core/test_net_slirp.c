@@ -200,6 +200,79 @@ TEST(the_guard_knows_lengths_and_addresses)
         }
 }
 
+/* A header without payload but its own, and no checksum: the guard asks for none. */
+static uint32_t frame6(uint8_t *frame, uint32_t protocol, const uint8_t *to, uint32_t port, uint32_t flags)
+{
+    static const uint8_t FROM[16] = { 0xfe, 0xc0, [15] = 0x56 };
+    uint32_t rest = protocol == 6 ? 20 : 8;
+    memset(frame, 0, 54 + rest);
+    net_store16(frame + 12, 0x86dd);
+    frame[14] = 0x60;
+    net_store16(frame + 18, rest);
+    frame[20] = (uint8_t)protocol;
+    memcpy(frame + 22, FROM, 16);
+    memcpy(frame + 38, to, 16);
+    net_store16(frame + 54, 5000);
+    net_store16(frame + 56, port);
+    if (protocol == 6) {
+        frame[66] = 0x50;
+        frame[67] = (uint8_t)flags;
+    } else {
+        net_store16(frame + 58, 8);
+    }
+    return 54 + rest;
+}
+
+static const uint8_t OUTSIDE6[16] = { 0x20, 1, [15] = 1 }, HOST6[16] = { 0xfe, 0xc0, [15] = 2 };
+
+TEST(restriction_is_for_ipv6_too)
+{
+    struct slirp_guard guard = { .host = HOST, .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64 };
+    struct virtio_net_hdr_v1 hdr = { 0 };
+    uint8_t frame[100];
+    memcpy(guard.host6, HOST6, 16);
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN)), SLIRP_PASS);
+    guard.restricted = true;
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN)), SLIRP_REFUSE);
+    CHECK_EQ(frame[67], SYN | FIN);
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN | URG)), SLIRP_REFUSE);
+    CHECK_EQ(frame[67], SYN | FIN);
+    guard.host_loopback = true;
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, SYN)), SLIRP_REFUSE);
+    /* Answers to what is forwarded. */
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, SYN | ACK)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, ACK)), SLIRP_PASS);
+}
+
+TEST(a_port_of_dhcp_is_one_at_the_router_alone)
+{
+    struct slirp_guard guard = {
+        .host = HOST, .nameserver = NAMESERVER, .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64,
+    };
+    memcpy(guard.host6, HOST6, 16);
+    struct virtio_net_hdr_v1 hdr = { 0 };
+    struct slirp_load full = { .other_full = true, .now_ns = 1 };
+    uint8_t frame[100] = { 0 };
+#define FULL(size) slirp_guard(&guard, &full, &hdr, frame, size)
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, HOST, 67)), SLIRP_PASS);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, 0xffffffff, 67)), SLIRP_PASS);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, 0x08080808, 67)), SLIRP_FULL);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, SERVICE, 67)), SLIRP_FULL);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, 0x7f000001, 67)), SLIRP_DENY);
+    /* All DHCP servers; all nodes, which is ::1 to libslirp; all routers. */
+    static const uint8_t SERVERS[16] = { 0xff, 2, [13] = 1, [15] = 2 }, NODES[16] = { 0xff, 2, [15] = 1 },
+                         ROUTERS[16] = { 0xff, 2, [15] = 2 }, NEIGHBOUR[16] = { 0xfe, 0xc0, [15] = 9 };
+    CHECK_EQ(FULL(frame6(frame, 17, SERVERS, 547, 0)), SLIRP_PASS);
+    CHECK_EQ(FULL(frame6(frame, 17, HOST6, 547, 0)), SLIRP_PASS);
+    CHECK_EQ(FULL(frame6(frame, 17, OUTSIDE6, 547, 0)), SLIRP_FULL);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, OUTSIDE6, 547, 0)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, SERVERS, 546, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, NODES, 547, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, ROUTERS, 547, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, NEIGHBOUR, 547, 0)), SLIRP_DENY);
+#undef FULL
+}
+
 TEST(the_guard_fills_checksums_in_and_takes_urgency_away)
 {
     struct slirp_guard guard = { .host = HOST };
