@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "clock.h"
+#include "net_packet.h"
 
 enum {
     /* Frames for a guest that takes none. TCP comes again with what is dropped. */
@@ -210,6 +211,35 @@ static bool serve(struct aiokvm_net_end *end)
 
 /* ---- frames from the guest ---- */
 
+/* False: it is too much. If *reset_size is not 0, `reset` goes to libslirp before. */
+static bool may_connect(struct slirp_end *self, uint32_t size, uint64_t now_ns, uint8_t *reset, uint32_t *reset_size)
+{
+    *reset_size = 0;
+    /* One more could not be accepted either, and would take the place of that which waits for it. */
+    if (self->is_starved && slirp_begun_find(&self->begun, self->input, size))
+        return false;
+    if (!self->services || !slirp_begins(self->input, size))
+        return true;
+    uint32_t address = net_load32(self->input + 30), port = net_load16(self->input + 36);
+    for (struct slirp_service *service = self->services; service; service = service->next)
+        if (service->address == address && service->port == port)
+            return slirp_begun_add(&self->begun, self->input, size, now_ns, reset, reset_size);
+    return true;
+}
+
+/* After libslirp has got it: it has made the connection, or has been told to give it up, and is told so for sure. */
+static void check_begun(struct slirp_end *self, uint32_t size)
+{
+    struct slirp_connecting *of = slirp_begun_find(&self->begun, self->input, size);
+    bool is_reset = slirp_resets(self->input, size);
+    uint8_t reset[SLIRP_RESET_SIZE];
+    if (!of || (!is_reset && !self->is_connected))
+        return;
+    size = slirp_begun_remove(&self->begun, of, self->input, reset);
+    if (!self->is_connected)
+        slirp_input(self->slirp, reset, (int)size);
+}
+
 static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *frame)
 {
     struct slirp_end *self = self_of(end);
@@ -254,7 +284,13 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         end->stats.dropped_full++;
         return NET_TAKEN;
     }
-    if (self->services)
+    uint8_t reset[SLIRP_RESET_SIZE];
+    uint32_t reset_size;
+    if (!may_connect(self, size, now_ns, reset, &reset_size)) {
+        end->stats.dropped_full++;
+        return NET_TAKEN;
+    }
+    if (self->services && !self->is_starved)
         slirp_guard_sender(self->input, &self->sender.address, &self->sender.port);
     enter(self);
     if (now_ns - self->polled_ns >= TICK_NS) {
@@ -262,12 +298,17 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         self->polled_ns = now_ns;
         slirp_pollfds_poll(self->slirp, 1, slirp_get_revents, self);
     }
+    if (reset_size)
+        slirp_input(self->slirp, reset, (int)reset_size);
+    self->is_connected = false; /* by a forward's path, maybe */
     slirp_order_begin(&self->order, self->input, size);
     slirp_input(self->slirp, self->input, (int)size);
-    if ((size = slirp_order_end(&self->order, self->input, size))) {
+    uint32_t given_up = slirp_order_end(&self->order, self->input, size);
+    if (given_up) {
         end->stats.dropped_full++;
-        slirp_input(self->slirp, self->input, (int)size);
+        slirp_input(self->slirp, self->input, (int)given_up);
     }
+    check_begun(self, given_up ? given_up : size);
     leave(self);
     if (self->is_connected)
         slirp_accept(self);
@@ -354,6 +395,7 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     self->guard = (struct slirp_guard){
         .host = config->host, .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
         .host_loopback = config->host_loopback, .own_nameserver = config->own_nameserver,
+        .restricted = config->restricted,
     };
     memcpy(self->guard.prefix6, config->prefix6, 16);
     memcpy(self->guard.host6, config->host6, 16);

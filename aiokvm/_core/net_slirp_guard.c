@@ -87,6 +87,18 @@ void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t s
     guard->heard_ns[place_of(heard)] = now_ns;
 }
 
+/* A SYN. No TCP begins with both: libslirp sends a reset. */
+static enum slirp_verdict refuse(uint8_t *tcp)
+{
+    replace16(tcp + 12, net_load16(tcp + 12) | TCP_FIN, tcp + 16);
+    return SLIRP_REFUSE;
+}
+
+static bool is_syn(const uint8_t *tcp)
+{
+    return (tcp[13] & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
 /* To an address that libslirp takes for the loopback's. */
 static enum slirp_verdict to_loopback(const struct slirp_guard *guard, const struct slirp_load *load, uint32_t guest,
                                       uint32_t protocol, uint8_t *payload)
@@ -99,11 +111,7 @@ static enum slirp_verdict to_loopback(const struct slirp_guard *guard, const str
         bool is_answer = guard->peers[place] == answered && load->now_ns - guard->heard_ns[place] < ANSWER_NS;
         return is_answer ? SLIRP_PASS : SLIRP_DENY;
     }
-    if ((payload[13] & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-        return SLIRP_PASS; /* of a connection from there */
-    /* No TCP begins with both: libslirp sends a reset. */
-    replace16(payload + 12, net_load16(payload + 12) | TCP_FIN, payload + 16);
-    return SLIRP_REFUSE;
+    return is_syn(payload) ? refuse(payload) : SLIRP_PASS; /* of a connection from there */
 }
 
 /* ---- IP ---- */
@@ -115,7 +123,7 @@ static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, ui
     uint32_t length = (uint32_t)(tcp[12] >> 4) * 4;
     if (length < TCP_SIZE || length > size)
         return SLIRP_INVALID;
-    if ((tcp[13] & (TCP_SYN | TCP_ACK)) == TCP_SYN && load->tcp_full)
+    if (is_syn(tcp) && load->tcp_full)
         return SLIRP_FULL;
     /* Urgent data is data: what libslirp does with it is little tried. */
     if (tcp[13] & TCP_URG) {
@@ -150,7 +158,9 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
         return SLIRP_INVALID;
     uint32_t to = net_load32(ip + 16), protocol = ip[9], rest = length - IP_SIZE;
     uint8_t *payload = ip + IP_SIZE;
-    bool is_dhcp = protocol == PROTOCOL_UDP && rest >= UDP_SIZE && net_load16(payload + 2) == PORT_BOOTP;
+    /* What libslirp answers itself: to others the port is one like any, and takes a socket. */
+    bool is_dhcp = protocol == PROTOCOL_UDP && rest >= UDP_SIZE && net_load16(payload + 2) == PORT_BOOTP &&
+                   (to == guard->host || to == UINT32_MAX);
     if (is_denied(to) && !(to == UINT32_MAX && is_dhcp))
         return SLIRP_DENY;
     if (net_load16(ip + 6) & 0x3fff)
@@ -230,6 +240,10 @@ static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct s
     enum slirp_verdict verdict = SLIRP_PASS;
     if (protocol == PROTOCOL_TCP) {
         verdict = to[0] == 0xff || is_denied6(to) ? SLIRP_DENY : of_tcp(load, payload, rest);
+        /* Services have IPv4 addresses, and what was forwarded begins at the other side: nothing is let out. libslirp
+         * looks for a service by bytes of the guest's own address. */
+        if (!verdict && guard->restricted && is_syn(payload))
+            return refuse(payload);
         if (!verdict && is_loopback6(guard, to, net_load16(payload + 2)))
             verdict = to_loopback(guard, load, net_load32(ip + 20), protocol, payload);
         return verdict;
@@ -239,13 +253,15 @@ static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct s
     if (rest < UDP_SIZE || net_load16(payload + 4) < UDP_SIZE)
         return SLIRP_INVALID;
     uint32_t port = net_load16(payload + 2);
-    if (to[0] == 0xff)
-        return port == PORT_DHCP6 ? SLIRP_PASS : SLIRP_DENY;
-    if (is_denied6(to))
+    /* What libslirp answers itself: to others it sends, those of ff02::1 and of the prefix to ::1. */
+    static const uint8_t DHCP_SERVERS[16] = { 0xff, 2, [13] = 1, [15] = 2 };
+    if (port == PORT_DHCP6 && (!memcmp(to, DHCP_SERVERS, 16) || !memcmp(to, guard->host6, 16)))
+        return SLIRP_PASS;
+    if (to[0] == 0xff || is_denied6(to))
         return SLIRP_DENY;
     if (port == PORT_TFTP)
         return SLIRP_IGNORE;
-    if (port != PORT_DHCP6 && is_loopback6(guard, to, port))
+    if (is_loopback6(guard, to, port))
         verdict = to_loopback(guard, load, net_load32(ip + 20), protocol, payload);
     return verdict || !load->other_full ? verdict : SLIRP_FULL;
 }

@@ -60,6 +60,26 @@ static struct slirp_gaps *look(struct slirp_order *order, const struct slirp_flo
     return NULL;
 }
 
+uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq)
+{
+    uint8_t *ip = frame + ETH_SIZE, *tcp = frame + at;
+    bool is_ip = at == ETH_SIZE + IP_SIZE;
+    net_store16(ip + (is_ip ? 2 : 4), is_ip ? IP_SIZE + TCP_SIZE : TCP_SIZE);
+    if (is_ip) {
+        net_store16(ip + 10, 0);
+        net_store16(ip + 10, ~slirp_sum(ip, IP_SIZE, 0));
+    }
+    net_store16(tcp + 4, seq >> 16);
+    net_store16(tcp + 6, seq);
+    tcp[12] = TCP_SIZE / 4 << 4;
+    tcp[13] = TCP_RST;
+    memset(tcp + 16, 0, 4);
+    uint8_t pseudo[4] = { 0, 6, 0, TCP_SIZE };
+    uint32_t addresses = is_ip ? slirp_sum(ip + 12, 8, 0) : slirp_sum(ip + 8, 32, 0);
+    net_store16(tcp + 16, ~slirp_sum(tcp, TCP_SIZE, slirp_sum(pseudo, sizeof(pseudo), addresses)));
+    return at + TCP_SIZE;
+}
+
 void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t size)
 {
     uint32_t rest, at = find_tcp(frame, size, &rest);
@@ -112,21 +132,6 @@ uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size)
         order->count--;
     }
     /* A reset in the name of the guest, at the place where it is believed: libslirp gives all of it up. */
-    uint32_t rest, at = find_tcp(frame, size, &rest);
-    uint8_t *ip = frame + ETH_SIZE, *tcp = frame + at;
-    bool is_ip = at == ETH_SIZE + IP_SIZE;
-    net_store16(ip + (is_ip ? 2 : 4), is_ip ? IP_SIZE + TCP_SIZE : TCP_SIZE);
-    if (is_ip) {
-        net_store16(ip + 10, 0);
-        net_store16(ip + 10, ~slirp_sum(ip, IP_SIZE, 0));
-    }
-    net_store16(tcp + 4, order->next >> 16);
-    net_store16(tcp + 6, order->next);
-    tcp[12] = TCP_SIZE / 4 << 4;
-    tcp[13] = TCP_RST;
-    memset(tcp + 16, 0, 4);
-    uint8_t pseudo[4] = { 0, 6, 0, TCP_SIZE };
-    uint32_t addresses = is_ip ? slirp_sum(ip + 12, 8, 0) : slirp_sum(ip + 8, 32, 0);
-    net_store16(tcp + 16, ~slirp_sum(tcp, TCP_SIZE, slirp_sum(pseudo, sizeof(pseudo), addresses)));
-    return at + TCP_SIZE;
+    uint32_t rest;
+    return slirp_make_reset(frame, find_tcp(frame, size, &rest), order->next);
 }

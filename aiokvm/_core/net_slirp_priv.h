@@ -18,7 +18,7 @@ struct slirp_guard {
     uint32_t host, nameserver;
     uint8_t prefix6[16], host6[16], nameserver6[16];
     uint32_t prefix6_length;
-    bool host_loopback, own_nameserver;
+    bool host_loopback, own_nameserver, restricted;
     /* Who of the host's loopback has sent to a forwarded UDP port: guest's address, port there and here. */
     uint64_t peers[SLIRP_PEERS];
     uint64_t heard_ns[SLIRP_PEERS];
@@ -96,6 +96,36 @@ void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t s
 void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t size);
 /* After it has got it. Not 0: it keeps too many, and `frame` is now one of so many bytes that makes it stop. */
 uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size);
+/* `frame`, of the guest's, with TCP's header at `at`, becomes a reset at this place. Its size. */
+uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq);
+
+/* ---- net_slirp_begun.c: connections to services that libslirp has no descriptor of yet ---- */
+
+enum { SLIRP_CONNECTING = 128, SLIRP_RESET_SIZE = 54 };
+
+struct slirp_connecting {
+    uint32_t guest, service, ports;
+    uint32_t next; /* the guest's sequence number after its SYN */
+    uint64_t since_ns;
+};
+
+struct slirp_begun {
+    uint32_t count;
+    struct slirp_connecting connecting[SLIRP_CONNECTING];
+};
+
+/* Whether a frame that has passed the guard is the first of a TCP connection over IPv4, or the last. */
+bool slirp_begins(const uint8_t *frame, size_t size);
+bool slirp_resets(const uint8_t *frame, size_t size);
+/* The connection that the frame belongs to; NULL: it is none of these. */
+struct slirp_connecting *slirp_begun_find(struct slirp_begun *begun, const uint8_t *frame, size_t size);
+/* The frame begins one. False: there are too many. If *reset_size is not 0, libslirp has to have `reset` before:
+ * another has lost its place. */
+bool slirp_begun_add(struct slirp_begun *begun, const uint8_t *frame, size_t size, uint64_t now_ns, uint8_t *reset,
+                     uint32_t *reset_size);
+/* Unless libslirp has a descriptor of it, it has to have `reset`; gives the size of that. */
+uint32_t slirp_begun_remove(struct slirp_begun *begun, struct slirp_connecting *of, const uint8_t *frame,
+                            uint8_t *reset);
 
 /* ---- net_slirp_merge.c: segments of one TCP flow become one frame ---- */
 
@@ -172,10 +202,11 @@ struct slirp_end {
     bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
     bool is_connected; /* it has made a connection to a service */
     bool is_starved;   /* which could not be accepted for want of descriptors */
-    struct aiokvm_net_slirp_connection sender; /* of the frame that it has */
+    struct aiokvm_net_slirp_connection sender; /* of the frame that it has, or had when it was starved */
     struct slirp_guard guard;
     struct slirp_fragments fragments;
     struct slirp_order order;
+    struct slirp_begun begun;
     struct net_queue queue;
     struct slirp_merge merge;
     struct slirp_service *services;

@@ -200,6 +200,79 @@ TEST(the_guard_knows_lengths_and_addresses)
         }
 }
 
+/* A header without payload but its own, and no checksum: the guard asks for none. */
+static uint32_t frame6(uint8_t *frame, uint32_t protocol, const uint8_t *to, uint32_t port, uint32_t flags)
+{
+    static const uint8_t FROM[16] = { 0xfe, 0xc0, [15] = 0x56 };
+    uint32_t rest = protocol == 6 ? 20 : 8;
+    memset(frame, 0, 54 + rest);
+    net_store16(frame + 12, 0x86dd);
+    frame[14] = 0x60;
+    net_store16(frame + 18, rest);
+    frame[20] = (uint8_t)protocol;
+    memcpy(frame + 22, FROM, 16);
+    memcpy(frame + 38, to, 16);
+    net_store16(frame + 54, 5000);
+    net_store16(frame + 56, port);
+    if (protocol == 6) {
+        frame[66] = 0x50;
+        frame[67] = (uint8_t)flags;
+    } else {
+        net_store16(frame + 58, 8);
+    }
+    return 54 + rest;
+}
+
+static const uint8_t OUTSIDE6[16] = { 0x20, 1, [15] = 1 }, HOST6[16] = { 0xfe, 0xc0, [15] = 2 };
+
+TEST(restriction_is_for_ipv6_too)
+{
+    struct slirp_guard guard = { .host = HOST, .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64 };
+    struct virtio_net_hdr_v1 hdr = { 0 };
+    uint8_t frame[100];
+    memcpy(guard.host6, HOST6, 16);
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN)), SLIRP_PASS);
+    guard.restricted = true;
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN)), SLIRP_REFUSE);
+    CHECK_EQ(frame[67], SYN | FIN);
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN | URG)), SLIRP_REFUSE);
+    CHECK_EQ(frame[67], SYN | FIN);
+    guard.host_loopback = true;
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, SYN)), SLIRP_REFUSE);
+    /* Answers to what is forwarded. */
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, SYN | ACK)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, ACK)), SLIRP_PASS);
+}
+
+TEST(a_port_of_dhcp_is_one_at_the_router_alone)
+{
+    struct slirp_guard guard = {
+        .host = HOST, .nameserver = NAMESERVER, .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64,
+    };
+    memcpy(guard.host6, HOST6, 16);
+    struct virtio_net_hdr_v1 hdr = { 0 };
+    struct slirp_load full = { .other_full = true, .now_ns = 1 };
+    uint8_t frame[100] = { 0 };
+#define FULL(size) slirp_guard(&guard, &full, &hdr, frame, size)
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, HOST, 67)), SLIRP_PASS);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, 0xffffffff, 67)), SLIRP_PASS);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, 0x08080808, 67)), SLIRP_FULL);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, SERVICE, 67)), SLIRP_FULL);
+    CHECK_EQ(FULL(put_udp(frame, GUEST, 68, 0x7f000001, 67)), SLIRP_DENY);
+    /* All DHCP servers; all nodes, which is ::1 to libslirp; all routers. */
+    static const uint8_t SERVERS[16] = { 0xff, 2, [13] = 1, [15] = 2 }, NODES[16] = { 0xff, 2, [15] = 1 },
+                         ROUTERS[16] = { 0xff, 2, [15] = 2 }, NEIGHBOUR[16] = { 0xfe, 0xc0, [15] = 9 };
+    CHECK_EQ(FULL(frame6(frame, 17, SERVERS, 547, 0)), SLIRP_PASS);
+    CHECK_EQ(FULL(frame6(frame, 17, HOST6, 547, 0)), SLIRP_PASS);
+    CHECK_EQ(FULL(frame6(frame, 17, OUTSIDE6, 547, 0)), SLIRP_FULL);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, OUTSIDE6, 547, 0)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, SERVERS, 546, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, NODES, 547, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, ROUTERS, 547, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, NEIGHBOUR, 547, 0)), SLIRP_DENY);
+#undef FULL
+}
+
 TEST(the_guard_fills_checksums_in_and_takes_urgency_away)
 {
     struct slirp_guard guard = { .host = HOST };
@@ -593,6 +666,141 @@ TEST(without_descriptors_a_connection_waits)
     int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
     CHECK(fd >= 0);
     close(fd);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
+/* Without the guest's last word of a handshake; see open_connection. */
+static uint32_t begin_connection(struct nat *nat, uint32_t port, uint32_t seq)
+{
+    uint8_t frame[100];
+    say(nat, frame, tcp_frame(frame, GUEST, port, SERVICE, 80, seq, 0, SYN, NULL, 0));
+    const struct fake_frame *answer = hear_tcp(nat, port);
+    CHECK_EQ(answer->data[47], SYN | ACK);
+    uint32_t next = net_load32(answer->data + 38) + 1;
+    heard(nat);
+    return next;
+}
+
+TEST(without_descriptors_who_waits_keeps_its_name)
+{
+    make_path();
+    struct rlimit limits;
+    CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limits), 0);
+    struct nat nat = nat_new();
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 10) > 0);
+    greet(&nat);
+    uint32_t next[2] = { begin_connection(&nat, 5000, 1000), begin_connection(&nat, 5001, 1000) };
+    int last = dup(0);
+    close(last);
+    limit_descriptors((rlim_t)last + 1);
+    uint8_t frame[100];
+    struct aiokvm_net_slirp_connection connection;
+    for (uint32_t i = 0; i < 2; i++)
+        say(&nat, frame, tcp_frame(frame, GUEST, 5000 + i, SERVICE, 80, 1001, next[i], ACK, NULL, 0));
+    /* That of others, too. */
+    say(&nat, frame, put_udp(frame, GUEST, 7000, HOST, 67));
+    CHECK_EQ(stats(nat.slirp).dropped_full, 1);
+    CHECK_EQ(aiokvm_net_slirp_accept(nat.slirp, 1, &connection), -EAGAIN);
+    limit_descriptors(limits.rlim_cur);
+    for (uint32_t i = 0; i < 2; i++) {
+        say(&nat, frame, tcp_frame(frame, GUEST, 5001, SERVICE, 80, 1001, next[1], ACK, NULL, 0));
+        int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
+        CHECK(fd >= 0);
+        CHECK_EQ(connection.port, 5000 + i);
+        close(fd);
+    }
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
+/* How many libslirp has in this state. */
+static uint32_t connections(struct nat *nat, const char *state)
+{
+    char *text = slirp_connection_info(((struct slirp_end *)nat->slirp)->slirp);
+    uint32_t count = 0;
+    for (const char *at = text; (at = strstr(at, state)); at++)
+        count++;
+    free(text);
+    return count;
+}
+
+TEST(connections_to_a_service_that_are_begun_alone_are_bounded)
+{
+    make_path();
+    struct nat nat = nat_new();
+    struct slirp_end *slirp = (struct slirp_end *)nat.slirp;
+    struct slirp_begun *begun = &slirp->begun;
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8) > 0);
+    greet(&nat);
+    uint8_t frame[100];
+    for (uint32_t port = 1; port <= 1000; port++) {
+        /* Twice, as if the answer was lost. */
+        for (int i = 0; i < 2; i++)
+            say(&nat, frame, tcp_frame(frame, GUEST, port, SERVICE, 80, 1000, 0, SYN, NULL, 0));
+        fake_end_clear(nat.guest);
+    }
+    CHECK_EQ(begun->count, SLIRP_CONNECTING);
+    CHECK_EQ(connections(&nat, "SYN_RCVD"), SLIRP_CONNECTING);
+    CHECK_EQ(stats(nat.slirp).dropped_full, 2 * (1000 - SLIRP_CONNECTING));
+    /* The guest gives one up, in a way that libslirp does not believe: both do all the same. */
+    say(&nat, frame, tcp_frame(frame, GUEST, 7, SERVICE, 80, 0x70000000, 0, RST, NULL, 0));
+    CHECK_EQ(begun->count, SLIRP_CONNECTING - 1);
+    CHECK_EQ(connections(&nat, "SYN_RCVD"), SLIRP_CONNECTING - 1);
+    /* One that is made has no place there, and is a descriptor. */
+    for (uint32_t port = 5000; port < 5003; port++) {
+        struct aiokvm_net_slirp_connection connection;
+        open_connection(&nat, port, SERVICE, 80);
+        int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
+        CHECK(fd >= 0);
+        CHECK_EQ(connection.port, port);
+        close(fd);
+        CHECK_EQ(begun->count, SLIRP_CONNECTING - 1);
+        CHECK_EQ(slirp->tcp, port - 4999);
+    }
+    /* Begun anew with another number: the old one goes. */
+    begin_connection(&nat, 8, 900000);
+    CHECK_EQ(begun->count, SLIRP_CONNECTING - 1);
+    CHECK_EQ(connections(&nat, "SYN_RCVD"), SLIRP_CONNECTING - 1);
+    /* A while later others have their places, though libslirp's time has not come. */
+    for (uint32_t i = 0; i < begun->count; i++)
+        begun->connecting[i].since_ns -= UINT64_C(75000000000);
+    for (uint32_t port = 2001; port <= 3000; port++) {
+        say(&nat, frame, tcp_frame(frame, GUEST, port, SERVICE, 80, 1000, 0, SYN, NULL, 0));
+        fake_end_clear(nat.guest);
+    }
+    CHECK_EQ(begun->count, SLIRP_CONNECTING);
+    CHECK_EQ(connections(&nat, "SYN_RCVD"), SLIRP_CONNECTING);
+    CHECK_EQ(stats(nat.slirp).dropped_full, 2 * (1000 - SLIRP_CONNECTING) + 1000 - SLIRP_CONNECTING);
+    for (uint32_t i = 0; i < begun->count; i++)
+        CHECK((begun->connecting[i].ports >> 16) > 2000);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
+TEST(a_restricted_guest_has_its_services_alone)
+{
+    make_path();
+    struct aiokvm_net_slirp_config restricted = config();
+    restricted.restricted = 1;
+    struct nat nat = nat_with(&restricted, 0);
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8) > 0);
+    greet(&nat);
+    struct aiokvm_net_slirp_connection connection;
+    open_connection(&nat, 5000, SERVICE, 80);
+    int fd = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
+    CHECK(fd >= 0);
+    close(fd);
+    /* The service's address at the place where libslirp looks for it, in all of IPv6. */
+    uint8_t frame[100], pseudo[4] = { 0, 6, 0, 20 };
+    for (uint32_t at = 22; at <= 50; at += 4) {
+        uint32_t size = frame6(frame, 6, OUTSIDE6, 80, SYN);
+        net_store32(frame + at, SERVICE);
+        net_store16(frame + 70, ~slirp_sum(frame + 54, 20, slirp_sum(pseudo, 4, slirp_sum(frame + 22, 32, 0))));
+        say(&nat, frame, size);
+    }
+    CHECK_EQ(stats(nat.slirp).dropped_filtered, 8);
+    CHECK_EQ(((struct slirp_end *)nat.slirp)->tcp, 1);
     aiokvm_net_free(nat.net);
     remove_path();
 }
