@@ -13,6 +13,7 @@
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "clock.h"
@@ -249,6 +250,16 @@ int aiokvm_net_serve(struct aiokvm_net *net, uint64_t budget_ns)
     return more;
 }
 
+/* Others want the lock. Yielding lets those of this thread's class run, sleeping all. */
+static void give_way(struct aiokvm_net *net)
+{
+    for (int tries = 0; atomic_load(&net->wanted); tries++)
+        if (tries < 16)
+            sched_yield();
+        else
+            nanosleep(&(struct timespec){ .tv_nsec = 20000 }, NULL);
+}
+
 static void *net_main(void *argument)
 {
     struct aiokvm_net *net = argument;
@@ -267,8 +278,7 @@ static void *net_main(void *argument)
         pthread_mutex_unlock(&net->lock);
         /* The turn may have read what was to wake it for its end. */
         if (more)
-            while (atomic_load(&net->wanted))
-                sched_yield();
+            give_way(net);
         else if (!atomic_load(&net->ending))
             poll(&(struct pollfd){ .fd = net->epoll, .events = POLLIN }, 1, -1);
         pthread_mutex_lock(&net->lock);

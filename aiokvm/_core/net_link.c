@@ -18,18 +18,28 @@ static bool passes_filters(struct aiokvm_net_end *from, struct aiokvm_net_end *t
            (!to->filter || net_filter_passes(to->filter, to, frame, false, now_ns));
 }
 
+/* What the frame comes to in the end: each segment that is to be cut has headers of its own. */
+static uint64_t bytes_of(const struct net_frame *frame)
+{
+    const struct virtio_net_hdr_v1 *hdr = &frame->hdr;
+    if (hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE || !hdr->gso_size || hdr->hdr_len >= frame->size)
+        return frame->size;
+    uint64_t segments = (frame->size - hdr->hdr_len + hdr->gso_size - 1u) / hdr->gso_size;
+    return frame->size + (segments - 1) * hdr->hdr_len;
+}
+
 /* How long to wait, in ns. */
 static uint64_t passes_limits(struct aiokvm_net_end *from, struct aiokvm_net_end *to, struct net_frame *frame,
                               uint64_t now_ns)
 {
     uint64_t wait_ns;
     if (from->sent_limit && !(frame->passed & NET_PASSED_SENT_LIMIT)) {
-        if ((wait_ns = aiokvm_ratelimit_take(from->sent_limit, now_ns, frame->size)))
+        if ((wait_ns = aiokvm_ratelimit_take(from->sent_limit, now_ns, bytes_of(frame))))
             return wait_ns;
         frame->passed |= NET_PASSED_SENT_LIMIT;
     }
     if (to->received_limit && !(frame->passed & NET_PASSED_RECEIVED_LIMIT)) {
-        if ((wait_ns = aiokvm_ratelimit_take(to->received_limit, now_ns, frame->size)))
+        if ((wait_ns = aiokvm_ratelimit_take(to->received_limit, now_ns, bytes_of(frame))))
             return wait_ns;
         frame->passed |= NET_PASSED_RECEIVED_LIMIT;
     }
@@ -126,10 +136,16 @@ void net_frame_copy(const struct net_frame *frame, uint8_t *to)
     }
 }
 
+/* How much of the frame there is to be looked at, and written to in a copy: not more though iov[0] may have all of it. */
+static size_t held_bytes(const struct net_frame *frame)
+{
+    return frame->iov[0].iov_len < NET_HEAD ? frame->iov[0].iov_len : NET_HEAD;
+}
+
 /* How long the transport header at csum_start is, 0 if that cannot be; it is in the private part. */
 static size_t transport_header(const struct net_frame *frame, uint8_t gso_type)
 {
-    size_t start = frame->hdr.csum_start, held = frame->iov[0].iov_len;
+    size_t start = frame->hdr.csum_start, held = held_bytes(frame);
     if (gso_type == VIRTIO_NET_HDR_GSO_UDP_L4)
         return start + 8 <= held && frame->hdr.csum_offset == 6 ? 8 : 0;
     if (start + 20 > held || frame->hdr.csum_offset != 16)
@@ -150,7 +166,7 @@ bool net_frame_check(struct net_frame *frame)
         return hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE;
     }
     hdr->flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
-    if (hdr->csum_start < AIOKVM_NET_MIN_FRAME || hdr->csum_start + hdr->csum_offset + 2u > frame->iov[0].iov_len)
+    if (hdr->csum_start < AIOKVM_NET_MIN_FRAME || hdr->csum_start + hdr->csum_offset + 2u > held_bytes(frame))
         return false;
     if (gso_type == VIRTIO_NET_HDR_GSO_NONE) {
         hdr->gso_size = hdr->hdr_len = 0;

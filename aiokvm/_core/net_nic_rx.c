@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+/* Chains for one frame: 64 KiB in buffers for an MTU of 1500 each are 44; a driver could have each be long to walk. */
+enum { MAX_CHAINS = 128 };
 enum { ETH_HEADER = 14, VLAN_TAG = 4, VLAN_ID = 0xfff };
 enum { ETHERTYPE_IPV4 = 0x0800, ETHERTYPE_VLAN = 0x8100, ETHERTYPE_QINQ = 0x88a8, ETHERTYPE_IPV6 = 0x86dd };
 
@@ -221,7 +223,7 @@ enum net_result nic_receive(struct aiokvm_net_end *end, struct net_frame *frame)
     if (!queue || state->is_broken)
         return drop(&end->stats.dropped_full);
     uint64_t need = NIC_HDR_SIZE + frame->size, room = 0;
-    uint32_t chains = 0, most = state->is_mergeable ? queue->size : 1;
+    uint32_t chains = 0, most = !state->is_mergeable ? 1 : queue->size < MAX_CHAINS ? queue->size : MAX_CHAINS;
     while (room < need && chains < most) {
         if (chains == queue->count) {
             int result = stash_chain(queue);

@@ -103,6 +103,9 @@ static bool make(struct form *form, const struct passage *passage, const uint8_t
         from[count++] = (struct iovec){ form->copy + TAG_AT + skipped, frame->size - TAG_AT - skipped };
     }
     net_frame_set(&form->frame, form->iov + 1, form->head, from, count, 0);
+    /* A second tag would become the first: a guest does not choose its VLAN so. */
+    if (!tag && word(form->head + TAG_AT) == ETHERTYPE_VLAN)
+        return false;
     if (frame->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM)
         form->frame.hdr.csum_start = (uint16_t)(frame->hdr.csum_start + (tag ? TAG : 0) - skipped);
     /* The checksum of what begins within the tag was never one. */

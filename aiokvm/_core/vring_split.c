@@ -41,14 +41,16 @@ int aiokvm_split_take(struct walk *walk)
     walk->chain->id = at;
     const uint8_t *table = vring->desc;
     uint32_t limit = vring->size;
+    bool is_indirect = false; /* the table's address does not tell: a driver may give that of the ring */
     /* Ends: each round adds a descriptor, of which there are no more than the queue is long, or enters the table. */
     for (;;) {
         struct descriptor descriptor = load_descriptor(table + at * DESC_SIZE);
         uint16_t flags = descriptor.half[0], next = descriptor.half[1];
         int error;
         if (flags & DESC_F_INDIRECT) {
-            if (table != vring->desc)
+            if (is_indirect)
                 return AIOKVM_VRING_EINDIRECT;
+            is_indirect = true;
             error = aiokvm_vring_table(vring, descriptor.addr, descriptor.len, flags & DESC_F_NEXT, &table, &limit);
             at = 0;
         } else {

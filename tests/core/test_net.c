@@ -369,6 +369,22 @@ TEST(headers_of_frames_are_checked)
     }
 }
 
+TEST(a_checksum_is_in_the_private_part_though_one_buffer_has_it_all)
+{
+    uint8_t data[1514] = { 0 };
+    data[1000 + 12] = 0x50;
+    static const struct virtio_net_hdr_v1 HEADERS[] = {
+        { .flags = 1, .csum_start = 240, .csum_offset = 15 },
+        { .flags = 1, .csum_start = 1000, .csum_offset = 16 },
+        { .flags = 1, .csum_start = 1000, .csum_offset = 16, .gso_type = 1, .gso_size = 100 },
+    };
+    for (size_t i = 0; i < LENGTH(HEADERS); i++) {
+        struct iovec iov[2] = { [1] = { data, sizeof(data) } };
+        struct net_frame frame = { .hdr = HEADERS[i], .iov = iov + 1, .count = 1, .size = sizeof(data) };
+        CHECK(!net_frame_check(&frame));
+    }
+}
+
 TEST(a_frame_of_many_pieces_keeps_its_head_private)
 {
     uint8_t data[600], head[NET_HEAD], copy[600];

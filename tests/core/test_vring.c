@@ -1,5 +1,6 @@
 /* vring.c, from one thread: both layouts, all features, the pool. */
 #include <stdlib.h>
+#include <linux/virtio_ring.h>
 #include <string.h>
 
 #include "check.h"
@@ -217,6 +218,20 @@ TEST(a_chain_beyond_the_queue_is_refused_when_the_pool_is_empty)
     memcpy(pair.ram + pair.driver.driver + 2, &idx, sizeof(idx));
     struct aiokvm_chain *chain;
     CHECK_EQ(aiokvm_vring_pop(pair.vring, &chain), AIOKVM_VRING_EINDEX);
+    close_pair(&pair);
+}
+
+TEST(the_ring_is_no_indirect_table_of_itself)
+{
+    struct pair pair;
+    open_pair(&pair, SIZE, AIOKVM_VIRTIO_F_INDIRECT_DESC);
+    struct driver_buffer buffer = { DATA, 8, false };
+    CHECK(driver_add(&pair.driver, &buffer, 1, 0) >= 0);
+    struct vring_desc desc = { .addr = pair.driver.desc, .len = 16 * SIZE, .flags = VRING_DESC_F_INDIRECT };
+    for (int i = 0; i < SIZE; i++)
+        memcpy(pair.ram + pair.driver.desc + 16 * i, &desc, sizeof(desc));
+    struct aiokvm_chain *chain;
+    CHECK_EQ(aiokvm_vring_pop(pair.vring, &chain), AIOKVM_VRING_EINDIRECT);
     close_pair(&pair);
 }
 
