@@ -87,7 +87,7 @@ def check(options: Sequence[NetOption], forwards: Sequence[Forward], pcap: Path 
         raise click.UsageError("--pcap records what passes a --net: there is none")
     ports = [(forward.protocol, forward.address, forward.host_port) for forward in forwards]
     for port in ports:
-        if port[2] and ports.count(port) > 1:
+        if ports.count(port) > 1:
             raise click.UsageError(f"-p: port {port[2]} of {port[1]} is given twice")
 
 

@@ -68,11 +68,16 @@ class NicData:
         if self._end:
             self._end.set_up(up)
 
-    async def connect(self, backend: NetBackend, swap: Callable[[], None] = lambda: None) -> None:
+    async def connect(
+        self,
+        backend: NetBackend,
+        swap: Callable[[], None] = lambda: None,
+        swapped: Callable[[], None] = lambda: None,
+    ) -> None:
         """Open a backend and link the adapter to it; the one before is closed.
 
-        ``swap`` is called before the link changes. Nothing has changed if it raises: StateError when the
-        machine has ended, and what `NetBackend.open` raises.
+        ``swap`` is called before the link changes, and ``swapped`` after it. Nothing has changed if opening
+        raises: StateError when the machine has ended, and what `NetBackend.open` raises.
         """
         async with self._connecting:
             self._require_open()
@@ -99,6 +104,8 @@ class NicData:
             if old:
                 self._before = _sum([self._before, old.stats()])
                 old.close()
+            # The guest does not wait for what the old one has to end.
+            swapped()
             if before:
                 await self._loop.uncancelled(before.close)
 

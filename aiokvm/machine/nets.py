@@ -86,8 +86,8 @@ class VmNic:
     async def replace(self, backend: NetBackend) -> None:
         """Lead somewhere else while the guest runs: its link goes down and up, and it is to announce itself.
 
-        The backend that it had is closed. Nothing has changed if this raises, or is cancelled: StateError if
-        the machine has ended, ConfigError if the new one cannot be used, and what opening it raises.
+        The backend that it had is closed last. Nothing has changed if opening the new one raises or is
+        cancelled: StateError if the machine has ended, ConfigError if it cannot be used, and what it raises.
         """
         self._require_open()
         if not isinstance(backend, NetBackend):
@@ -103,11 +103,13 @@ class VmNic:
             self.backend = backend
             self.lost = None
 
-        await self._data.connect(backend, swap)
-        # It may be lost already.
-        if self.lost is None and self._up:
-            self._set_link(True)
-            self._announce()
+        def swapped() -> None:
+            # It may be lost already.
+            if self.lost is None and self._up:
+                self._set_link(True)
+                self._announce()
+
+        await self._data.connect(backend, swap, swapped)
 
     async def open(self) -> None:
         """Open the backend, and make the device, which may have its MTU."""

@@ -58,22 +58,27 @@ class Asgi:
         self._h11 = h11
         self._lifespan = _Lifespan(app) if lifespan else None
         self._users = 0
+        self._changing: anyio.Lock | None = None
 
     async def start(self, loop: Loop) -> None:
         """One who serves it more. Raises AiokvmError if the application cannot start."""
-        self._users += 1
-        if self._users == 1 and self._lifespan:
-            try:
+        async with self._lock():
+            if self._users == 0 and self._lifespan:
                 await self._lifespan.start(loop)
-            except BaseException:
-                self._users = 0
-                raise
+            self._users += 1
 
     async def stop(self) -> None:
         """One less."""
-        self._users -= 1
-        if self._users == 0 and self._lifespan:
-            await self._lifespan.stop()
+        async with self._lock():
+            self._users -= 1
+            if self._users == 0 and self._lifespan:
+                await self._lifespan.stop()
+
+    def _lock(self) -> anyio.Lock:
+        # Of the loop that it is used on; it may be made where there is none.
+        if self._changing is None:
+            self._changing = anyio.Lock()
+        return self._changing
 
     async def __call__(self, stream: Connection) -> None:
         """Answer the requests of one connection."""
@@ -96,25 +101,32 @@ class _Lifespan:
         self.state.clear()
         self._task = loop.spawn(self._run, "ASGI lifespan")
         try:
-            with anyio.fail_after(LIFESPAN_TIMEOUT_S):
+            with anyio.move_on_after(LIFESPAN_TIMEOUT_S) as scope:
                 await self._started.wait()
+            if scope.cancelled_caught:
+                raise AiokvmError(f"the ASGI application did not start within {LIFESPAN_TIMEOUT_S:g} s")
+            for failure in self._failures:
+                raise AiokvmError(f"the ASGI application did not start: {failure or 'it does not say why'}")
         except BaseException:
-            self._task.cancel()
+            task, self._task = self._task, None
+            task.cancel()
+            # Its end sets events, which the next run has anew.
+            with anyio.move_on_after(LIFESPAN_TIMEOUT_S, shield=True):
+                await task.wait()
             raise
-        for failure in self._failures:
-            self._task.cancel()
-            raise AiokvmError(f"the ASGI application did not start: {failure or 'it does not say why'}")
 
     async def stop(self) -> None:
         if not self._task:
             return
         self._stopping.set()
-        with anyio.move_on_after(LIFESPAN_TIMEOUT_S) as scope:
-            await self._ended.wait()
-        if scope.cancelled_caught:
-            logger.warning("an ASGI application did not end its lifespan")
-        self._task.cancel()
-        self._task = None
+        try:
+            with anyio.move_on_after(LIFESPAN_TIMEOUT_S) as scope:
+                await self._ended.wait()
+            if scope.cancelled_caught:
+                logger.warning("an ASGI application did not end its lifespan")
+        finally:
+            self._task.cancel()
+            self._task = None
 
     async def _run(self) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}

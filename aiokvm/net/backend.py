@@ -58,6 +58,7 @@ class NetBackend(ABC):
         self.label = ""
         """What it is called in captures; empty: its name, or what it is."""
         self._opening = False
+        self._closing = False
         self._last_stats: NetStats | None = None
         self._filter: Filter | None = None
         self._capture: Capture | None = None
@@ -84,7 +85,7 @@ class NetBackend(ABC):
 
         Raises ConfigError if it is in use, OSError and AiokvmError for what cannot be had.
         """
-        if self.end or self._opening:
+        if self.end or self._opening or self._closing:
             raise ConfigError(f"{self!r} is in use already: every adapter needs a backend of its own")
         self._opening = True
         try:
@@ -110,9 +111,11 @@ class NetBackend(ABC):
             self._filter.close()
             self._filter = None
         capture, self._capture = self._capture, None
+        self._closing = True
         try:
             await self._close()
         finally:
+            self._closing = False
             if capture:
                 await capture.close()
 

@@ -257,7 +257,8 @@ class User(NetBackend):
         if service:
             if self.end:
                 lib.aiokvm_net_slirp_remove_service(self._core, service.id)
-            await _stop(service)
+            assert self._plane
+            await self._plane.loop.uncancelled(lambda: _stop(service))
 
     def _service_address(self, address: tuple[str, int] | str) -> tuple[str, int]:
         at = _endpoint(address)
@@ -327,7 +328,7 @@ class User(NetBackend):
         try:
             for forward in self.forwards:
                 self._listen(forward)
-            for at in self._handlers:
+            for at in tuple(self._handlers):
                 await self._serve(at)
         except BaseException:
             end.close()

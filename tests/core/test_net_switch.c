@@ -329,6 +329,21 @@ TEST(tags_do_not_let_a_guest_out_of_its_vlan)
 }
 
 /* Of as many pieces as a hostile guest may make, with a checksum to fill in: what is behind the tag moves. */
+TEST(a_second_tag_leads_nowhere)
+{
+    struct bench bench = vlans();
+    uint8_t bytes[68];
+    frame(bytes, EVERYBODY, 0, 0);
+    /* Behind the tag of priority, that of a VLAN where the guest has no business; port 4 takes the first one off. */
+    memmove(bytes + 20, bytes + 16, sizeof(bytes) - 20);
+    memcpy(bytes + 16, "\x81\x00\x00\x1e", 4);
+    CHECK_EQ(fake_end_send(bench.hosts[0], NULL, bytes, sizeof(bytes)), NET_TAKEN);
+    CHECK_EQ(bench.hosts[4]->received, 0);
+    CHECK_EQ(bench.hosts[3]->received, 1);
+    heard(&bench);
+    end(&bench);
+}
+
 TEST(tags_of_frames_in_pieces)
 {
     struct bench bench = vlans();
