@@ -31,7 +31,6 @@ from aiokvm.errors import (
 from aiokvm.machine.attachments import Attachment
 from aiokvm.machine.console import SerialConsole
 from aiokvm.machine.device import Device, ErrorPolicy, Placement, RegionMode, Timer
-from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
 from aiokvm.machine.events import (
     DeviceFailed,
     DeviceNeedsReset,
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from aiokvm.aio.watchdog import HoldUp, Watchdog
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.config import RngConfig
+    from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
     from aiokvm.machine.limits import Limit, check_limits, host_limits
     from aiokvm.machine.nets import VmNic
     from aiokvm.machine.ports import Consoles, ConsoleStream
@@ -145,6 +145,10 @@ _LATER = {
     "VmStats": "aiokvm.machine.stats",
     "MemoryBalloon": "aiokvm.machine.balloon",
     "RngConfig": "aiokvm.machine.config",
+    "Disk": "aiokvm.machine.disks",
+    "DiskErrorPolicy": "aiokvm.machine.disks",
+    "DiskStats": "aiokvm.machine.disks",
+    "VmDisk": "aiokvm.machine.disks",
     "ConsoleStream": "aiokvm.machine.ports",
     "Consoles": "aiokvm.machine.ports",
     "Trace": "aiokvm.machine.trace",

@@ -21,7 +21,6 @@ from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, RngConfig, parse_size
 from aiokvm.machine.device import ErrorPolicy, RegionMode
-from aiokvm.machine.disks import Disks
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.console import SerialConsole
     from aiokvm.machine.device import Device, Placement
-    from aiokvm.machine.disks import Disk, VmDisk
+    from aiokvm.machine.disks import Disk, Disks, VmDisk
     from aiokvm.machine.hardware import Hardware
     from aiokvm.machine.nets import Nets, VmNic
     from aiokvm.machine.ports import Consoles
@@ -98,7 +97,8 @@ class VM:
         self._closed = anyio.Event()
         self._closing = False
         self._failures = Failures(config.name, self._logger, self._hub)
-        self._disks = Disks(loop, config.name, self._hub, self._logger, self.pause)
+        # What a machine does not have, its program need not load.
+        self._disks: Disks | None = None
         self._nets: Nets | None = None
         self._kvm_stats: kvm.Stats | None = None
         self._hardware = hardware
@@ -205,7 +205,11 @@ class VM:
             hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
             undo.push_async_callback(vm.aclose)
-            await vm._disks.open(disks, undo)
+            if disks:
+                from aiokvm.machine.disks import Disks
+
+                vm._disks = Disks(loop, config.name, vm._hub, vm._logger, vm.pause)
+                await vm._disks.open(disks, undo)
             if nets:
                 from aiokvm.machine.nets import Nets
 
@@ -264,7 +268,7 @@ class VM:
     @property
     def disks(self) -> tuple[VmDisk, ...]:
         """The disks that it was created with."""
-        return self._disks.all
+        return self._disks.all if self._disks else ()
 
     @property
     def nets(self) -> tuple[VmNic, ...]:
@@ -412,7 +416,8 @@ class VM:
             if self._state is not VmState.RUNNING:
                 self._require(VmState.PAUSED)
                 self._unpark()
-                self._disks.retry()
+                if self._disks:
+                    self._disks.retry()
                 self._hub.emit(events.Resumed(self.name))
 
     async def reset(self) -> None:
@@ -604,7 +609,8 @@ class VM:
         self.exit = exit
         self._exits.cancel()
         self._attachments.stop()
-        self._disks.stop()
+        if self._disks:
+            self._disks.stop()
         if self._nets:
             self._nets.stop()
         self._virtio.stop()
