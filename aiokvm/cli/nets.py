@@ -74,7 +74,8 @@ def parse_forward(text: str) -> Forward:
     except ValueError:
         raise click.BadParameter(f"{address!r} in {text!r} is no address of IPv4 or [IPv6]") from None
     host_port, guest_port = int(found[2]), int(found[3])
-    if host_port > 0xFFFF or not 0 < guest_port <= 0xFFFF:
+    # Port 0, one that the system chooses, would be told to nobody.
+    if not (0 < host_port <= 0xFFFF and 0 < guest_port <= 0xFFFF):
         raise click.BadParameter(f"{text!r}: ports are 1 to 65535")
     return Forward(address, host_port, guest_port, "udp" if found[4] == "udp" else "tcp")
 
@@ -113,6 +114,11 @@ def lab_forwards(options: Sequence[NetOption], forwards: Sequence[Forward]) -> t
     for option in options:
         if option.kind != "user":
             raise ConfigError(f"--net {option}: the lab has no way to it, only user works there")
+    ports = [(forward.protocol, forward.host_port) for forward in forwards]
+    for forward in forwards:
+        # QEMU's hostfwd knows IPv4, and in the lab all are on one address.
+        if ":" in forward.address or ports.count((forward.protocol, forward.host_port)) > 1:
+            raise ConfigError(f"-p {forward}: the lab takes each port once, at an address of IPv4")
     return tuple(f"{f.protocol}:{f.address}:{f.host_port}-:{f.host_port}" for f in forwards)
 
 

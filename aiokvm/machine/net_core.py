@@ -86,10 +86,9 @@ class NicData:
                     f"{self._name}: {backend!r} has a data plane already; leave the adapter's at 'loop'"
                 )
             plane = backend.plane or self._plane()
-            backend.label = backend.label or self._name
             try:
                 with anyio.CancelScope() as self._opening:
-                    await backend.open(plane, lambda why: self._on_lost(backend, why))
+                    await backend.open(plane, lambda why: self._on_lost(backend, why), self._name)
             finally:
                 self._opening = None
             peer = backend.end

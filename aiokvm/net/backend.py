@@ -56,7 +56,7 @@ class NetBackend(ABC):
         self.end: End | None = None
         """Its end of the link, while it is open."""
         self.label = ""
-        """What it is called in captures; empty: its name, or what it is."""
+        """What it is called in captures; empty: the adapter that leads here, its own name, or what it is."""
         self._opening = False
         self._closing = False
         self._last_stats: NetStats | None = None
@@ -80,8 +80,8 @@ class NetBackend(ABC):
     async def _close(self) -> None:
         """Gives back what `_open` got; the end has been closed."""
 
-    async def open(self, plane: Plane, on_lost: Callable[[str], None]) -> End:
-        """An end in this plane, with the policy in force. For machines and switches.
+    async def open(self, plane: Plane, on_lost: Callable[[str], None], adapter: str = "") -> End:
+        """An end in this plane, with the policy in force. ``adapter`` is what a machine calls its own end.
 
         Raises ConfigError if it is in use, OSError and AiokvmError for what cannot be had.
         """
@@ -94,7 +94,7 @@ class NetBackend(ABC):
         finally:
             self._opening = False
         try:
-            await self._set_policy(end)
+            await self._set_policy(end, adapter)
         except BaseException:
             await plane.loop.uncancelled(self.close)
             raise
@@ -146,9 +146,9 @@ class NetBackend(ABC):
 
         return Filter(end, items)
 
-    async def _set_policy(self, end: End) -> None:
+    async def _set_policy(self, end: End, adapter: str) -> None:
         if self.tap:
-            name = self.label or getattr(self, "name", None) or type(self).__name__.lower()
+            name = self.label or adapter or getattr(self, "name", None) or type(self).__name__.lower()
             self._capture = await self.tap._attach(end, str(name))
         if self.filters:
             self._filter = self._new_filter(end, self.filters)

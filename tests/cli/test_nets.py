@@ -49,7 +49,6 @@ def test_another_place_is_refused(text: str) -> None:
         ("53:5353/udp", "udp:127.0.0.1:53", 5353),
         ("0.0.0.0:8080:80/tcp", "tcp:0.0.0.0:8080", 80),
         ("[::1]:8080:80", "tcp:[::1]:8080", 80),
-        ("0:22", "tcp:127.0.0.1:0", 22),
     ],
 )
 def test_ports_that_are_led_on(text: str, key: str, guest_port: int) -> None:
@@ -58,7 +57,8 @@ def test_ports_that_are_led_on(text: str, key: str, guest_port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["80", "80:", "a:80", "1.2.3:80:80", "70000:80", "80:0", "80:70000", "80:80/sctp", "::1:80:80"]
+    "text",
+    ["80", "80:", "a:80", "1.2.3:80:80", "70000:80", "80:0", "0:80", "80:70000", "80:80/sctp", "::1:80:80"],
 )
 def test_ports_that_are_not(text: str) -> None:
     with pytest.raises(click.BadParameter):
@@ -93,6 +93,15 @@ def test_the_first_nat_has_the_ports_and_all_are_recorded(tmp_path: Path) -> Non
 def test_the_lab_passes_ports_on() -> None:
     assert nets.lab_forwards([USER], [WEB]) == ("tcp:127.0.0.1:8080-:8080",)
     assert nets.lab_arguments([USER], [WEB]) == ["--net", "user", "-p", "0.0.0.0:8080:80/tcp"]
+
+
+@pytest.mark.parametrize(
+    "forwards",
+    [[Forward("::1", 8080, 80, "tcp")], [WEB, Forward("0.0.0.0", 8080, 22, "tcp")]],
+)
+def test_the_lab_refuses_ports_that_it_cannot_pass_on(forwards: list[Forward]) -> None:
+    with pytest.raises(ConfigError, match="each port once, at an address of IPv4"):
+        nets.lab_forwards([USER], forwards)
 
 
 @pytest.mark.parametrize("option", [NetOption("tap", "tap0"), NetOption("stream", "/s")])

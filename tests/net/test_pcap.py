@@ -17,6 +17,8 @@ import anyio.to_thread
 import pytest
 
 from aiokvm import ConfigError, net
+from aiokvm.aio import current_loop
+from aiokvm.net.plane import Plane
 from aiokvm.proto import pcapng
 from aiokvm.proto.pcapng import Interface, Packet, Statistics
 from tests.net.packets import GUEST_MAC, HOST_MAC, LAST, ethernet, icmp, passing, tcp, udp
@@ -311,3 +313,15 @@ async def test_tshark_reads_it(linked: Linked, tmp_path: Path) -> None:
     assert [int(line[3]) for line in lines[:4]] == [len(frame) for frame in FRAMES]
     assert lines[0][4] == GUEST_MAC.hex(":")
     assert HOST_MAC != GUEST_MAC
+
+
+async def test_a_backend_that_is_used_again_is_recorded_under_its_new_adapter(tmp_path: Path) -> None:
+    path = tmp_path / "packets"
+    port = net.Port(tap=net.Pcap(path))
+    plane = Plane(current_loop())
+    for adapter in ("one/net0", "two/net0"):
+        await port.open(plane, print, adapter)
+        await port.close()
+    plane.close()
+    interfaces, _, _ = read(path.read_bytes())
+    assert [interface.name for interface in interfaces] == ["one/net0", "two/net0"]
