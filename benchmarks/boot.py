@@ -1,8 +1,8 @@
 """From VM.start to the guest's init, and from process start to init, against QEMU's microvm.
 
-Both boot the same kernel, initramfs and command line with the same RAM and one vCPU, in turns in the same
-run; init is the guest's first process, seen by its line on the serial port. Where ring 0 has no hardware all
-of it runs in the lab.
+Both boot the same kernel, initramfs and command line with the same RAM and one vCPU, in turns; init is the
+guest's first process, seen by its line on the serial port. Where ring 0 has no hardware all of it runs in the
+lab.
 """
 
 from __future__ import annotations
@@ -15,20 +15,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from rich.console import Console
 from rich.table import Table
 
-from aiokvm import AiokvmError, images, kvm, lab
-from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
+from aiokvm import images
+from bench import pairs
+from bench.guest import has_hardware, in_the_lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bench.pairs import Measure, Measured
 
 RESULTS = Path(__file__).with_name("results")
 MARK = b"aiokvm: init"
 MEMORY_MIB = 512
 CMDLINES = {"quiet": "console=ttyS0 panic=-1 quiet", "console": "console=ttyS0 panic=-1"}
 TIMEOUT_SECONDS = 120
+# Of QEMU's time, what is to be reached.
+AIMS = {"start": 1.0, "process": 0.8}
 
 # As a user writes it; the last line is the time from VM.start to init.
 PROGRAM = """
@@ -110,71 +120,71 @@ def run_qemu_stopped(kernel: Path, initrd: Path, cmdline: str) -> float:
     return seconds
 
 
-async def measure(rounds: int, kernel: Path, initrd: Path) -> dict[str, dict[str, list[float]]]:
-    """All figures: by command line, by what was measured, a value a round."""
-    figures: dict[str, dict[str, list[float]]] = {}
+def seconds(run: Callable[[], float]) -> Measure:
+    async def measure() -> dict[str, float]:
+        return {"seconds": run()}
+
+    return measure
+
+
+async def measure(count: int, kernel: Path, initrd: Path) -> dict[str, Measured]:
+    """What was measured, as "quiet, process": by contender and "seconds", a value a pair."""
+    figures: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program.py"
         program.write_text(PROGRAM)
 
-        def one(cmdline: str) -> dict[str, float]:
-            start, whole = run_aiokvm(program, kernel, initrd, cmdline)
-            return {
-                "aiokvm start": start,
-                "aiokvm process": whole,
-                "qemu process": run_qemu(kernel, initrd, cmdline),
-                "qemu start": run_qemu_stopped(kernel, initrd, cmdline),
-            }
+        def ours(which: int, cmdline: str) -> float:
+            return run_aiokvm(program, kernel, initrd, cmdline)[which]
 
-        one(CMDLINES["quiet"])  # fills the caches of both
         for name, cmdline in CMDLINES.items():
-            figures[name] = {}
-            for _ in range(rounds):
-                for what, seconds in one(cmdline).items():
-                    figures[name].setdefault(what, []).append(seconds)
+            start = {
+                "aiokvm": seconds(partial(ours, 0, cmdline)),
+                "QEMU": seconds(partial(run_qemu_stopped, kernel, initrd, cmdline)),
+            }
+            process = {
+                "aiokvm": seconds(partial(ours, 1, cmdline)),
+                "QEMU": seconds(partial(run_qemu, kernel, initrd, cmdline)),
+            }
+            if not figures:
+                await pairs.alternate(process, 1)  # fills the caches of both
+            figures[f"{name}, start"] = await pairs.alternate(start, count)
+            figures[f"{name}, process"] = await pairs.alternate(process, count)
     return figures
 
 
-def show(figures: dict[str, dict[str, list[float]]]) -> None:
-    table = Table("command line", "to init from", "aiokvm s", "QEMU s", "ratio", "rounds")
-    for name, values in figures.items():
-        for what, text in (("start", "VM.start / cont"), ("process", "process start")):
-            ours, theirs = (statistics.median(values[f"{who} {what}"]) for who in ("aiokvm", "qemu"))
-            count = len(values[f"aiokvm {what}"])
-            table.add_row(name, text, f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}", str(count))
-    Console().print(table)
+def show(figures: dict[str, Measured], count: int) -> None:
+    table = Table("command line", "to init from", "aiokvm s", "QEMU s", "ratio", "aim", "drift")
+    for name, measured in figures.items():
+        cmdline, what = name.split(", ")
+        ours, theirs = (measured[who]["seconds"] for who in ("aiokvm", "QEMU"))
+        table.add_row(
+            cmdline,
+            {"start": "VM.start / cont", "process": "process start"}[what],
+            *(f"{statistics.median(values):.2f}" for values in (ours, theirs)),
+            str(pairs.compare(ours, theirs)),
+            f"{AIMS[what]}",
+            " ".join(f"{pairs.drift(values):.2f}" for values in (ours, theirs)),
+        )
+    Console(width=130).print(table, pairs.caption(count))
 
 
-def has_hardware() -> bool:
-    try:
-        with kvm.System() as system:
-            return ring0_speed(system) >= HARDWARE_RING0
-    except AiokvmError:
-        return False
-
-
-async def main(rounds: int, here: bool, results: Path) -> int:
+async def main(count: int, here: bool, results: Path) -> int:
     kernel, initrd = await images.pull("cloud"), await images.pull("initramfs")
     if not here and not has_hardware():
         Console().print("ring 0 has no hardware here: measuring in the lab")
-
-        def output(data: bytes) -> None:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
-
-        argv = [sys.executable, __file__, "--here", "--rounds", str(rounds), "--results", str(results)]
-        return await lab.run(argv, lab.LabConfig(writable=(results,)), output=output)
-    figures = await measure(rounds, kernel, initrd)
-    show(figures)
+        return await in_the_lab(__file__, results, ["--pairs", str(count)])
+    figures = await measure(count, kernel, initrd)
+    show(figures, count)
     (results / "boot.json").write_text(json.dumps(figures, indent=1))
     return 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--here", action="store_true", help="not in the lab")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.results.mkdir(exist_ok=True)
-    sys.exit(anyio.run(main, arguments.rounds, arguments.here, arguments.results.absolute()))
+    sys.exit(anyio.run(main, arguments.pairs, arguments.here, arguments.results.absolute()))
