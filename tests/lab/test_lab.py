@@ -11,6 +11,7 @@ import pytest
 
 from aiokvm import images, lab
 from aiokvm.errors import ConfigError, LabError
+from aiokvm.lab.config import INIT
 
 pytestmark = pytest.mark.anyio
 
@@ -155,7 +156,7 @@ async def test_empty_command_is_refused() -> None:
 
 
 def test_init_script_parses() -> None:
-    assert subprocess.run(["sh", "-n", lab.INIT], check=False).returncode == 0
+    assert subprocess.run(["sh", "-n", INIT], check=False).returncode == 0
 
 
 @pytest.mark.lab
