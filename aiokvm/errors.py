@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import os
 
+from aiokvm.text import printable
+
 
 class AiokvmError(Exception):
-    """The root of all errors that aiokvm raises on purpose."""
+    """The root of all errors that aiokvm raises on purpose.
+
+    As a string it is printable, whatever text from outside it was made of: ``args`` have that as it came.
+    More than one argument are more than one line, such as another program's last words.
+    """
+
+    def __str__(self) -> str:
+        if isinstance(self, OSError):
+            return printable(super().__str__())
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class ConfigError(AiokvmError, ValueError):
@@ -55,7 +66,7 @@ class KvmError(AiokvmError, OSError):
 
     def __str__(self) -> str:
         text = f"{self.ioctl}: {self.strerror} (errno {self.errno})"
-        return f"{text}: {self.hint}" if self.hint else text
+        return printable(f"{text}: {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[type[KvmError], tuple[str, int, str]]:
         return type(self), (self.ioctl, self.errno or 0, self.hint)

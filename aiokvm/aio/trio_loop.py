@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
+
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-logger = logging.getLogger("aiokvm.aio")
+logger = get_logger("aiokvm.aio")
 
 
 def _call(callback: Callable[[], object]) -> None:

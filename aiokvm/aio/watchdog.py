@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import traceback
@@ -14,6 +13,7 @@ import anyio.lowlevel
 from anyio import to_thread
 
 from aiokvm.aio import current_loop
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from aiokvm.aio.loop import Loop
 
-logger = logging.getLogger("aiokvm.aio")
+logger = get_logger("aiokvm.aio")
 
 
 @dataclass(frozen=True, slots=True)

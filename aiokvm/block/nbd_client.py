@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 from collections import deque
@@ -18,6 +17,7 @@ from aiokvm.aio import current_loop
 from aiokvm.block.backend import BlockBackend, Data
 from aiokvm.errors import AiokvmError, ConfigError, NbdError
 from aiokvm.proto import nbd as proto
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from anyio.abc import SocketStream
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiokvm.aio import Task
     from aiokvm.proto.nbd import Address, Export, Reply
 
-logger = logging.getLogger("aiokvm.block")
+logger = get_logger("aiokvm.block")
 
 CONNECTIONS_MAX = 16
 CONNECT_TIMEOUT_S = 10.0

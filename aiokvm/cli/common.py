@@ -13,6 +13,7 @@ import anyio
 import click
 
 from aiokvm import AiokvmError
+from aiokvm.text import printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -41,7 +42,7 @@ def size(text: str) -> int:
 
 def say(text: str) -> None:
     """Tell the user something, on standard error."""
-    click.echo(f"aiokvm: {text}", err=True)
+    click.echo(f"aiokvm: {printable_lines(text)}", err=True)
 
 
 class Warnings(logging.Handler):
@@ -50,7 +51,7 @@ class Warnings(logging.Handler):
     raw = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"aiokvm: {self.format(record)}\n"
+        text = f"aiokvm: {printable_lines(self.format(record))}\n"
         click.echo(text.replace("\n", "\r\n") if self.raw else text, nl=False, err=True)
 
 

@@ -16,6 +16,7 @@ from aiokvm import AiokvmError
 from aiokvm.cli import common
 from aiokvm.kvm import KvmExit
 from aiokvm.proto.trace import POSTED, Decoder, Header, Lost, Record
+from aiokvm.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,7 +191,7 @@ def _show_all(file: IO[bytes], wanted: Filter, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"machine": header.machine, "start_ns": header.start_ns}))
         else:
-            click.echo(f"{header.machine}, {_date(header.start_ns)}")
+            click.echo(f"{printable(header.machine)}, {_date(header.start_ns)}")
 
     for item in _read(file, header):
         if isinstance(item, Lost):
@@ -237,7 +238,7 @@ def _line(record: Record) -> str:
         values = " ".join(f"{value:0{2 * record.size}x}" for value in shown)
         values += " ..." if len(shown) < record.accesses else ""
     what = f"{'write' if record.is_write else 'read':5} {record.size}{times:6}"
-    return f"{start} {where:18} {what} {record.device or _NOTHING:16} {values}".rstrip()
+    return f"{start} {where:18} {what} {printable(record.device) or _NOTHING:16} {values}".rstrip()
 
 
 def _show_summary(file: IO[bytes], wanted: Filter, as_json: bool) -> None:
@@ -286,8 +287,9 @@ def _print_table(header: Header, summary: Summary) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    start = f"{printable(header.machine)}, {_date(header.start_ns)}"
     click.echo(
-        f"{header.machine}, {_date(header.start_ns)}: {summary.exits} exits in {summary.end_ns / 1e9:.6f} s"
+        f"{start}: {summary.exits} exits in {summary.end_ns / 1e9:.6f} s"
         + (f", {summary.lost} missing" if summary.lost else "")
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -297,7 +299,7 @@ def _print_table(header: Header, summary: Summary) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for device, is_port, address, total in summary.rows():
         table.add_row(
-            Text(device or _NOTHING),
+            Text(printable(device) or _NOTHING),
             f"{'port' if is_port else 'addr'} {address:#x}",
             *map(str, (total.reads, total.read_bytes, total.writes, total.written_bytes)),
         )

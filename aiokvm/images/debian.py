@@ -7,7 +7,6 @@ is not signed by a trusted key is refused by apt itself.
 
 from __future__ import annotations
 
-import logging
 import re
 import tarfile
 import time
@@ -21,6 +20,7 @@ import anyio.to_thread
 from aiokvm.errors import ImageError
 from aiokvm.images.cache import sha256_file
 from aiokvm.images.process import child, run
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ _PROGRESS = re.compile(rb"dlstatus:\d+:([0-9.]+):")
 # No package of interest has a file near it: a damaged archive shall not fill the memory.
 _MEMBER_MAX_BYTES = 256 << 20
 
-_log = logging.getLogger("aiokvm.images")
+_log = get_logger("aiokvm.images")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class Apt:
             return parse_package(text.decode())
         except ImageError as error:
             raise ImageError(
-                f"the package sources of this machine have no {wanted} for {self.architecture} ({error}); "
-                "check the network and the files in /etc/apt"
+                f"the package sources of this machine have no {wanted} for {self.architecture}: "
+                "check the network and the files in /etc/apt",
+                *str(error).splitlines(),
             ) from error
 
     async def sources(self, suite: str) -> list[str]:

@@ -20,7 +20,7 @@ import anyio.to_thread
 from aiokvm.errors import ConfigError, ImageError
 from aiokvm.images import debian, modules, rootfs
 from aiokvm.images.initramfs import base_archive, modules_archive
-from aiokvm.images.process import PACKAGES, child, run
+from aiokvm.images.process import PACKAGES, child, failed, run
 from aiokvm.images.progress import Progress
 from aiokvm.proto import cpio
 
@@ -259,8 +259,7 @@ class _Build:
                     last.append(line)
             status = await process.wait()
         if status:
-            complaint = b"\n".join([*last, rest]).decode(errors="replace").strip()
-            raise ImageError(f"mmdebstrap failed with status {status}: {complaint}")
+            raise failed("mmdebstrap", status, b"\n".join([*last, rest]))
 
     def _line(self, line: bytes) -> None:
         for start, stage in _STAGES:

@@ -74,6 +74,12 @@ async def child(
             await process.aclose()
 
 
+def failed(program: str, status: int, words: bytes) -> ImageError:
+    """Return the error of a program that has failed, with the ``words`` that it said at its end."""
+    first, *rest = words.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
+    return ImageError(f"{program} failed with status {status}: {first}", *rest)
+
+
 async def run(
     argv: Sequence[str],
     *,
@@ -103,6 +109,5 @@ async def run(
             status = await process.wait()
         if status:
             stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))
-            complaint = stderr.read().decode(errors="replace").strip()
-            raise ImageError(f"{argv[0]} failed with status {status}: {complaint or 'it gave no reason'}")
+            raise failed(argv[0], status, stderr.read())
     return bytes(output)

@@ -73,9 +73,7 @@ class Machine:
             return int(told)
         how = "was switched off" if status == 0 else f"died: QEMU ended with status {status}"
         lines = [*_read(self._stderr).splitlines(), *_read(self._console).splitlines()][-_CONSOLE_LINES:]
-        raise LabError(
-            "\n".join([f"the lab's machine {how} before the command had ended; its last words:", *lines])
-        )
+        raise LabError(f"the lab's machine {how} before the command had ended; its last words:", *lines)
 
     def _argv(self) -> list[str]:
         config = self._config

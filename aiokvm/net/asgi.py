@@ -6,7 +6,6 @@ upgrade is answered like any other.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from email.utils import formatdate
 from http import HTTPStatus
@@ -16,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import anyio
 
 from aiokvm.errors import AiokvmError, ConfigError
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     import h11
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiokvm.aio import Loop, Task
     from aiokvm.net.service import Connection
 
-logger = logging.getLogger("aiokvm.net")
+logger = get_logger("aiokvm.net")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import logging
 import os
 from dataclasses import dataclass
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
@@ -16,6 +15,7 @@ from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.net.filter import DIRECTIONS, PROTOCOLS, Rule
 from aiokvm.ratelimit import Limit
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiokvm.net.filter import Direction
     from aiokvm.net.plane import End
 
-logger = logging.getLogger("aiokvm.net")
+logger = get_logger("aiokvm.net")
 
 # How many flows are looked at in a row before the loop has its turn.
 BATCH = 16

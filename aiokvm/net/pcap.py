@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import stat
@@ -15,13 +14,14 @@ from anyio import to_thread
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.proto import pcapng
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop, Task
     from aiokvm.net.plane import End
 
-logger = logging.getLogger("aiokvm.net")
+logger = get_logger("aiokvm.net")
 
 # What was captured is written when it is this old, or when half of the buffer is full.
 FLUSH_S = 0.25

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -11,13 +10,15 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream, SocketAttribute
 
+from aiokvm.text import get_logger
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
     from aiokvm.aio import Loop, Task
 
-logger = logging.getLogger("aiokvm.net")
+logger = get_logger("aiokvm.net")
 
 # Handlers of one service that run at a time; more connections wait, and more than that are closed.
 MAX_RUNNING = 256

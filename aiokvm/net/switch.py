@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -12,6 +11,7 @@ from aiokvm.aio import current_loop
 from aiokvm.errors import AiokvmError, ConfigError, StateError
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.plane import Plane, check_dataplane
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aiokvm.net.backend import Policy
     from aiokvm.net.plane import End
 
-logger = logging.getLogger("aiokvm.net")
+logger = get_logger("aiokvm.net")
 
 
 class SwitchAddress(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import logging
 import os
 import re
 import resource
@@ -21,6 +20,7 @@ from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.forwards import Forward, parse_forward, parse_host
 from aiokvm.net.service import MAX_WAITING, Connection, Service
+from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Forwards = Mapping[Any, int | str]  # int | str; the type of a mapping's keys is invariant
     Services = Mapping[Any, Responder]  # tuple[str, int] | str
 
-logger = logging.getLogger("aiokvm.net")
+logger = get_logger("aiokvm.net")
 
 # TCP connections of a guest at a time, and as many UDP and ICMP flows. Each of the former may buffer 256 KiB.
 MAX_CONNECTIONS = 512

@@ -6,6 +6,7 @@ import random
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -224,3 +225,16 @@ def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     finally:
         os.close(server)
         shutil.rmtree(directory)
+
+
+async def test_what_an_image_has_qemu_nbd_say_is_printable(tmp_path: Path) -> None:
+    # A feature that qemu-nbd does not know, named by the image's own table.
+    name = b"\x1b]0;owned\x07\x1b[2J\x1b[1;31mAll is well\x1b[0m\n"
+    head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, 16, MIB, 0, 1, 0x30000, 0x10000, 1, 0, 0)
+    head = head[:72] + struct.pack(">QQQII", 1 << 60, 0, 0, 4, 104)
+    table = struct.pack(">II", 0x6803F857, 48) + struct.pack(">BB46s", 0, 60, name) + bytes(8)
+    path = tmp_path / "evil.qcow2"
+    path.write_bytes((head + table).ljust(0x50000, b"\0"))
+    with pytest.raises(ImageError, match=r"Unsupported qcow2 feature.*All is well") as caught:
+        await Image(path).open()
+    assert str(caught.value).isprintable()
