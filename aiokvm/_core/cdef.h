@@ -161,6 +161,24 @@ void aiokvm_vring_disable_notify(struct aiokvm_vring *vring);
 int aiokvm_vring_error(const struct aiokvm_vring *vring);
 const char *aiokvm_vring_strerror(int error);
 
+/* ---- budget.h: what the guests of a process share ---- */
+
+#define AIOKVM_BUDGET_DESCRIPTORS ...
+#define AIOKVM_BUDGET_NET_BYTES ...
+#define AIOKVM_BUDGET_BOUNCE_BYTES ...
+#define AIOKVM_BUDGET_LOG_LINES ...
+
+struct aiokvm_budget_state {
+    uint64_t total, used, shares;
+};
+
+struct aiokvm_budget *aiokvm_budget_of_process(int which);
+void aiokvm_budget_state(struct aiokvm_budget *budget, struct aiokvm_budget_state *state);
+struct aiokvm_share *aiokvm_share_new(int which);
+void aiokvm_share_free(struct aiokvm_share *share);
+int aiokvm_share_take(struct aiokvm_share *share, uint64_t amount);
+void aiokvm_share_give(struct aiokvm_share *share, uint64_t amount);
+
 /* ---- blk.h: disks; ratelimit.h ---- */
 
 struct aiokvm_ratelimit *aiokvm_ratelimit_new(uint64_t bytes_per_second, uint64_t burst_bytes,

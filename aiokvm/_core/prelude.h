@@ -1,5 +1,6 @@
 /* Pasted by cffi before the code that it generates for cdef.h. */
 #include "blk.h"
+#include "budget.h"
 #include "clock.h"
 #include "exits.h"
 #include "file.h"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +25,30 @@ THREADS, KERNEL_THREADS = 1, 1
 # What creating and resetting take for a while, the loop's worker threads, and what the allocator maps.
 SPARE_DESCRIPTORS, SPARE_THREADS, SPARE_MAPPINGS = 8, 48, 256
 
+# What guests share, by its name, its unit and how there can be more of it.
+_BUDGETS = {
+    lib.AIOKVM_BUDGET_DESCRIPTORS: (
+        "descriptors of guests' connections",
+        "descriptors",
+        "raise RLIMIT_NOFILE: it is three quarters of that",
+    ),
+    lib.AIOKVM_BUDGET_NET_BYTES: (
+        "buffers of guests' connections",
+        "bytes",
+        "it is an eighth of the host's memory",
+    ),
+    lib.AIOKVM_BUDGET_BOUNCE_BYTES: (
+        "bounce buffers of disks",
+        "bytes",
+        "it is an eighth of the host's memory; align what is read and written, or do without direct=True",
+    ),
+    lib.AIOKVM_BUDGET_LOG_LINES: (
+        "lines of the log that guests cause",
+        "lines in a second",
+        "it is fixed",
+    ),
+}
+
 # linux/capability.h: who has one of them is not bound by RLIMIT_NPROC.
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 
@@ -33,6 +59,9 @@ class Limit:
 
     ``name`` is what the system calls it, ``unit`` what it counts. Of ``value``, ``used`` are taken now or
     kept back for the program itself, and each machine takes ``each``. ``advice`` says how to raise it.
+
+    Budgets that the guests of the process share are among them, with 0 as ``each``: it is what their guests
+    do that takes of these. A guest may have as much as a quarter of what is left, so that others are served.
     """
 
     name: str
@@ -45,7 +74,7 @@ class Limit:
     @property
     def machines(self) -> int:
         """How many more machines there is room for."""
-        return max(0, self.value - self.used) // self.each
+        return max(0, self.value - self.used) // self.each if self.each else sys.maxsize
 
 
 def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
@@ -56,7 +85,7 @@ def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
     """
     return tuple(
         limit
-        for source in (_descriptors, _open_files, _threads, _mappings)
+        for source in (_descriptors, _open_files, _threads, _mappings, _budgets)
         for limit in source(cpus)
         if limit.value >= 0
     )
@@ -174,6 +203,13 @@ def _mappings(cpus: int) -> Iterator[Limit]:
         used = sum(1 for _ in maps) + SPARE_MAPPINGS
     each = MAPPINGS + MAPPINGS_VCPU * cpus
     yield Limit("vm.max_map_count", "mappings", value, used, each, "sysctl vm.max_map_count")
+
+
+def _budgets(_cpus: int) -> Iterator[Limit]:
+    state = ffi.new("struct aiokvm_budget_state *")
+    for which, (name, unit, advice) in _BUDGETS.items():
+        lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(which), state)
+        yield Limit(name, unit, int(state.total), int(state.used), 0, advice)
 
 
 def _is_capable(bit: int) -> bool:

@@ -1,0 +1,69 @@
+"""Logging what a guest can bring about as often as it likes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from aiokvm._core import ffi, lib
+from aiokvm.ratelimit import Limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiokvm._core import Pointer
+
+    Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+# Lines of one source: so many at once, then one a second.
+BURST = 10
+
+
+class SeldomLogger:
+    """A logger whose lines a guest causes: ten at once, then one a second, if the process allows so many.
+
+    Each machine or backend has its own. All of them share the process's budget of lines: one that is
+    flooded leaves lines to the others. A line says how many before it were left out.
+    """
+
+    def __init__(self, logger: Logger, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._logger = logger
+        self._now_ns = now_ns
+        self._limit = Limit(operations_per_second=1, burst_operations=BURST - 1)
+        self._share: Pointer | None = None
+        self._left_out = 0
+
+    def log(self, level: int, message: str, *args: object, exc_info: Any = None) -> None:
+        """As `logging.Logger.log`, or nothing."""
+        if not self._logger.isEnabledFor(level):
+            return
+        if not self._may():
+            self._left_out += 1
+            return
+        if self._left_out:
+            message += " (%d more lines before this one were left out)"
+            args = (*args, self._left_out)
+            self._left_out = 0
+        self._logger.log(level, message, *args, exc_info=exc_info)
+
+    def warning(self, message: str, *args: object) -> None:
+        """The same as a warning."""
+        self.log(logging.WARNING, message, *args)
+
+    def error(self, message: str, *args: object, exc_info: Any = None) -> None:
+        """The same as an error."""
+        self.log(logging.ERROR, message, *args, exc_info=exc_info)
+
+    def exception(self, message: str, *args: object) -> None:
+        """The same as an error, with the exception that is being handled."""
+        self.log(logging.ERROR, message, *args, exc_info=True)
+
+    def _may(self) -> bool:
+        if self._limit.take(self._now_ns(), 0):
+            return False
+        # Who logs nothing has no part of the budget.
+        if self._share is None:
+            core = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_LOG_LINES)
+            self._share = ffi.gc(core, lib.aiokvm_share_free) if core else None
+        return self._share is not None and lib.aiokvm_share_take(self._share, 1) == 1

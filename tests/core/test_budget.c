@@ -1,0 +1,116 @@
+/* budget.c: what the process has once, and fair shares of it. */
+#include "budget.h"
+#include "check.h"
+
+#include <sys/resource.h>
+
+static uint64_t take_all(struct aiokvm_share *share)
+{
+    uint64_t taken = 0;
+    while (aiokvm_share_take(share, 1))
+        taken++;
+    return taken;
+}
+
+TEST(one_alone_gets_a_fifth)
+{
+    struct aiokvm_budget *budget = aiokvm_budget_new(1000);
+    struct aiokvm_share one;
+    aiokvm_share_open(&one, budget);
+    CHECK_EQ(take_all(&one), 200);
+    CHECK_EQ(aiokvm_share_fits(&one, 1), 0);
+    aiokvm_share_give(&one, 1);
+    CHECK_EQ(aiokvm_share_fits(&one, 1), 1);
+    aiokvm_share_close(&one);
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 0);
+    CHECK_EQ(state.shares, 0);
+    aiokvm_budget_free(budget);
+}
+
+TEST(whoever_comes_later_is_served)
+{
+    enum { MANY = 20, TOTAL = 10000 };
+    struct aiokvm_budget *budget = aiokvm_budget_new(TOTAL);
+    struct aiokvm_share shares[MANY];
+    uint64_t all = 0, taken = 0;
+    for (int i = 0; i < MANY; i++) {
+        aiokvm_share_open(&shares[i], budget);
+        taken = take_all(&shares[i]);
+        CHECK(taken > 10);
+        all += taken;
+    }
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.total, TOTAL);
+    CHECK_EQ(state.used, all);
+    CHECK_EQ(state.shares, MANY);
+    CHECK(all < TOTAL);
+    for (int i = 0; i < MANY; i++)
+        aiokvm_share_close(&shares[i]);
+    aiokvm_budget_free(budget);
+}
+
+TEST(those_that_want_all_come_to_have_as_much_each)
+{
+    enum { MANY = 9, TOTAL = 13000 };
+    struct aiokvm_budget *budget = aiokvm_budget_new(TOTAL);
+    struct aiokvm_share shares[MANY];
+    for (int i = 0; i < MANY; i++)
+        aiokvm_share_open(&shares[i], budget);
+    uint64_t state = 1;
+    for (int i = 0; i < 200000; i++) {
+        struct aiokvm_share *share = &shares[random_below(&state, MANY)];
+        if (!aiokvm_share_take(share, 1))
+            aiokvm_share_give(share, random_below(&state, 3));
+    }
+    for (int i = 0; i < MANY; i++) {
+        CHECK(shares[i].used >= 950 && shares[i].used <= 1050);
+        aiokvm_share_close(&shares[i]);
+    }
+    aiokvm_budget_free(budget);
+}
+
+TEST(what_is_there_is_counted_though_it_is_too_much)
+{
+    struct aiokvm_budget *budget = aiokvm_budget_new(10);
+    struct aiokvm_share one, other;
+    aiokvm_share_open(&one, budget);
+    aiokvm_share_open(&other, budget);
+    aiokvm_share_add(&one, 10);
+    CHECK_EQ(aiokvm_share_take(&one, 1), 0);
+    CHECK_EQ(aiokvm_share_take(&other, 1), 0);
+    CHECK_EQ(aiokvm_share_take(&other, 0), 0);
+    aiokvm_share_give(&one, 100);
+    CHECK_EQ(one.used, 0);
+    CHECK_EQ(aiokvm_share_take(&other, 1), 1);
+    CHECK_EQ(aiokvm_share_take(&other, UINT64_MAX - 1), 0);
+    aiokvm_share_close(&one);
+    aiokvm_share_close(&one);
+    aiokvm_share_close(&other);
+    aiokvm_budget_free(budget);
+}
+
+TEST(descriptors_are_three_quarters_of_what_the_process_may_have)
+{
+    struct rlimit old, limit = { 1024, 1024 };
+    CHECK_EQ(getrlimit(RLIMIT_NOFILE, &old), 0);
+    limit.rlim_max = old.rlim_max;
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_DESCRIPTORS), &state);
+    CHECK_EQ(state.total, 768);
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &old), 0);
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_NET_BYTES), &state);
+    CHECK(state.total > 0);
+}
+
+TEST(lines_are_of_a_second)
+{
+    struct aiokvm_share *share = aiokvm_share_new(AIOKVM_BUDGET_LOG_LINES);
+    uint64_t taken = take_all(share);
+    CHECK(taken >= 40 && taken <= 80);
+    CHECK_SOON(aiokvm_share_take(share, 1));
+    aiokvm_share_free(share);
+}
