@@ -52,7 +52,8 @@ from aiokvm.machine.vm import VM, VmState
 from aiokvm.memory import GuestMemory, RamRegion
 
 if TYPE_CHECKING:
-    from aiokvm.aio.watchdog import HoldUp, Watchdog
+    from aiokvm.aio.steps import HoldUp
+    from aiokvm.aio.watchdog import Watchdog
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.config import RngConfig
     from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
@@ -135,7 +136,7 @@ __all__ = [
 
 # What a running machine needs nothing of is loaded when it is asked for.
 _LATER = {
-    "HoldUp": "aiokvm.aio.watchdog",
+    "HoldUp": "aiokvm.aio.steps",
     "Watchdog": "aiokvm.aio.watchdog",
     "Limit": "aiokvm.machine.limits",
     "check_limits": "aiokvm.machine.limits",

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import uvloop
 
 from aiokvm import kvm
 from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
+from tests import holdups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"loop_factory": uvloop.new_event_loop}), id="uvloop"),
-        pytest.param(("trio", {}), id="trio"),
-    ]
-)
-def anyio_backend(request: pytest.FixtureRequest) -> object:
-    """Every test marked anyio runs on the three loops."""
-    return request.param
+@pytest.fixture(params=["asyncio", "uvloop", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> Iterator[object]:
+    """Every test marked anyio runs on the three loops, and none holds them."""
+    with holdups.measured(request) as meter:
+        yield holdups.backend(request.param, meter)
+
+
+@pytest.fixture
+def step(request: pytest.FixtureRequest) -> Iterator[holdups.Step]:
+    """``with step():`` what a callback of the loop does, in a test that has no loop."""
+    with holdups.measured(request) as meter:
+
+        @contextmanager
+        def step() -> Iterator[None]:
+            meter.begin()
+            try:
+                yield
+            finally:
+                meter.end(None)
+
+        yield step
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--holdups", metavar="FILE", help="write what the worst step of each test took")
 
 
 class Passed:

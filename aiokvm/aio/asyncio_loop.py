@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
@@ -13,10 +13,48 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiokvm.aio.loop import Handle, Task
+    from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
 
 logger = get_logger("aiokvm.aio")
+
+
+# What takes a callback, and at which place.
+_TAKE_CALLBACKS = {
+    "call_soon": 0,
+    "call_soon_threadsafe": 0,
+    "call_later": 1,
+    "call_at": 1,
+    "add_reader": 1,
+    "add_writer": 1,
+}
+
+
+def measure_steps(loop: asyncio.AbstractEventLoop, meter: StepMeter) -> None:
+    """Have ``meter`` measure what the loop is given from now on, for as long as the loop is.
+
+    uvloop has no hook, and asyncio none that tells CPU time, so the callbacks are wrapped. What the loop does
+    by itself is not seen: the reading and writing of its transports.
+    """
+
+    def wrapped(take: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            callback = args[at]
+
+            def step(*given: Any) -> Any:
+                meter.begin()
+                try:
+                    return callback(*given)
+                finally:
+                    meter.end(callback)
+
+            return take(*args[:at], step, *args[at + 1 :], **named)
+
+        return call
+
+    for name, at in _TAKE_CALLBACKS.items():
+        setattr(loop, name, wrapped(getattr(loop, name), at))
 
 
 class _Watch:

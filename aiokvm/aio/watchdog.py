@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import traceback
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,6 +10,7 @@ import anyio.lowlevel
 from anyio import to_thread
 
 from aiokvm.aio import current_loop
+from aiokvm.aio.steps import HoldUp, ThreadClock
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -23,19 +21,6 @@ if TYPE_CHECKING:
     from aiokvm.aio.loop import Loop
 
 logger = get_logger("aiokvm.aio")
-
-
-@dataclass(frozen=True, slots=True)
-class HoldUp:
-    """The loop gave no sign of life for ``seconds``.
-
-    ``task`` is the name of the task that ran then, empty for a callback or the loop itself. ``stack`` is what
-    the loop's thread was doing, as a traceback has it, the innermost call last.
-    """
-
-    seconds: float
-    task: str
-    stack: str
 
 
 class Watchdog:
@@ -63,7 +48,7 @@ class Watchdog:
         self._stopped.clear()
         self._thread = threading.Thread(
             target=self._watch,
-            args=(current_loop(), threading.get_ident()),
+            args=(current_loop(), ThreadClock()),
             name="aiokvm watchdog",
             daemon=True,
         )
@@ -82,30 +67,32 @@ class Watchdog:
         with anyio.CancelScope(shield=True):
             await to_thread.run_sync(self._thread.join)
 
-    def _watch(self, loop: Loop, ident: int) -> None:
+    def _watch(self, loop: Loop, clock: ThreadClock) -> None:
         while not self._stopped.wait(self._threshold):
             alive = threading.Event()
             try:
+                before_ns = clock.now_ns()
                 loop.call_soon_threadsafe(alive.set)
-            except RuntimeError:  # the loop is closed
+            except (OSError, RuntimeError):  # the thread has ended, or the loop is closed
                 return
             if alive.wait(self._threshold):
                 continue
-            frame = sys._current_frames().get(ident)
-            if frame is None:
+            task, stack = loop.running_task(), clock.stack()
+            if not stack:
                 return
-            task, stack = loop.running_task(), "".join(traceback.format_stack(frame))
+            cpu_seconds = (clock.now_ns() - before_ns) / 1e9
             # Else it went on before all this was read.
             if not alive.is_set():
-                self._tell(HoldUp(self._threshold, task, stack))
+                self._tell(HoldUp(self._threshold, task, stack, cpu_seconds))
             while not (alive.wait(self._threshold) or self._stopped.is_set()):
                 pass
 
     def _tell(self, hold_up: HoldUp) -> None:
         logger.warning(
-            "%s has held the event loop up for %g s:\n%s",
+            "%s has held the event loop up for %g s (%.3f s of CPU time):\n%s",
             f"task {hold_up.task}" if hold_up.task else "a callback",
             hold_up.seconds,
+            hold_up.cpu_seconds,
             hold_up.stack.rstrip(),
         )
         if self._callback is not None:

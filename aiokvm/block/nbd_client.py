@@ -260,7 +260,8 @@ class NbdClient(BlockBackend):
                 self._time_out(job)
         finally:
             job.abandoned = True
-            with suppress(ValueError):
+            # By asking, as the error of a remove in vain would show all of the job's data.
+            if job in self._waiting:
                 self._waiting.remove(job)
             self._running -= 1
             if not self._running:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -51,10 +52,15 @@ async def exercise(disk: Nbd) -> None:
         model[offset : offset + len(data)] = data
         await disk.write(offset, view(data))
 
+    def parts() -> list[tuple[int, bytes]]:
+        places = [at + 512 for at in range(0, size, 65536) if chance.random() < 0.7]
+        return [(at, chance.randbytes(chance.randrange(512, 65536, 512))) for at in places]
+
+    # Making up megabytes takes long.
+    to_write = await anyio.to_thread.run_sync(parts)
     async with anyio.create_task_group() as tasks:
-        for at in range(0, size, 65536):
-            if chance.random() < 0.7:
-                tasks.start_soon(write, at + 512, chance.randbytes(chance.randrange(512, 65536, 512)))
+        for at, data in to_write:
+            tasks.start_soon(write, at, data)
     await disk.flush()
     assert bytes(await disk.read(0, size)) == model
     for unmap in (False, True):

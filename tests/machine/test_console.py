@@ -34,6 +34,7 @@ class Port:
             self.uart.write(0, 1, byte)
 
 
+@pytest.mark.computes  # the guest's reading, byte by byte
 async def test_a_flood_of_input_reaches_the_guest_whole_and_in_order() -> None:
     port = Port()
     data = bytes(range(256)) * 1024
@@ -48,6 +49,7 @@ async def test_a_flood_of_input_reaches_the_guest_whole_and_in_order() -> None:
     assert received == data
 
 
+@pytest.mark.computes  # the guest's reading, byte by byte
 async def test_send_waits_for_the_guest_and_keeps_a_bound() -> None:
     port = Port()
     with anyio.move_on_after(0.05) as scope:
@@ -56,6 +58,7 @@ async def test_send_waits_for_the_guest_and_keeps_a_bound() -> None:
     assert len(port.guest_reads()) == INPUT_LIMIT
 
 
+@pytest.mark.computes  # the guest's reading, byte by byte
 async def test_senders_take_turns() -> None:
     port = Port()
     first, second = b"a" * (INPUT_LIMIT + 100), b"b" * 100

@@ -1,0 +1,72 @@
+"""What holds the loop longest, case by case: the tests that are hostile, and all others on a loop.
+
+Every test on a loop runs under a measure of the CPU time that each step of the loop takes (tests/holdups.py).
+This runs them and shows the worst step of each, on each event loop: 5 ms are wanted, 50 ms fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+LOOPS = ("asyncio", "uvloop", "trio")
+# On one line each: what stays below is not shown.
+SHOWN_MS = 1.0
+
+
+def measure(arguments: list[str], file: Path) -> int:
+    """Run the tests; their exit code."""
+    argv = ["-m", "pytest", "-q", "--holdups", str(file), "-m", "not linux and not lab", *arguments]
+    return subprocess.run([sys.executable, *argv], cwd=HERE.parent, check=False).returncode
+
+
+def worst(file: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds by case and loop, of all its parameters."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        case, _, parameters = row["test"].partition("[")
+        loop = next((name for name in LOOPS if name in parameters.rstrip("]").split("-")), "none")
+        found[case][loop] = max(found[case].get(loop, 0.0), 1e3 * row["seconds"])
+    return dict(sorted(found.items(), key=lambda item: -max(item[1].values())))
+
+
+def report(found: dict[str, dict[str, float]], shown_ms: float) -> None:
+    table = Table("case", *LOOPS, "no loop", title="CPU time of the worst step, ms")
+    for case, by_loop in found.items():
+        if max(by_loop.values()) >= shown_ms:
+            table.add_row(
+                case, *(f"{by_loop[name]:.1f}" if name in by_loop else "" for name in (*LOOPS, "none"))
+            )
+    Console(width=140).print(table)
+    print(f"{len(found)} cases; those below {shown_ms:g} ms on every loop are not shown")
+
+
+def main(arguments: list[str], shown_ms: float) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "holdups.jsonl"
+        file.touch()
+        code = measure(arguments, file)
+        found = worst(file)
+    report(found, shown_ms)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "holdups.json").write_text(json.dumps(found, indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("tests", nargs="*", help="of pytest; all if there are none", default=["tests"])
+    parser.add_argument("--at-least", type=float, default=SHOWN_MS, metavar="MS", help="what is shown")
+    parsed = parser.parse_args()
+    sys.exit(main(parsed.tests, parsed.at_least))

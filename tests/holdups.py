@@ -1,0 +1,68 @@
+"""No test holds the loop: each runs under a measure of the CPU time of every step of its loop.
+
+A test on a loop fails when a callback, or a task between two awaits, takes `LIMIT_S` of its thread's CPU
+time: on the three loops, the test's own steps included. What takes a test itself long is done before, or in
+a thread (`anyio.to_thread.run_sync`), or the test is marked ``computes`` and is not measured. A hostile test
+with no loop, of a model, takes the fixture ``step`` and makes the calls that are the loop's in a callback
+under it: ``with step(): device.notified(0)``.
+
+``--holdups FILE`` writes what the worst step of each test took: benchmarks/holdups.py makes a table of it.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+
+from aiokvm.aio.asyncio_loop import measure_steps
+from aiokvm.aio.steps import StepMeter
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    Step = Callable[[], AbstractContextManager[None]]
+
+# 5 ms are wanted; in no callback this much.
+LIMIT_S = 0.05
+
+
+@contextmanager
+def measured(request: pytest.FixtureRequest) -> Iterator[StepMeter]:
+    """What the steps of this test take; it fails past the limit."""
+    with StepMeter(LIMIT_S) as meter:
+        yield meter
+    if meter.worst is None or request.node.get_closest_marker("computes"):
+        return
+    if file := request.config.getoption("--holdups"):
+        with Path(file).open("a") as lines:
+            lines.write(json.dumps({"test": request.node.nodeid, "seconds": meter.worst.cpu_seconds}) + "\n")
+    if meter.worst.cpu_seconds >= LIMIT_S:
+        pytest.fail(
+            f"{meter.worst.task or 'a callback'} held the loop for {meter.worst.cpu_seconds * 1e3:.1f} ms "
+            f"of CPU time; half way it was here:\n{meter.worst.stack}",
+            pytrace=False,
+        )
+
+
+def backend(name: str, meter: StepMeter) -> tuple[str, dict[str, Any]]:
+    """What anyio is told to run a test on this loop under the measure."""
+    if name == "trio":
+        from aiokvm.aio.trio_loop import StepInstrument
+
+        return "trio", {"instruments": [StepInstrument(meter)]}
+
+    def new_loop() -> asyncio.AbstractEventLoop:
+        import asyncio
+
+        loop = uvloop.new_event_loop() if name == "uvloop" else asyncio.new_event_loop()
+        measure_steps(loop, meter)
+        return loop
+
+    return "asyncio", {"loop_factory": new_loop}
