@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.config import RngConfig
     from aiokvm.machine.disks import Disk, DiskErrorPolicy, DiskStats, VmDisk
-    from aiokvm.machine.limits import Limit, check_limits, host_limits
+    from aiokvm.machine.limits import Limit, check_limits, check_memory, host_limits
     from aiokvm.machine.nets import VmNic
     from aiokvm.machine.ports import Consoles, ConsoleStream
     from aiokvm.machine.stats import DeviceStats, VcpuStats, VmStats
@@ -129,6 +129,7 @@ __all__ = [
     "block",
     "boot",
     "check_limits",
+    "check_memory",
     "host_limits",
     "kvm",
     "net",
@@ -140,6 +141,7 @@ _LATER = {
     "Watchdog": "aiokvm.aio.watchdog",
     "Limit": "aiokvm.machine.limits",
     "check_limits": "aiokvm.machine.limits",
+    "check_memory": "aiokvm.machine.limits",
     "host_limits": "aiokvm.machine.limits",
     "DeviceStats": "aiokvm.machine.stats",
     "VcpuStats": "aiokvm.machine.stats",

@@ -1,7 +1,7 @@
 """Guest RAM: where it lies in the guest's physical address space, and access to it from the host.
 
-RAM begins at 0. What does not fit below the PCI hole goes on at 4 GiB, as on a PC. It is one memfd, mapped
-once; a child of fork does not inherit the mapping, and core dumps leave it out.
+RAM begins at 0. What does not fit below the PCI hole goes on at 4 GiB, as on a PC. It is one mapping, of
+anonymous memory or of a memfd; a child of fork does not inherit it, and core dumps leave it out.
 """
 
 from __future__ import annotations
@@ -65,45 +65,41 @@ def core_ranges(regions: Sequence[RamRegion]) -> Pointer:
 class GuestMemory:
     """The RAM of one machine.
 
-    ``size_bytes`` is a multiple of 4096. ``hugepage_bytes`` (2 MiB or 1 GiB) takes the memory from the host's
-    reserved huge pages of that size.
+    ``size_bytes`` is a multiple of 4096. The memory is anonymous, in transparent huge pages where the host
+    has them. ``shared`` makes it a memfd, ``fd``, for another process to map; pages of 4 KiB are what most
+    hosts give such a file. ``hugepage_bytes`` (2 MiB or 1 GiB) takes the memory from the host's reserved huge
+    pages of that size, and is a memfd, too. With ``overcommit`` the kernel need not promise as much.
 
     Raises ConfigError if the host cannot give that much memory.
     """
 
-    def __init__(self, size_bytes: int, hugepage_bytes: int | None = None) -> None:
+    fd: int | None = None
+    """The memfd that the memory is, if it is one."""
+
+    def __init__(
+        self,
+        size_bytes: int,
+        hugepage_bytes: int | None = None,
+        *,
+        shared: bool = False,
+        overcommit: bool = False,
+    ) -> None:
         page_bytes = hugepage_bytes or PAGE_SIZE
         if size_bytes <= 0 or size_bytes % page_bytes:
             raise ConfigError(
                 f"{size_bytes} bytes of memory is not a positive multiple of {page_bytes} bytes"
             )
         self.size_bytes = size_bytes
+        self._is_reserved = hugepage_bytes is not None
         self._pid = os.getpid()
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        if hugepage_bytes:
-            flags |= os.MFD_HUGETLB | (hugepage_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
+        if shared or hugepage_bytes:
+            self.fd = _create_memfd(size_bytes, hugepage_bytes)
         try:
-            self.fd = os.memfd_create("aiokvm-ram", flags)
+            mapping = _map(self.fd, size_bytes, hugepage_bytes, overcommit)
         except OSError as error:
-            raise ConfigError(
-                f"cannot create {size_bytes} bytes of guest memory: {error.strerror}"
-            ) from error
-        try:
-            os.ftruncate(self.fd, size_bytes)
-            code = ffi.new("int *")
-            # The kernel aligns huge pages by itself.
-            align = _ALIGN if size_bytes >= _ALIGN_FROM and not hugepage_bytes else 0
-            mapping = lib.aiokvm_map(self.fd, size_bytes, align, code)
-            if not mapping:
-                raise OSError(code[0], os.strerror(code[0]))
-        except OSError as error:
-            os.close(self.fd)
-            hint = (
-                f": {size_bytes // hugepage_bytes} free huge pages of {hugepage_bytes >> 20} MiB are needed; "
-                "reserve them in /sys/kernel/mm/hugepages"
-                if hugepage_bytes and error.errno == errno.ENOMEM
-                else ""
-            )
+            if self.fd is not None:
+                os.close(self.fd)
+            hint = _hint(size_bytes, hugepage_bytes, overcommit) if error.errno == errno.ENOMEM else ""
             raise ConfigError(
                 f"cannot map {size_bytes} bytes of guest memory: {error.strerror}{hint}"
             ) from error
@@ -121,7 +117,8 @@ class GuestMemory:
         """Gives the memory back, once the last view that the program still holds is gone. Idempotent."""
         if self.regions:
             self.regions = ()
-            os.close(self.fd)
+            if self.fd is not None:
+                os.close(self.fd)
 
     def view(self, gpa: int, size: int) -> memoryview:
         """The guest's own bytes, writable, with no copy: ``size`` bytes from ``gpa`` on.
@@ -153,11 +150,63 @@ class GuestMemory:
 
     def fill(self, gpa: int, size: int) -> None:
         """Writes ``size`` zero bytes from ``gpa`` on. Raises GuestMemoryError as `view` does."""
-        zeros = bytes(min(size, 1 << 20))
         with self.view(gpa, size) as view:
-            for start in range(0, size, len(zeros) or 1):
-                part = view[start : start + len(zeros)]
-                part[:] = zeros[: len(part)]
+            lib.aiokvm_zero(ffi.from_buffer("uint8_t[]", view), size)
+
+    def clear(self) -> None:
+        """Makes all of it read as zeros, as after power-on, and gives it back to the host until it is used.
+
+        Takes the kernel a while: not for the thread of an event loop.
+        """
+        for region in self.regions:
+            try:
+                # Reserved pages that were given back could be another's when they are needed again.
+                if not self._is_reserved:
+                    discard(region.bytes)
+                    continue
+            except OSError:
+                pass  # memory that the program has locked
+            self.fill(region.gpa, region.size)
+
+
+def _create_memfd(size_bytes: int, hugepage_bytes: int | None) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if hugepage_bytes:
+        flags |= os.MFD_HUGETLB | (hugepage_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
+    try:
+        fd = os.memfd_create("aiokvm-ram", flags)
+    except OSError as error:
+        raise ConfigError(f"cannot create {size_bytes} bytes of guest memory: {error.strerror}") from error
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"cannot create {size_bytes} bytes of guest memory: {error.strerror}") from error
+    return fd
+
+
+def _map(fd: int | None, size_bytes: int, hugepage_bytes: int | None, overcommit: bool) -> Pointer:
+    code = ffi.new("int *")
+    # The kernel aligns reserved huge pages by itself.
+    align = _ALIGN if size_bytes >= _ALIGN_FROM and not hugepage_bytes else 0
+    if fd is None:
+        mapping = lib.aiokvm_map_anonymous(size_bytes, align, overcommit, code)
+    else:
+        mapping = lib.aiokvm_map(fd, size_bytes, align, code)
+    if not mapping:
+        raise OSError(code[0], os.strerror(code[0]))
+    return mapping
+
+
+def _hint(size_bytes: int, hugepage_bytes: int | None, overcommit: bool) -> str:
+    if hugepage_bytes:
+        return (
+            f": {size_bytes // hugepage_bytes} free huge pages of {hugepage_bytes >> 20} MiB are needed; "
+            "reserve them in /sys/kernel/mm/hugepages"
+        )
+    if overcommit:
+        return ": see ulimit -v, and the kernel's vm.overcommit_memory, which may allow no more than there is"
+    return ": the host does not promise as much; give less, or overcommit"
 
 
 class _Unmap:

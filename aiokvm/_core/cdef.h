@@ -121,7 +121,9 @@ void aiokvm_vcpu_stats(const struct aiokvm_vcpu *vcpu, struct aiokvm_vcpu_stats 
 /* ---- memory.h: mappings that a fork does not inherit and a core dump leaves out ---- */
 
 void *aiokvm_map(int fd, size_t size, size_t align, int *error);
+void *aiokvm_map_anonymous(size_t size, size_t align, int overcommit, int *error);
 void aiokvm_unmap(void *address, size_t size);
+void aiokvm_zero(void *address, size_t size);
 int aiokvm_discard(void *address, size_t size);
 
 /* ---- vring.h: the device's side of virtqueues ---- */

@@ -67,6 +67,7 @@ class Options:
     pcap: Path | None = None
     rng: bool = False
     balloon: bool = False
+    overcommit: bool = False
 
     @property
     def cmdline(self) -> str:
@@ -170,6 +171,7 @@ Exit status:
 )
 @click.option("--rng", is_flag=True, help="Give the guest the host's randomness.")
 @click.option("--balloon", is_flag=True, help="Let the guest report memory that it does not use.")
+@click.option("--overcommit", is_flag=True, help="Allow more RAM than this host has.")
 @click.option("--append", metavar="S", default="", help=f'What follows "{CMDLINE}" on the command line.')
 @click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
 @click.option("-m", "--memory", type=common.size, default="512M", show_default=True, help="RAM.")
@@ -282,6 +284,9 @@ def _image(name: str) -> Image | None:
 
 
 async def _run(options: Options, report: Report, interrupts: Interrupts, warnings: common.Warnings) -> int:
+    if not options.overcommit:
+        # Before anything is fetched, and before a lab that would need as much is started.
+        aiokvm.check_memory(options.memory)
     async with AsyncExitStack() as stack:
         with report.step("fetch"):
             built = disks.built(options.disks) if options.kernel is None else None
@@ -407,6 +412,7 @@ class Here:
                 nets=nets.backends(options.nets, options.forwards, options.pcap),
                 rng=options.rng,
                 balloon=options.balloon,
+                overcommit=options.overcommit,
             )
         report.name = vm.name
         try:

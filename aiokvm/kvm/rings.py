@@ -48,9 +48,11 @@ class DirtyRing:
         self._next = 0
 
     def harvest(self) -> list[DirtyGfn]:
-        """Take the pages written since the last harvest, oldest first.
+        """Take the pages written since the last harvest, in the order in which KVM noted them.
 
-        They count as dirty, and their entries stay taken, until ``Vm.reset_dirty_rings``.
+        That need not be the order of the writes: a processor that logs pages by itself (Intel's PML) hands
+        them over in batches. The pages count as dirty, and their entries stay taken, until
+        ``Vm.reset_dirty_rings``.
         """
         taken: list[DirtyGfn] = []
         count = len(self._entries)

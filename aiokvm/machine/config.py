@@ -55,6 +55,8 @@ class Config:
     name: str = ""
     serial_ports: int = 2
     hugepage_bytes: int | None = None
+    shared_memory: bool = False
+    overcommit: bool = False
     poll_ns: int = POLL_NS
     console: tuple[str, ...] | None = None
     rng: RngConfig | None = None

@@ -78,7 +78,12 @@ class Hardware:
         with ExitStack() as stack:
             system = stack.enter_context(kvm.System())
             _check_limits(system, config)
-            self.memory = GuestMemory(config.memory_bytes, config.hugepage_bytes)
+            self.memory = GuestMemory(
+                config.memory_bytes,
+                config.hugepage_bytes,
+                shared=config.shared_memory,
+                overcommit=config.overcommit,
+            )
             stack.callback(self.memory.close)
             self.vm = stack.enter_context(_create_vm(system, config, self.memory))
             self.vcpus = tuple(stack.enter_context(vcpu) for vcpu in _create_vcpus(system, self.vm, config))

@@ -16,10 +16,14 @@ from aiokvm.errors import AiokvmError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# A machine's: RAM and VM; a vCPU's: its own and its statistics'.
-DESCRIPTORS, DESCRIPTORS_VCPU = 2, 2
-# RAM and what the loop and the vCPUs share; a vCPU's kvm_run, stack and guard.
-MAPPINGS, MAPPINGS_VCPU = 2, 3
+# A machine's: the VM; a vCPU's: its own and its statistics'.
+DESCRIPTORS, DESCRIPTORS_VCPU = 1, 2
+# RAM, what the loop and the vCPUs share, and a page for the local APIC, which KVM maps into the process where
+# the processor serves the APIC itself; a vCPU's kvm_run, stack and guard.
+MAPPINGS, MAPPINGS_VCPU = 3, 3
+# What KVM maps for an Intel processor that cannot run real mode by itself: a TSS and page tables.
+REAL_MODE_MAPPINGS = 2
+_UNRESTRICTED_GUEST = Path("/sys/module/kvm_intel/parameters/unrestricted_guest")
 # Newer kernels look after huge pages in a thread of the process, and the PIT has one of the kernel's.
 THREADS, KERNEL_THREADS = 1, 1
 # What creating and resetting take for a while, the loop's worker threads, and what the allocator maps.
@@ -80,8 +84,8 @@ class Limit:
 def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
     """The limits of this process and host as they stand, for machines of ``cpus`` vCPUs each.
 
-    Devices with an interrupt or a doorbell take a descriptor each beyond that. Limits that are not set, or do
-    not bind this process, are left out.
+    Devices with an interrupt or a doorbell, and shared memory, take a descriptor each beyond that. Limits
+    that are not set, or do not bind this process, are left out.
     """
     return tuple(
         limit
@@ -104,6 +108,19 @@ def check_limits(machines: int, cpus: int = 1) -> None:
         raise ConfigError(
             f"{what} need {machines * tightest.each} {tightest.unit}: {_state(tightest)}, "
             f"which leaves room for {tightest.machines}; {tightest.advice}"
+        )
+
+
+def check_memory(size_bytes: int) -> None:
+    """Whether this host, and the control group of this process, have so much memory at all, swap included.
+
+    Raises ConfigError with the name of the one that has less, and what it has.
+    """
+    name, most = min(_memory(), key=lambda source: source[1])
+    if size_bytes > most:
+        raise ConfigError(
+            f"memory is {_gib(size_bytes)}, and {name} says that there are {_gib(most)}: give the machine "
+            "less, or VM.create(overcommit=True), aiokvm run --overcommit, if it will not use all"
         )
 
 
@@ -184,7 +201,7 @@ def _threads(cpus: int) -> Iterator[Limit]:
         soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
         advice = "raise it (ulimit -u, LimitNPROC= in systemd), or end other processes of the user"
         yield Limit("RLIMIT_NPROC", "threads", soft, _threads_of_user() + SPARE_THREADS, each, advice)
-    for group in _pids_groups():
+    for group in _groups("pids"):
         try:
             value, used = (int((group / f"pids.{name}").read_text()) for name in ("max", "current"))
         except (OSError, ValueError):  # the root group has none; "max" is none
@@ -202,6 +219,8 @@ def _mappings(cpus: int) -> Iterator[Limit]:
     with open("/proc/self/maps", "rb") as maps:
         used = sum(1 for _ in maps) + SPARE_MAPPINGS
     each = MAPPINGS + MAPPINGS_VCPU * cpus
+    if _UNRESTRICTED_GUEST.exists() and _UNRESTRICTED_GUEST.read_text().strip() == "N":
+        each += REAL_MODE_MAPPINGS
     yield Limit("vm.max_map_count", "mappings", value, used, each, "sysctl vm.max_map_count")
 
 
@@ -210,6 +229,38 @@ def _budgets(_cpus: int) -> Iterator[Limit]:
     for which, (name, unit, advice) in _BUDGETS.items():
         lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(which), state)
         yield Limit(name, unit, int(state.total), int(state.used), 0, advice)
+
+
+def _memory() -> Iterator[tuple[str, int]]:
+    """Who sets how many bytes of memory and swap this process could have at most."""
+    fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    kib = {name.rstrip(":"): int(value) for name, value, *_ in fields}
+    yield "/proc/meminfo", kib["MemTotal"] + kib["SwapTotal"] << 10
+    for folder in _groups("memory"):
+        # Version 2 of control groups counts swap by itself, version 1 both together, if it counts swap.
+        for file, swap_file in (
+            ("memory.max", "memory.swap.max"),
+            ("memory.limit_in_bytes", ""),
+            ("memory.memsw.limit_in_bytes", None),
+        ):
+            most = _number(folder / file)
+            if most is None:
+                continue
+            if swap_file is not None:
+                swap = _number(folder / swap_file) if swap_file else None
+                most += (kib["SwapTotal"] << 10) if swap is None else swap
+            yield f"{folder / file}", most
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # "max" is no limit
+        return None
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):.4g} GiB"
 
 
 def _is_capable(bit: int) -> bool:
@@ -234,11 +285,11 @@ def _status(process: Path) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _pids_groups() -> Iterator[Path]:
-    """The control group that counts this process's threads, and those above it."""
+def _groups(controller: str) -> Iterator[Path]:
+    """The control group that counts for this process, and those above it."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "pids"):
+        if controllers == "" or controller in controllers.split(","):
             root = Path("/sys/fs/cgroup", controllers)
             group = root / path.lstrip("/")
             yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))

@@ -26,7 +26,7 @@ from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
 
 # Not when it is asked for: then there may be no descriptor left to read it with.
-from aiokvm.machine.limits import named
+from aiokvm.machine.limits import check_memory, named
 from aiokvm.machine.log import machine_logger
 from aiokvm.machine.peripherals import Peripherals, port_names
 from aiokvm.machine.peripherals import count as peripherals_count
@@ -141,6 +141,8 @@ class VM:
         name: str = "",
         serial_ports: int = 2,
         hugepages: int | str | None = None,
+        shared_memory: bool = False,
+        overcommit: bool = False,
         disks: Iterable[BlockBackend | Disk] = (),
         nets: Iterable[NetBackend | Nic] = (),
         devices: Iterable[Placement] = (),
@@ -155,7 +157,9 @@ class VM:
 
         ``boot`` says what runs in it: `boot.Linux` or `boot.Flat`. ``memory`` is in bytes, or with K, M, G or
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
-        ("2M" or "1G") takes the RAM from the host's reserved huge pages. ``disks`` are what the guest has as
+        ("2M" or "1G") takes the RAM from the host's reserved huge pages; ``shared_memory`` makes it a memfd,
+        ``vm.memory.fd``, which another process can map. ``overcommit`` allows more ``memory`` than the host
+        has. ``disks`` are what the guest has as
         virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which has
         options; they are opened here and closed with the machine. ``nets`` are its network adapters in the
         same way: a backend of `aiokvm.net`, as it is or as a `net.Nic`. ``devices`` are the program's own, as
@@ -178,6 +182,8 @@ class VM:
             name=name,
             serial_ports=serial_ports,
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
+            shared_memory=shared_memory,
+            overcommit=overcommit,
             poll_ns=poll_ns,
             console=port_names(console),
             rng=RngConfig() if rng is True else rng or None,
@@ -198,6 +204,8 @@ class VM:
         virtio: Sequence[VirtioDevice],
         log_unclaimed: bool,
     ) -> VM:
+        if not config.overcommit:
+            check_memory(config.memory_bytes)
         count = len(disks) + len(nets) + peripherals_count(config) + len(virtio)
         plan = await boot_plan(config, islice(places(config), count))
         loop = current_loop()

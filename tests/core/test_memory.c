@@ -168,8 +168,37 @@ TEST(whole_pages_of_a_part_can_be_discarded)
     aiokvm_unmap(bytes, SIZE);
     close(fd);
 
-    bytes = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    bytes = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(bytes != MAP_FAILED);
-    CHECK_EQ(aiokvm_discard(bytes, PAGE), -EINVAL);
     munmap(bytes, PAGE);
+    CHECK_EQ(aiokvm_discard(bytes, PAGE), -ENOMEM);
+}
+
+TEST(anonymous_memory_is_aligned_and_can_be_discarded)
+{
+    static const size_t aligns[] = { 0, 2 << 20 };
+    for (size_t i = 0; i < LENGTH(aligns); i++) {
+        for (int overcommit = 0; overcommit < 2; overcommit++) {
+            int error = -1;
+            unsigned char *bytes = aiokvm_map_anonymous(SIZE, aligns[i], overcommit, &error);
+            CHECK(bytes);
+            CHECK_EQ(error, 0);
+            CHECK(!aligns[i] || (uintptr_t)bytes % aligns[i] == 0);
+            memset(bytes, 'x', SIZE);
+            CHECK_EQ(aiokvm_discard(bytes + PAGE, PAGE), 0);
+            CHECK_EQ(bytes[PAGE - 1], 'x');
+            CHECK_EQ(bytes[PAGE], 0);
+            CHECK_EQ(bytes[2 * PAGE], 'x');
+            aiokvm_zero(bytes + 2 * PAGE, PAGE);
+            CHECK_EQ(bytes[3 * PAGE - 1], 0);
+            CHECK_EQ(bytes[3 * PAGE], 'x');
+            aiokvm_unmap(bytes, SIZE);
+            CHECK(!is_mapped(bytes));
+        }
+    }
+    int error = 0;
+    CHECK(!aiokvm_map_anonymous(PAGE + 1, 0, 0, &error));
+    CHECK_EQ(error, EINVAL);
+    CHECK(!aiokvm_map_anonymous((size_t)1 << 60, 0, 1, &error));
+    CHECK_EQ(error, ENOMEM);
 }

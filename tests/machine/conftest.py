@@ -18,6 +18,7 @@ import pytest
 import sniffio
 
 from aiokvm import VM, boot
+from tests.mappings import secluded_bytes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -62,19 +63,13 @@ def vcpu_threads() -> list[str]:
     return sorted(names)
 
 
-def kvm_mappings() -> list[str]:
-    """Mappings of guest RAM and of vCPUs' kvm_run."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return sorted(line.split()[-1] for line in lines if "aiokvm-ram" in line or "kvm-vcpu" in line)
-
-
-def resources() -> dict[str, list[str]]:
+def resources() -> dict[str, Any]:
     """What machines take from the host."""
-    return {"descriptors": kvm_descriptors(), "threads": vcpu_threads(), "mappings": kvm_mappings()}
+    return {"descriptors": kvm_descriptors(), "threads": vcpu_threads(), "memory": secluded_bytes()}
 
 
 @pytest.fixture(name="resources")
-def resources_fixture() -> Callable[[], dict[str, list[str]]]:
+def resources_fixture() -> Callable[[], dict[str, Any]]:
     return resources
 
 

@@ -46,7 +46,7 @@ class Rig:
 
 @contextmanager
 def a_rig() -> Iterator[Rig]:
-    memory = GuestMemory(16 * MIB)
+    memory = GuestMemory(16 * MIB, shared=True)
     rig = Rig(memory)
     yield rig
     rig.guest.reset()
@@ -64,6 +64,7 @@ def rig() -> Iterator[Rig]:
 def test_pages_go_back_to_the_host_and_read_as_zeros(rig: Rig) -> None:
     page = 8 * MIB // 4096
     rig.memory.write(page * 4096, b"secret" * 1000)
+    assert rig.memory.fd is not None
     before = os.fstat(rig.memory.fd).st_blocks
     rig.guest.drivers[INFLATEQ].add([struct.pack("<II", page, page + 1)])
     rig.guest.notify(INFLATEQ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import resource
 import subprocess
@@ -11,14 +12,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokvm import AiokvmError, ConfigError, KvmError, Limit, check_limits, host_limits
+from aiokvm import VM, AiokvmError, ConfigError, KvmError, Limit, boot, check_limits, host_limits
 from aiokvm.machine import limits
+from tests import mappings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 # What the process of a test holds before and after, whatever its limits are by then.
-COMMON = """
+COMMON = f"""
+{inspect.getsource(mappings)}
+"""
+COMMON += """
 import asyncio, contextlib, gc, os, resource, sys
 import aiokvm
 from aiokvm import VM, Device, boot
@@ -31,8 +36,7 @@ def taken():
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             targets.append(os.readlink(f"/proc/self/fd/{fd}").partition(":")[0])
-    maps = open("/proc/self/maps").read().splitlines()
-    return sorted(targets), [line for line in maps if "aiokvm-ram" in line or "kvm-vcpu" in line]
+    return sorted(targets), secluded_bytes()
 
 async def create(name="m"):
     return await VM.create(boot=boot.Flat(HALT), memory="2M", name=name)
@@ -86,7 +90,7 @@ async def main():
         loop=loop,
     )
     count, error, same = out.splitlines()
-    assert 3 <= int(count) <= 10
+    assert 3 <= int(count) <= 15
     assert error.startswith(f"cannot create machine m{count}: RLIMIT_NOFILE is ")
     assert "ulimit -n" in error
     assert same == "True"
@@ -208,7 +212,7 @@ def test_a_soft_limit_of_descriptors_may_be_raised_and_a_hard_one_needs_more(
 ) -> None:
     for hard, advice in ((9000, "raise it up to 9000"), (200, "LimitNOFILE=")):
         monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (200, hard))
-        with pytest.raises(ConfigError, match=rf"1000 machines of 1 vCPU need 4000 descriptors: .*{advice}"):
+        with pytest.raises(ConfigError, match=rf"1000 machines of 1 vCPU need 3000 descriptors: .*{advice}"):
             check_limits(1000)
 
 
@@ -238,7 +242,7 @@ def test_a_control_group_counts_the_threads_of_those_below_it(
     for group, most, current in ((outer, "300", "120"), (inner, "max", "20")):
         (group / "pids.max").write_text(f"{most}\n")
         (group / "pids.current").write_text(f"{current}\n")
-    monkeypatch.setattr(limits, "_pids_groups", lambda: iter((inner, outer, tmp_path)))
+    monkeypatch.setattr(limits, "_groups", lambda _: iter((inner, outer, tmp_path)))
     (found,) = [limit for limit in host_limits() if limit.name.endswith("pids.max")]
     assert found.name == str(outer / "pids.max")
     assert found.machines == (300 - 120 - limits.SPARE_THREADS) // 2
@@ -276,3 +280,61 @@ async def main():
     assert each[1] <= 2 + limits.THREADS
     # Neighbours with the same rights may be one mapping; what the allocator maps is in the reserve.
     assert each[2] <= mappings + 0.5
+
+
+def test_memory_that_the_host_does_not_have_is_told_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limits.check_memory(1 << 20)
+    with pytest.raises(ConfigError, match=r"memory is 6\.554e\+04 GiB, and .* overcommit"):
+        limits.check_memory(64 << 40)
+    monkeypatch.setattr(limits, "_groups", lambda _: iter((tmp_path,)))
+    swap = 7 << 20
+    for files in (
+        {"memory.max": 500 << 20, "memory.swap.max": swap},
+        {"memory.memsw.limit_in_bytes": (500 << 20) + swap, "memory.limit_in_bytes": 1 << 40},
+    ):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        for name, value in files.items():
+            (tmp_path / name).write_text(f"{value}\n")
+        limits.check_memory((500 << 20) + swap)
+        with pytest.raises(ConfigError, match=str(tmp_path / next(iter(files)))):
+            limits.check_memory((500 << 20) + swap + 1)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.memsw.limit_in_bytes").unlink()
+    limits.check_memory(1 << 30)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("memory", ["100G", "64T"])
+async def test_a_machine_larger_than_the_host_is_refused_before_anything_is_read(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_memory", lambda: iter([("/proc/meminfo", 23 << 30)]))
+    with pytest.raises(ConfigError, match=r"/proc/meminfo says that there are 23 GiB: .*overcommit=True"):
+        await VM.create(boot=boot.Linux("/nonexistent"), memory=memory)
+
+
+@pytest.mark.kvm
+@pytest.mark.anyio
+async def test_overcommit_allows_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_memory", lambda: iter([("/proc/meminfo", 1 << 20)]))
+    async with await VM.create(boot=boot.Flat(b"\xf4"), memory="100G", overcommit=True) as vm:
+        assert vm.memory.size_bytes == 100 << 30
+
+
+def test_what_kvm_maps_for_a_processor_without_real_mode_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parameter = tmp_path / "unrestricted_guest"
+    monkeypatch.setattr(limits, "_UNRESTRICTED_GUEST", parameter)
+
+    def each() -> int:
+        return next(limit.each for limit in host_limits() if limit.name == "vm.max_map_count")
+
+    with_real_mode = each()
+    parameter.write_text("Y\n")
+    assert each() == with_real_mode
+    parameter.write_text("N\n")
+    assert each() == with_real_mode + limits.REAL_MODE_MAPPINGS
