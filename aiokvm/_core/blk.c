@@ -74,16 +74,17 @@ void aiokvm_blk_done(struct aiokvm_blk *blk, struct blk_op *op)
     blk_request_done((struct blk_request *)op);
 }
 
-/* Pops and starts what there is. The vring gives out at most its size. */
-static uint32_t drain_queue(struct blk_queue *queue)
+/* Pops and starts what there is, at most as much as the queue is long: what ends at once makes room for more, and a
+ * driver that is fast enough must not keep the thread from what the loop wants, nor from the other queues. */
+static uint32_t drain_queue(struct blk_queue *queue, bool *more)
 {
     struct aiokvm_blk *blk = queue->blk;
     struct blk_request *request = NULL;
-    uint32_t popped = 0;
+    uint32_t popped = 0, most = aiokvm_vring_size(queue->vring);
     aiokvm_vring_disable_notify(queue->vring);
     do {
         /* What has to wait for the rate limit waits in the queue. */
-        while (!queue->broken && !blk->throttled.first) {
+        while (popped < most && !queue->broken && !blk->throttled.first) {
             if (!request && !(request = get(queue)))
                 return popped; /* no memory: the next completion or notification tries again */
             int result = aiokvm_vring_pop(queue->vring, &request->chain);
@@ -98,16 +99,16 @@ static uint32_t drain_queue(struct blk_queue *queue)
             request = NULL;
             popped++;
         }
-    } while (!queue->broken && !blk->throttled.first && aiokvm_vring_enable_notify(queue->vring));
+    } while (popped < most && !queue->broken && !blk->throttled.first && aiokvm_vring_enable_notify(queue->vring));
     if (request)
         blk_release(request);
+    *more |= popped == most;
     return popped;
 }
 
 static void publish(struct aiokvm_blk *blk)
 {
     bool interrupt = false;
-    const struct aiokvm_notifier *notifier = NULL;
     for (uint32_t i = 0; i < AIOKVM_BLK_QUEUES; i++) {
         struct blk_queue *queue = &blk->queues[i];
         if (!queue->dirty)
@@ -115,12 +116,10 @@ static void publish(struct aiokvm_blk *blk)
         queue->dirty = false;
         blk_count(&blk->stats.batches, 1);
         interrupt |= aiokvm_vring_publish(queue->vring) == 1;
-        notifier = &queue->notifier;
     }
-    /* The queues of a device share its interrupt. */
     if (interrupt) {
         blk_count(&blk->stats.interrupts, 1);
-        aiokvm_notify(notifier, VIRTIO_MMIO_INT_VRING);
+        aiokvm_notify(&blk->notifier, VIRTIO_MMIO_INT_VRING);
     }
 }
 
@@ -177,6 +176,7 @@ static void *blk_main(void *argument)
     atomic_store(&blk->tid, (uint32_t)syscall(SYS_gettid));
     syscall(SYS_futex, &blk->tid, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
     while (!error && obey(blk)) {
+        bool more = false;
         if (blk->running && !blk->stopping) {
             if (atomic_exchange(&blk->retry, 0))
                 blk_request_retry(blk);
@@ -184,11 +184,11 @@ static void *blk_main(void *argument)
             uint32_t popped = 0;
             for (uint32_t i = 0; i < AIOKVM_BLK_QUEUES; i++)
                 if (blk->queues[i].vring && !blk->queues[i].broken)
-                    popped += drain_queue(&blk->queues[i]);
+                    popped += drain_queue(&blk->queues[i], &more);
             aiokvm_pace(&blk->pace, popped);
             publish(blk);
         }
-        blk->engine->type->wait(blk->engine, throttle_wait(blk));
+        blk->engine->type->wait(blk->engine, more ? 0 : throttle_wait(blk));
     }
     set_obeyed(blk, atomic_load(&blk->want));
     return NULL;
@@ -254,6 +254,8 @@ struct aiokvm_blk *aiokvm_blk_new(const struct aiokvm_blk_config *config, int *e
     memcpy(blk->id, config->id, strnlen(config->id, sizeof(blk->id)));
     blk->config.name = blk->config.id = NULL;
     blk->pid = getpid();
+    blk->notifier.irqfd = -1;
+    aiokvm_share_open(&blk->bounces, aiokvm_budget_of_process(AIOKVM_BUDGET_BOUNCE_BYTES));
     pthread_mutex_init(&blk->lock, NULL);
     atomic_store(&blk->capacity_sectors, config->capacity_sectors);
     atomic_store(&blk->writeback, 1);
@@ -271,6 +273,13 @@ struct aiokvm_blk *aiokvm_blk_new(const struct aiokvm_blk_config *config, int *e
     return blk;
 }
 
+static void disown(struct aiokvm_notifier *notifier)
+{
+    if (notifier->irqfd >= 0)
+        close(notifier->irqfd);
+    notifier->irqfd = -1;
+}
+
 void aiokvm_blk_free(struct aiokvm_blk *blk)
 {
     /* A child of fork has copies of the memory, and shares the descriptors' ends with nobody. */
@@ -283,6 +292,8 @@ void aiokvm_blk_free(struct aiokvm_blk *blk)
             free(request);
         }
     }
+    aiokvm_share_close(&blk->bounces);
+    disown(&blk->notifier);
     if (blk->control >= 0)
         close(blk->control);
     if (blk->news >= 0)
@@ -337,6 +348,7 @@ void aiokvm_blk_stats(const struct aiokvm_blk *blk, struct aiokvm_blk_stats *sta
     COPY(batches);
     COPY(interrupts);
     COPY(in_flight);
+    COPY(copied_bytes);
 #undef COPY
 }
 
@@ -348,8 +360,7 @@ static int check_idle(const struct aiokvm_blk *blk)
     return aiokvm_blk_state(blk) == AIOKVM_BLK_IDLE ? 0 : -EBUSY;
 }
 
-int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick,
-                         const struct aiokvm_notifier *notifier)
+int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick)
 {
     int error = index < AIOKVM_BLK_QUEUES ? check_idle(blk) : -EINVAL;
     if (error)
@@ -357,10 +368,8 @@ int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_v
     struct blk_queue *queue = &blk->queues[index];
     queue->vring = vring;
     queue->broken = false;
-    if (vring) {
+    if (vring)
         queue->kick = kick;
-        queue->notifier = *notifier;
-    }
     return 0;
 }
 
@@ -385,10 +394,17 @@ static int want(struct aiokvm_blk *blk, uint32_t what)
     return 0;
 }
 
-int aiokvm_blk_run(struct aiokvm_blk *blk)
+int aiokvm_blk_run(struct aiokvm_blk *blk, const struct aiokvm_notifier *notifier)
 {
     int error = check_idle(blk);
-    return error ? error : want(blk, BLK_WANT_RUNNING);
+    if (error)
+        return error;
+    int irqfd = notifier->irqfd < 0 ? -1 : fcntl(notifier->irqfd, F_DUPFD_CLOEXEC, 0);
+    if (notifier->irqfd >= 0 && irqfd < 0)
+        return -errno;
+    disown(&blk->notifier);
+    blk->notifier = (struct aiokvm_notifier){ irqfd, notifier->status };
+    return want(blk, BLK_WANT_RUNNING);
 }
 
 int aiokvm_blk_stop(struct aiokvm_blk *blk, int32_t queue)

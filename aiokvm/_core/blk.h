@@ -13,7 +13,8 @@
 #include "vring.h"
 
 #define AIOKVM_BLK_QUEUES 16
-#define AIOKVM_BLK_SEGMENTS 16 /* ranges of one DISCARD or WRITE_ZEROES */
+#define AIOKVM_BLK_SEGMENTS 16              /* ranges of one DISCARD or WRITE_ZEROES */
+#define AIOKVM_BLK_CLEAR_SECTORS (1u << 21) /* of one range: a larger hole makes others wait for too long */
 #define AIOKVM_BLK_ID_BYTES 20
 
 enum aiokvm_blk_engine {
@@ -69,6 +70,7 @@ struct aiokvm_blk_stats {
     uint64_t batches;     /* completions made visible together */
     uint64_t interrupts;
     uint64_t in_flight;
+    uint64_t copied_bytes; /* as direct I/O could not take the guest's memory */
 };
 
 struct aiokvm_blk;
@@ -89,11 +91,11 @@ int aiokvm_blk_take(struct aiokvm_blk *blk, struct aiokvm_blk_event *event);
 void aiokvm_blk_stats(const struct aiokvm_blk *blk, struct aiokvm_blk_stats *stats);
 
 /* Queue number index, while idle: NULL takes it away. kick is readable, by an edge, when the driver has rung. */
-int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick,
-                         const struct aiokvm_notifier *notifier);
+int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick);
 /* The features that the driver took, for what they mean to requests (DISCARD, WRITE_ZEROES); while idle. */
 int aiokvm_blk_set_features(struct aiokvm_blk *blk, uint64_t features);
-int aiokvm_blk_run(struct aiokvm_blk *blk);
+/* The thread notifies by a copy of the descriptor, which it may do long after the caller has closed that. */
+int aiokvm_blk_run(struct aiokvm_blk *blk, const struct aiokvm_notifier *notifier);
 /* Takes no more requests, waits for what the kernel has, and is IDLE. What one queue (-1: every queue) has in
  * flight is discarded, as it is taken away from the disk; the others' is completed. */
 int aiokvm_blk_stop(struct aiokvm_blk *blk, int32_t queue);

@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 
 #include "blk.h"
+#include "budget.h"
 #include "pace.h"
 
 /* ThreadSanitizer keeps its own on the stack. */
@@ -20,7 +21,8 @@
 
 /* What one operation moves at most: a request of gigabytes holds up neither a stop nor the others. */
 #define BLK_PIECE_BYTES (4 << 20)
-/* The same where memory is copied: with every request of every queue in flight, 16 MiB a queue of 256. */
+#define SECTOR_BYTES 512
+/* The same where memory is copied. */
 #define BLK_BOUNCE_BYTES (64 << 10)
 #define BLK_IOV_MAX 1024 /* the kernel's UIO_MAXIOV */
 #define BLK_EVENTS 64
@@ -63,11 +65,12 @@ struct blk_request {
     uint64_t offset, left;
     uint64_t total;
     size_t hidden; /* bytes of the last iovec that the piece in flight leaves out */
-    void *bounce;
-    struct iovec own; /* of the bounce buffer, or of zeroes */
+    void *bounce;     /* a buffer of its own, where direct I/O cannot take the guest's memory */
+    struct iovec own; /* of that, or of zeroes */
     /* DISCARD and WRITE_ZEROES. */
     uint32_t range, range_count;
-    bool by_hand; /* zeroes are written: the file cannot do better */
+    bool by_hand;  /* zeroes are written: the file cannot do better */
+    bool unsynced; /* the file has zeroed a range, which is not durable before a sync */
     uint32_t tries;
     struct blk_range ranges[AIOKVM_BLK_SEGMENTS]; /* the last: not cleared for each request */
 };
@@ -80,7 +83,6 @@ struct blk_queue {
     struct aiokvm_blk *blk;
     uint32_t index;
     struct aiokvm_vring *vring;
-    struct aiokvm_notifier notifier;
     int kick, watched; /* descriptors */
     bool broken, dirty;
     struct blk_request *free; /* allocated as the queue gets deeper, kept */
@@ -136,6 +138,7 @@ struct aiokvm_blk {
     uint64_t missed;
 
     /* The loop's while IDLE, the thread's else. */
+    struct aiokvm_notifier notifier; /* the queues of a device share its interrupt; irqfd is a copy */
     struct blk_queue queues[AIOKVM_BLK_QUEUES];
     uint64_t features;
 
@@ -147,10 +150,12 @@ struct aiokvm_blk {
     bool sync_failed; /* the kernel tells once, and may have dropped the data: no later flush can succeed */
     bool shrunk;      /* the image has got shorter than the disk */
     struct blk_list throttled, failed;
+    struct blk_list starved; /* wait for a bounce buffer: others of this disk have its share */
+    struct aiokvm_share bounces; /* of AIOKVM_BUDGET_BOUNCE_BYTES */
     uint64_t throttle_ns; /* until when */
     struct {
         _Atomic uint64_t reads, writes, flushes, discards, read_bytes, written_bytes, errors, throttled;
-        _Atomic uint64_t batches, interrupts, in_flight;
+        _Atomic uint64_t batches, interrupts, in_flight, copied_bytes;
     } stats;
 };
 
@@ -172,9 +177,25 @@ bool blk_request_take(struct blk_queue *queue, struct blk_request *request);
 /* Starts what waits for the rate limit, as far as that allows. */
 void blk_request_throttle(struct aiokvm_blk *blk);
 void blk_request_retry(struct aiokvm_blk *blk);
-void blk_request_done(struct blk_request *request);
 /* Ends what waits in a queue that is stopped. */
 void blk_request_drop(struct aiokvm_blk *blk);
+
+/* blk_piece.c */
+
+/* Copies so many bytes from the front of the iovecs, or leaves them out (to is NULL). */
+void blk_consume(struct blk_request *request, void *to, uint64_t bytes);
+/* Copies from iovecs to a buffer or back, without using them up. */
+void blk_copy(const struct iovec *iov, char *buffer, uint64_t bytes, bool to_buffer);
+/* Submits its next piece. */
+void blk_proceed(struct blk_request *request);
+/* What a request is cut into has been done by the engine. */
+void blk_request_done(struct blk_request *request);
+void blk_finish(struct blk_request *request, uint8_t status);
+/* A request that the driver got wrong, or that this disk does not do: no business of the host's. */
+void blk_refuse(struct blk_request *request, uint8_t status);
+void blk_drop(struct blk_request *request);
+/* Whether it belongs to a queue that is stopped. */
+bool blk_is_discarded(const struct blk_request *request);
 
 static inline void blk_list_push(struct blk_list *list, struct blk_request *request)
 {

@@ -198,6 +198,9 @@ uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, 
 #define AIOKVM_BLK_BROKEN ...
 #define AIOKVM_BLK_EHEADER ...
 #define AIOKVM_BLK_ESTATUS ...
+#define AIOKVM_BLK_QUEUES ...
+#define AIOKVM_BLK_SEGMENTS ...
+#define AIOKVM_BLK_CLEAR_SECTORS ...
 
 struct aiokvm_blk_config {
     int fd;
@@ -237,6 +240,7 @@ struct aiokvm_blk_stats {
     uint64_t batches;
     uint64_t interrupts;
     uint64_t in_flight;
+    uint64_t copied_bytes;
     ...;
 };
 
@@ -248,10 +252,9 @@ uint32_t aiokvm_blk_state(const struct aiokvm_blk *blk);
 int aiokvm_blk_tid(const struct aiokvm_blk *blk);
 int aiokvm_blk_take(struct aiokvm_blk *blk, struct aiokvm_blk_event *event);
 void aiokvm_blk_stats(const struct aiokvm_blk *blk, struct aiokvm_blk_stats *stats);
-int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick,
-                         const struct aiokvm_notifier *notifier);
+int aiokvm_blk_set_queue(struct aiokvm_blk *blk, uint32_t index, struct aiokvm_vring *vring, int kick);
 int aiokvm_blk_set_features(struct aiokvm_blk *blk, uint64_t features);
-int aiokvm_blk_run(struct aiokvm_blk *blk);
+int aiokvm_blk_run(struct aiokvm_blk *blk, const struct aiokvm_notifier *notifier);
 int aiokvm_blk_stop(struct aiokvm_blk *blk, int32_t queue);
 int aiokvm_blk_exit(struct aiokvm_blk *blk);
 int aiokvm_blk_join(struct aiokvm_blk *blk);

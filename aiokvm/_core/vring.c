@@ -304,6 +304,11 @@ void aiokvm_vring_disable_notify(struct aiokvm_vring *vring)
         ask(vring);
 }
 
+uint32_t aiokvm_vring_size(const struct aiokvm_vring *vring)
+{
+    return vring->size;
+}
+
 int aiokvm_vring_error(const struct aiokvm_vring *vring)
 {
     return vring->error;

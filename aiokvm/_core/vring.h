@@ -96,6 +96,8 @@ int aiokvm_vring_enable_notify(struct aiokvm_vring *vring);
 /* The driver need not notify; it may all the same. */
 void aiokvm_vring_disable_notify(struct aiokvm_vring *vring);
 
+/* Its entries; 0 before the first start. */
+uint32_t aiokvm_vring_size(const struct aiokvm_vring *vring);
 /* Any thread: what aiokvm_vring_pop has found wrong; 0: nothing, or the vring was stopped since. */
 int aiokvm_vring_error(const struct aiokvm_vring *vring);
 /* The words for a negative result. */

@@ -117,8 +117,8 @@ class CoreData:
         for index, queue in enumerate(queues):
             if queue.ready:
                 kick = host.take_queue(index)
-                self._check(lib.aiokvm_blk_set_queue(core, index, queue.core, kick, host.notifier))
-        self._check(lib.aiokvm_blk_run(core))
+                self._check(lib.aiokvm_blk_set_queue(core, index, queue.core, kick))
+        self._check(lib.aiokvm_blk_run(core, host.notifier))
 
     def notified(self, queue: int) -> None:
         """The thread has looked by itself."""
@@ -158,7 +158,7 @@ class CoreData:
         core = await self._idle()
         if core:
             for index in range(len(self._queues)):
-                lib.aiokvm_blk_set_queue(core, index, ffi.NULL, -1, ffi.NULL)
+                lib.aiokvm_blk_set_queue(core, index, ffi.NULL, -1)
             self._queues = ()
             self._host = None
 
@@ -169,9 +169,9 @@ class CoreData:
                 return
             lib.aiokvm_blk_stop(self._core, queue)
             core = await self._idle()
-            if core and resets == self._resets:
-                lib.aiokvm_blk_set_queue(core, queue, ffi.NULL, -1, ffi.NULL)
-                self._check(lib.aiokvm_blk_run(core))
+            if core and self._host and resets == self._resets:
+                lib.aiokvm_blk_set_queue(core, queue, ffi.NULL, -1)
+                self._check(lib.aiokvm_blk_run(core, self._host.notifier))
 
     def _check(self, code: int) -> None:
         if code:

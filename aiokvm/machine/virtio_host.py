@@ -49,6 +49,10 @@ class _Interrupts:
     def acknowledge(self, bits: int) -> None:
         lib.aiokvm_status_clear(self.word, bits)
 
+    def close(self) -> None:
+        """The irqfd's number is about to be somebody else's."""
+        self.notifier.irqfd = -1
+
 
 class _Kick:
     """The eventfd that notifications of one queue count up (an ioeventfd), and the loop's watch of it."""
@@ -128,6 +132,7 @@ class VirtioAttachment:
             irq = GsiIrq(vm, gsi)
             undo.callback(irq.close)
             self._interrupts = _Interrupts(irq.fd)
+            undo.callback(self._interrupts.close)
             self.registers = VirtioMmio(
                 device,
                 memory,

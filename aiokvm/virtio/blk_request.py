@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from aiokvm.errors import VirtqueueError
 from aiokvm.virtio.blk import (
+    MAX_CLEAR_SECTORS,
     MAX_SEGMENTS,
     SECTOR_BYTES,
     VIRTIO_BLK_F_DISCARD,
@@ -186,7 +187,11 @@ class BlkParser:
                     status = VIRTIO_BLK_S_UNSUPP
                     break
                 offset, size = sector * SECTOR_BYTES, sectors * SECTOR_BYTES
-                if not self._is_inside(sector, sectors) or (offset | size) % self.block_size:
+                if (
+                    not self._is_inside(sector, sectors)
+                    or sectors > MAX_CLEAR_SECTORS
+                    or (offset | size) % self.block_size
+                ):
                     status = VIRTIO_BLK_S_IOERR
                     break
                 if size:

@@ -38,7 +38,7 @@ void disk_attach(struct disk *disk, uint32_t index)
     uint64_t used = (uint64_t)((uint8_t *)queue->driver.used - disk->ram);
     aiokvm_vring_stop(queue->vring);
     CHECK_EQ(aiokvm_vring_start(queue->vring, QUEUE_SIZE, base, avail, used, 0), 0);
-    CHECK_EQ(aiokvm_blk_set_queue(disk->blk, index, queue->vring, queue->kick, &disk->notifier), 0);
+    CHECK_EQ(aiokvm_blk_set_queue(disk->blk, index, queue->vring, queue->kick), 0);
 }
 
 const char *uring_refused(void)
@@ -92,7 +92,7 @@ void disk_open(struct disk *disk, uint32_t engine, uint64_t bytes)
 
 void disk_run(struct disk *disk)
 {
-    CHECK_EQ(aiokvm_blk_run(disk->blk), 0);
+    CHECK_EQ(aiokvm_blk_run(disk->blk, &disk->notifier), 0);
     CHECK_SOON(aiokvm_blk_state(disk->blk) == AIOKVM_BLK_RUNNING);
 }
 

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "blk_driver.h"
+#include "blk_priv.h"
 #include "check.h"
 
 enum { MIB = 1 << 20 };
@@ -140,6 +141,89 @@ EACH_ENGINE(memory_that_o_direct_cannot_take_is_copied)
     /* What is no block of the disk's was never offered. */
     CHECK_EQ(request(&disk, VIRTIO_BLK_T_IN, 1, DATA, 4096), VIRTIO_BLK_S_IOERR);
     CHECK(no_event(&disk));
+    disk_close(&disk);
+}
+
+EACH_ENGINE(memory_that_o_direct_can_take_is_not_copied)
+{
+    struct disk disk;
+    struct aiokvm_blk_stats stats;
+    disk_open_with(&disk, (struct aiokvm_blk_config){ .engine = engine, .align = 4096 }, 16 * MIB);
+    /* The status has a descriptor of its own, at an odd address. */
+    CHECK_EQ(request(&disk, VIRTIO_BLK_T_OUT, 0, DATA, 5 * MIB), VIRTIO_BLK_S_OK);
+    CHECK_EQ(request(&disk, VIRTIO_BLK_T_IN, 8, DATA, 5 * MIB), VIRTIO_BLK_S_OK);
+    /* It has the last descriptor with the data. */
+    header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
+    struct part parts[] = { { DATA - 4096, 16, false }, { DATA, 4096, true }, { DATA + 8192, 4097, true } };
+    put(&disk, 0, parts, LENGTH(parts));
+    kick(&disk, 0);
+    CHECK_EQ(wait_used(&disk, 0).length, 8193);
+    aiokvm_blk_stats(disk.blk, &stats);
+    CHECK_EQ(stats.copied_bytes, 0);
+    CHECK_EQ(request(&disk, VIRTIO_BLK_T_IN, 0, DATA + 1, 128 << 10), VIRTIO_BLK_S_OK);
+    aiokvm_blk_stats(disk.blk, &stats);
+    CHECK_EQ(stats.copied_bytes, 128 << 10);
+    disk_close(&disk);
+}
+
+EACH_ENGINE(copies_have_a_share_of_the_memory_that_all_disks_have)
+{
+    enum { COUNT = 60, BYTES = 256 << 10 };
+    struct disk disk;
+    struct aiokvm_share others;
+    struct aiokvm_budget_state state;
+    struct aiokvm_budget *budget = aiokvm_budget_of_process(AIOKVM_BUDGET_BOUNCE_BYTES);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 0);
+    /* They have it all: one buffer is left for this one. */
+    aiokvm_share_open(&others, budget);
+    aiokvm_share_add(&others, state.total);
+    disk_open_with(&disk, (struct aiokvm_blk_config){ .engine = engine, .align = 4096 }, MIB);
+    header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
+    for (int i = 0; i < COUNT; i++) {
+        struct part parts[] = { { DATA - 4096, 16, false }, { DATA + 1, BYTES, true }, { DATA - 1, 1, true } };
+        put(&disk, (uint32_t)i % QUEUES, parts, LENGTH(parts));
+    }
+    kick(&disk, 0);
+    kick(&disk, 1);
+    for (int i = 0; i < COUNT;) {
+        struct used used;
+        aiokvm_budget_state(budget, &state);
+        CHECK(state.used <= state.total + BLK_BOUNCE_BYTES);
+        if (take_used(&disk, 0, &used) || take_used(&disk, 1, &used)) {
+            CHECK_EQ(used.length, BYTES + 1);
+            i++;
+        }
+    }
+    /* Those that wait for one do not hold up a stop. */
+    for (int i = 0; i < COUNT; i++) {
+        struct part parts[] = { { DATA - 4096, 16, false }, { DATA + 1, BYTES, true }, { DATA - 1, 1, true } };
+        put(&disk, 0, parts, LENGTH(parts));
+    }
+    kick(&disk, 0);
+    disk_stop(&disk);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, state.total);
+    disk_close(&disk);
+    aiokvm_share_close(&others);
+}
+
+TEST(whoever_gets_the_number_of_its_interrupt_is_not_written_to)
+{
+    struct disk disk;
+    disk_open(&disk, AIOKVM_BLK_THREADS, MIB);
+    int irqfd = dup(disk.notifier.irqfd);
+    char name[] = "/tmp/aiokvm-blk-XXXXXX";
+    int other = mkostemp(name, O_CLOEXEC);
+    CHECK(irqfd >= 0 && other >= 0 && unlink(name) == 0);
+    /* As when the machine has ended, and its disk has not. */
+    CHECK_EQ(dup2(other, disk.notifier.irqfd), disk.notifier.irqfd);
+    CHECK_EQ(request(&disk, VIRTIO_BLK_T_IN, 0, DATA, SECTOR), VIRTIO_BLK_S_OK);
+    uint64_t count = 0;
+    CHECK_SOON(read(irqfd, &count, sizeof(count)) == sizeof(count));
+    CHECK_EQ(lseek(other, 0, SEEK_END), 0);
+    close(other);
+    close(irqfd);
     disk_close(&disk);
 }
 
@@ -306,7 +390,7 @@ EACH_ENGINE(one_queue_is_taken_away_and_the_other_loses_nothing)
     kick(&disk, 1);
     CHECK_EQ(aiokvm_blk_stop(disk.blk, 0), 0);
     CHECK_SOON(aiokvm_blk_state(disk.blk) == AIOKVM_BLK_IDLE);
-    CHECK_EQ(aiokvm_blk_set_queue(disk.blk, 0, NULL, -1, NULL), 0);
+    CHECK_EQ(aiokvm_blk_set_queue(disk.blk, 0, NULL, -1), 0);
     uint16_t done = disk.queues[0].driver.used->idx;
     disk_run(&disk);
     for (int i = 0; i < 50; i++)
@@ -379,10 +463,10 @@ TEST(what_only_an_idle_disk_allows)
 {
     struct disk disk;
     disk_open(&disk, AIOKVM_BLK_THREADS, MIB);
-    CHECK_EQ(aiokvm_blk_set_queue(disk.blk, 0, NULL, -1, NULL), -EBUSY);
-    CHECK_EQ(aiokvm_blk_set_queue(disk.blk, AIOKVM_BLK_QUEUES, NULL, -1, NULL), -EINVAL);
+    CHECK_EQ(aiokvm_blk_set_queue(disk.blk, 0, NULL, -1), -EBUSY);
+    CHECK_EQ(aiokvm_blk_set_queue(disk.blk, AIOKVM_BLK_QUEUES, NULL, -1), -EINVAL);
     CHECK_EQ(aiokvm_blk_set_features(disk.blk, 0), -EBUSY);
-    CHECK_EQ(aiokvm_blk_run(disk.blk), -EBUSY);
+    CHECK_EQ(aiokvm_blk_run(disk.blk, &disk.notifier), -EBUSY);
     CHECK_EQ(aiokvm_blk_join(disk.blk), -EBUSY);
     CHECK_EQ(aiokvm_blk_exit(disk.blk), 0);
     CHECK_EQ(aiokvm_blk_exit(disk.blk), 0);

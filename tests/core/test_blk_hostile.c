@@ -1,6 +1,7 @@
 /* blk*.c: drivers that do what they must not. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -80,6 +81,84 @@ EACH_ENGINE(segments_that_lie)
     disk_run(&disk);
     CHECK_EQ(request(&disk, VIRTIO_BLK_T_DISCARD, 0, DATA, 16), VIRTIO_BLK_S_UNSUPP);
     CHECK_EQ(request(&disk, VIRTIO_BLK_T_WRITE_ZEROES, 0, DATA, 16), VIRTIO_BLK_S_UNSUPP);
+    disk_close(&disk);
+}
+
+EACH_ENGINE(a_range_longer_than_promised_is_refused)
+{
+    static const uint32_t types[] = { VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES };
+    struct disk disk;
+    disk_open(&disk, engine, UINT64_C(2) << 30);
+    for (size_t i = 0; i < LENGTH(types); i++) {
+        struct virtio_blk_discard_write_zeroes segment = { 1, AIOKVM_BLK_CLEAR_SECTORS, 0 };
+        memcpy(disk.ram + DATA, &segment, 16);
+        CHECK_EQ(request(&disk, types[i], 0, DATA, 16), VIRTIO_BLK_S_OK);
+        segment.num_sectors++;
+        memcpy(disk.ram + DATA, &segment, 16);
+        CHECK_EQ(request(&disk, types[i], 0, DATA, 16), VIRTIO_BLK_S_IOERR);
+    }
+    CHECK(no_event(&disk));
+    disk_close(&disk);
+}
+
+EACH_ENGINE(ranges_that_direct_io_cannot_take_are_refused)
+{
+    struct disk disk;
+    disk_open_with(&disk, (struct aiokvm_blk_config){ .engine = engine, .align = 4096, .discard = 1 }, MIB);
+    static const struct virtio_blk_discard_write_zeroes segments[] = { { 1, 8, 0 }, { 8, 1, 0 } };
+    for (size_t i = 0; i < LENGTH(segments); i++) {
+        memcpy(disk.ram + DATA, &segments[i], 16);
+        CHECK_EQ(request(&disk, VIRTIO_BLK_T_WRITE_ZEROES, 0, DATA, 16), VIRTIO_BLK_S_IOERR);
+        CHECK_EQ(request(&disk, VIRTIO_BLK_T_DISCARD, 0, DATA, 16), VIRTIO_BLK_S_IOERR);
+    }
+    CHECK(no_event(&disk));
+    disk_close(&disk);
+}
+
+/* The sync behind the last range: there is no range that it is about. */
+TEST(all_ranges_are_zeroed_and_then_the_sync_fails)
+{
+    struct disk disk;
+    disk_open(&disk, AIOKVM_BLK_THREADS, MIB);
+    aiokvm_blk_set_writeback(disk.blk, 0);
+    struct virtio_blk_discard_write_zeroes segments[AIOKVM_BLK_SEGMENTS];
+    for (uint32_t i = 0; i < AIOKVM_BLK_SEGMENTS; i++)
+        segments[i] = (struct virtio_blk_discard_write_zeroes){ .sector = i, .num_sectors = 1 };
+    memcpy(disk.ram + DATA, segments, sizeof(segments));
+    atomic_store(&fdatasync_error, EIO);
+    CHECK_EQ(request(&disk, VIRTIO_BLK_T_WRITE_ZEROES, 0, DATA, sizeof(segments)), VIRTIO_BLK_S_IOERR);
+    struct aiokvm_blk_event event = wait_event(&disk);
+    CHECK_EQ(event.error, EIO);
+    CHECK_EQ(event.offset, 0);
+    CHECK_EQ(event.length, 0);
+    disk_close(&disk);
+}
+
+/* The device's own answer makes a second queue of requests available, at the end of the first: were they taken at one
+ * go, one that goes on so would keep the thread for ever. */
+EACH_ENGINE(no_more_is_taken_at_a_time_than_the_queue_is_long)
+{
+    struct disk disk;
+    disk_open_with(&disk, (struct aiokvm_blk_config){ .engine = engine, .id = "\x10\x08" }, MIB);
+    for (int i = 0; i < 0x10; i++)
+        CHECK_EQ(request(&disk, VIRTIO_BLK_T_GET_ID, 0, DATA, 20), VIRTIO_BLK_S_OK);
+    struct aiokvm_blk_stats before, after;
+    CHECK_SOON((aiokvm_blk_stats(disk.blk, &before), before.interrupts == 0x10));
+    struct vring *ring = &disk.queues[0].driver;
+    uint32_t idx = (uint32_t)((uint8_t *)&ring->avail->idx - disk.ram);
+    header(&disk, DATA, VIRTIO_BLK_T_GET_ID, 0);
+    ring->desc[0] = (struct vring_desc){ DATA, 16, VRING_DESC_F_NEXT, 1 };
+    ring->desc[1] = (struct vring_desc){ DATA + 16, 1, VRING_DESC_F_WRITE, 0 };
+    ring->desc[2] = (struct vring_desc){ DATA, 16, VRING_DESC_F_NEXT, 3 };
+    ring->desc[3] = (struct vring_desc){ idx, 2, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1 };
+    for (uint32_t i = 0; i < QUEUE_SIZE; i++)
+        ring->avail->ring[i] = i == 0x0f ? 2 : 0;
+    __atomic_store_n(&ring->avail->idx, (uint16_t)(0x10 + QUEUE_SIZE), __ATOMIC_SEQ_CST);
+    kick(&disk, 0);
+    CHECK_SOON(__atomic_load_n(&ring->used->idx, __ATOMIC_ACQUIRE) == 0x10 + 2 * QUEUE_SIZE);
+    aiokvm_blk_stats(disk.blk, &after);
+    CHECK_EQ(after.batches - before.batches, 2);
+    CHECK(no_event(&disk));
     disk_close(&disk);
 }
 

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiokvm._core import lib
 from aiokvm.errors import ConfigError, VirtqueueError
 from aiokvm.virtio.blk import (
+    MAX_CLEAR_SECTORS,
+    MAX_QUEUES,
     MAX_SEGMENTS,
     VIRTIO_BLK_F_BLK_SIZE,
     VIRTIO_BLK_F_CONFIG_WCE,
@@ -379,6 +382,19 @@ def test_segments() -> None:
     assert request
     assert request.ranges == (BlkRange(4096, 8192, False), BlkRange(16384, 512, True))
     assert request.cost_bytes == 8192 + 512
+
+
+@pytest.mark.parametrize("type_", [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES])
+def test_a_range_longer_than_promised_is_refused(type_: int) -> None:
+    rig = Rig(capacity_sectors=4 * MAX_CLEAR_SECTORS)
+    assert rig.take([header(type_), segment(1, MAX_CLEAR_SECTORS)], [1])
+    assert status_of(rig, [header(type_), segment(1, MAX_CLEAR_SECTORS + 1)], [1]) == VIRTIO_BLK_S_IOERR
+
+
+def test_the_limits_of_both_data_movers_are_the_same() -> None:
+    assert MAX_QUEUES == lib.AIOKVM_BLK_QUEUES
+    assert MAX_SEGMENTS == lib.AIOKVM_BLK_SEGMENTS
+    assert MAX_CLEAR_SECTORS == lib.AIOKVM_BLK_CLEAR_SECTORS
 
 
 def test_a_request_is_void_once_the_queue_is_stopped() -> None:
