@@ -51,7 +51,7 @@ class _Interrupts:
 
     def close(self) -> None:
         """The irqfd's number is about to be somebody else's."""
-        self.notifier.irqfd = -1
+        self.notifier[0].irqfd = -1
 
 
 class _Kick:
