@@ -20,8 +20,8 @@
 #include "pace.h"
 
 enum { STACK_SIZE = 256 << 10, EVENTS = 64 };
-/* How long the thread serves before it looks whether somebody else wants the lock. */
-static const uint64_t THREAD_BUDGET_NS = 500000;
+/* How long the thread serves at a time, and how long what any other call has to send or write may take. */
+static const uint64_t THREAD_BUDGET_NS = 500000, CALL_BUDGET_NS = 500000;
 
 static void ring(int eventfd)
 {
@@ -76,19 +76,47 @@ void net_tell(struct aiokvm_net_end *end, uint32_t news, int32_t error, uint32_t
     net->told_tail = &end->next_told;
 }
 
+/* What it sends may be sent again. */
+static void resume(struct aiokvm_net_end *end)
+{
+    end->waits = false;
+    if (end->type->resume)
+        end->type->resume(end);
+    else
+        net_ready(end);
+}
+
 void net_resume(struct aiokvm_net_end *end)
 {
     struct aiokvm_net_end *peer = end->peer;
-    if (!peer || !peer->waits || peer->throttled_ns)
-        return;
-    peer->waits = false;
-    if (peer->type->resume)
-        peer->type->resume(peer);
-    else
-        net_ready(peer);
+    if (peer && peer->waits && !peer->throttled_ns)
+        resume(peer);
+}
+
+void net_yield(struct aiokvm_net_end *end)
+{
+    end->yields = true;
+    net_ready(end);
 }
 
 /* ---- time ---- */
+
+static void begin_time(struct aiokvm_net *net, uint64_t until_ns)
+{
+    net->until_ns = until_ns;
+    net->spent = 0;
+    net->is_over = false;
+}
+
+void net_look_at_clock(struct aiokvm_net *net)
+{
+    uint64_t now_ns = aiokvm_now_ns();
+    net->spent = 0;
+    if (!net->until_ns)
+        net->until_ns = now_ns + CALL_BUDGET_NS;
+    /* Who waits for a thread, the loop that is, waits for no longer than it has to. */
+    net->is_over = now_ns >= net->until_ns || (net->has_thread && atomic_load(&net->wanted));
+}
 
 static void set_timer(struct aiokvm_net *net, uint64_t deadline_ns)
 {
@@ -121,11 +149,7 @@ static void on_timer(struct aiokvm_net *net)
     for (struct aiokvm_net_end *end = net->ends; end; end = end->next) {
         if (end->throttled_ns && end->throttled_ns <= now_ns) {
             end->throttled_ns = 0;
-            end->waits = false;
-            if (end->type->resume)
-                end->type->resume(end);
-            else
-                net_ready(end);
+            resume(end);
         }
         if (end->deadline_ns && end->deadline_ns <= now_ns) {
             end->deadline_ns = 0;
@@ -208,13 +232,18 @@ static struct aiokvm_net_end *take_ready(struct aiokvm_net *net)
 /* Each that is ready has its turn, round and round. True: some still are. */
 static bool turn(struct aiokvm_net *net, uint64_t budget_ns)
 {
-    uint64_t until_ns = aiokvm_now_ns() + budget_ns;
+    begin_time(net, aiokvm_now_ns() + budget_ns);
     for (look(net); net->ready; look(net))
         for (struct aiokvm_net_end *end; (end = take_ready(net));) {
+            if (end->yields) {
+                end->yields = false;
+                resume(end);
+            }
             if (end->type->serve(end))
                 net_ready(end);
             flush(net);
-            if (aiokvm_now_ns() >= until_ns)
+            net_look_at_clock(net);
+            if (net->is_over)
                 return net->ready;
         }
     return false;
@@ -227,6 +256,7 @@ bool net_enter(struct aiokvm_net *net)
     atomic_fetch_add(&net->wanted, 1);
     pthread_mutex_lock(&net->lock);
     atomic_fetch_sub(&net->wanted, 1);
+    begin_time(net, 0);
     return true;
 }
 
@@ -456,16 +486,18 @@ int aiokvm_net_link(struct aiokvm_net_end *one, struct aiokvm_net_end *other)
         return -EXDEV;
     if (one == other)
         return -EINVAL;
-    if (!net_enter(one->net))
+    struct aiokvm_net *net = one->net;
+    if (!net_enter(net))
         return -EOWNERDEAD;
     int error = one->peer || other->peer ? -EBUSY : 0;
     if (!error) {
         one->peer = other;
         other->peer = one;
+        one->link = other->link = ++net->next_link;
         net_ready(one);
         net_ready(other);
     }
-    net_leave(one->net);
+    net_leave(net);
     return error;
 }
 

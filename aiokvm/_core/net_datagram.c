@@ -36,7 +36,7 @@ struct datagram {
     socklen_t remote_size; /* 0: none */
     uint64_t pause_ns;
     uint32_t in_next, in_count;
-    uint32_t passed, segments; /* of the frame at in_next, when that was blocked */
+    struct net_progress progress; /* of the frame at in_next, when that was blocked */
     uint32_t out_next, out_count, out_bytes;
     uint8_t *in_data, *out_data;
     struct mmsghdr in[IN], out[OUT];
@@ -74,6 +74,7 @@ static bool is_final(const struct datagram *datagram, int error)
 static bool fill(struct datagram *datagram)
 {
     int count = recvmmsg(datagram->watch.fd, datagram->in, IN, MSG_DONTWAIT, NULL);
+    net_spend(datagram->end.net, NET_COST_LOOK);
     if (count < 0) {
         if (errno == EAGAIN)
             datagram->watch.events &= ~(uint32_t)(EPOLLIN | EPOLLERR | EPOLLHUP);
@@ -105,19 +106,17 @@ static enum net_result send_frame(struct datagram *datagram)
     struct iovec iov[2] = { [1] = { message->msg_hdr.msg_iov->iov_base, message->msg_len } };
     struct net_frame frame = {
         .iov = iov + 1, .count = 1, .size = message->msg_len,
-        .passed = datagram->passed, .segments = datagram->segments,
+        .progress = datagram->progress,
     };
     enum net_result result = net_send(&datagram->end, &frame);
-    bool is_blocked = result == NET_BLOCKED;
-    datagram->passed = is_blocked ? frame.passed : 0;
-    datagram->segments = is_blocked ? frame.segments : 0;
+    datagram->progress = result == NET_BLOCKED ? frame.progress : (struct net_progress){ 0 };
     return result;
 }
 
 static bool read_frames(struct datagram *datagram)
 {
     uint32_t errors = 0;
-    for (uint32_t left = NET_QUANTUM; left; left--) {
+    for (uint32_t left = NET_QUANTUM; left; left = datagram->end.net->is_over ? 0 : left - 1) {
         if (datagram->in_next == datagram->in_count) {
             if (!(datagram->watch.events & (EPOLLIN | EPOLLERR | EPOLLHUP)))
                 return false;
@@ -183,6 +182,7 @@ static void write_out(struct datagram *datagram)
     while (datagram->out_next < datagram->out_count && datagram->watch.events & EPOLLOUT) {
         int count = sendmmsg(datagram->watch.fd, datagram->out + datagram->out_next,
                              datagram->out_count - datagram->out_next, MSG_DONTWAIT | MSG_NOSIGNAL);
+        net_spend(datagram->end.net, NET_COST_LOOK);
         if (count < 0) {
             on_error(datagram, errno);
             continue;
@@ -229,7 +229,9 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
 static void flush(struct aiokvm_net_end *end)
 {
     struct datagram *datagram = (struct datagram *)end;
-    if (datagram->watch.fd >= 0)
+    if (end->net->is_over)
+        net_ready(end);
+    else if (datagram->watch.fd >= 0)
         write_out(datagram);
 }
 

@@ -12,6 +12,8 @@
 
 /* Flows that are being asked about, each with its first frame. */
 enum { MAX_ASKED = 64 };
+/* Of looking at a rule, for net_spend. */
+enum { COST_RULE = 32 };
 /* For how long a denial of the program's is not asked again. */
 static const uint64_t DENIED_NS = UINT64_C(30) * 1000000000;
 
@@ -220,8 +222,8 @@ static bool passes_by_rule(struct aiokvm_net_filter *filter, const struct aiokvm
 bool net_filter_passes(struct aiokvm_net_filter *filter, struct aiokvm_net_end *end, const struct net_frame *frame,
                        bool sent, uint64_t now_ns)
 {
-    (void)end;
     struct net_facts facts;
+    net_spend(end->net, filter->count * COST_RULE);
     net_facts_set(&facts, frame, !sent);
     if (facts.is_bad)
         return false;
@@ -306,7 +308,8 @@ static void send_asked(struct aiokvm_net_filter *filter, const struct asked *ask
     struct iovec iov[3] = { [1] = { asked->data, asked->what.frame_size } };
     struct net_frame frame = {
         .hdr = asked->hdr, .iov = iov + 1, .count = 1, .size = asked->what.frame_size, .hops = asked->hops,
-        .queue = asked->queue, .passed = NET_PASSED_SENT_LIMIT | NET_PASSED_RECEIVED_LIMIT,
+        .queue = asked->queue,
+        .progress = { .passed = NET_PASSED_SENT_LIMIT | NET_PASSED_RECEIVED_LIMIT, .link = from->link },
     };
     if (from->stats.dropped_filtered)
         from->stats.dropped_filtered--;

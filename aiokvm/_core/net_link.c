@@ -33,15 +33,16 @@ static uint64_t passes_limits(struct aiokvm_net_end *from, struct aiokvm_net_end
                               uint64_t now_ns)
 {
     uint64_t wait_ns;
-    if (from->sent_limit && !(frame->passed & NET_PASSED_SENT_LIMIT)) {
+    uint32_t *passed = &frame->progress.passed;
+    if (from->sent_limit && !(*passed & NET_PASSED_SENT_LIMIT)) {
         if ((wait_ns = aiokvm_ratelimit_take(from->sent_limit, now_ns, bytes_of(frame))))
             return wait_ns;
-        frame->passed |= NET_PASSED_SENT_LIMIT;
+        *passed |= NET_PASSED_SENT_LIMIT;
     }
-    if (to->received_limit && !(frame->passed & NET_PASSED_RECEIVED_LIMIT)) {
+    if (to->received_limit && !(*passed & NET_PASSED_RECEIVED_LIMIT)) {
         if ((wait_ns = aiokvm_ratelimit_take(to->received_limit, now_ns, bytes_of(frame))))
             return wait_ns;
-        frame->passed |= NET_PASSED_RECEIVED_LIMIT;
+        *passed |= NET_PASSED_RECEIVED_LIMIT;
     }
     return 0;
 }
@@ -59,10 +60,14 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
         return drop(&from->stats.dropped_down);
     if (frame->hops > MAX_HOPS)
         return drop(&from->stats.dropped_invalid);
-    if (!(frame->passed & NET_PASSED_FILTERS)) {
+    struct net_progress *progress = &frame->progress;
+    if (progress->link != from->link)
+        *progress = (struct net_progress){ .link = from->link };
+    net_spend(from->net, NET_COST_FRAME);
+    if (!(progress->passed & NET_PASSED_FILTERS)) {
         if (!passes_filters(from, to, frame))
             return drop(&from->stats.dropped_filtered);
-        frame->passed |= NET_PASSED_FILTERS;
+        progress->passed |= NET_PASSED_FILTERS;
     }
     if (from->sent_limit || to->received_limit) {
         uint64_t now_ns = aiokvm_now_ns(), wait_ns = passes_limits(from, to, frame, now_ns);
@@ -73,12 +78,13 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
             return NET_BLOCKED;
         }
     }
-    if ((from->capture || to->capture) && !(frame->passed & NET_PASSED_CAPTURES)) {
+    if ((from->capture || to->capture) && !(progress->passed & NET_PASSED_CAPTURES)) {
         if (from->capture)
             net_capture_record(from->capture, from, frame, true);
         if (to->capture)
             net_capture_record(to->capture, to, frame, false);
-        frame->passed |= NET_PASSED_CAPTURES;
+        progress->passed |= NET_PASSED_CAPTURES;
+        net_spend(from->net, frame->size);
     }
     bool whole = !(net_frame_needs(frame) & ~to->offloads);
     if (!whole && !net_offload_fits(frame))
@@ -88,6 +94,7 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
         from->waits = true;
         return result;
     }
+    net_spend(from->net, frame->size);
     if (from->wake != from->net->wake) {
         from->wake = from->net->wake;
         from->batch = 0;

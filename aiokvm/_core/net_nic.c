@@ -78,11 +78,13 @@ static bool take_chain(struct nic *nic, struct nic_queue *queue)
 /* Returns what is left of the budget, which is in frames. */
 static uint32_t transmit(struct nic *nic, struct nic_queue *queue, uint32_t budget)
 {
+    struct aiokvm_net *net = nic->end.net;
     aiokvm_vring_disable_notify(queue->vring);
-    for (; budget; budget--) {
+    for (; budget; budget = net->is_over ? 0 : budget - 1) {
         if (!queue->chain) {
             if (!take_chain(nic, queue))
                 break;
+            net_spend(net, NET_COST_FRAME + queue->chain->readable * NIC_COST_PIECE);
             if (!take_frame(nic, queue)) {
                 nic->end.stats.dropped_invalid++;
                 complete(nic, queue);
@@ -341,8 +343,8 @@ static int watch_again(struct nic *nic, int kicks[2 * AIOKVM_NET_NIC_PAIRS])
             continue;
         queue->is_blocked = false;
         queue->is_pending = i % 2;
-        /* Another peer has other filters. */
-        queue->frame.passed = queue->frame.segments = 0;
+        /* Links of two planes may have the same number. */
+        queue->frame.progress = (struct net_progress){ 0 };
         error = net_watch(&queue->kick, &nic->end, kicks[i], EPOLLIN);
     }
     return error;

@@ -6,6 +6,8 @@
 #include "net_priv.h"
 
 enum { NIC_HDR_SIZE = sizeof(struct virtio_net_hdr_v1), NIC_FLOWS = 1024 };
+/* Of a descriptor, for net_spend: it is checked, and what it points to is looked for in the caches. */
+enum { NIC_COST_PIECE = 64 };
 
 struct nic_queue {
     struct net_watch kick;

@@ -236,7 +236,9 @@ enum net_result nic_receive(struct aiokvm_net_end *end, struct net_frame *frame)
                 return NET_BLOCKED;
             }
         }
-        room += stashed(queue, chains++)->writable_bytes;
+        const struct aiokvm_chain *chain = stashed(queue, chains++);
+        room += chain->writable_bytes;
+        net_spend(end->net, chain->writable * NIC_COST_PIECE);
     }
     /* All buffers that a driver can have given are too few: waiting for more would last for ever. */
     if (room < need)

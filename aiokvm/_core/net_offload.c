@@ -7,12 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "clock.h"
 #include "net_checksum.h"
 #include "net_packet.h"
 
-/* Pieces in a row: a small gso_size makes thousands of one frame, and others want their turn. */
-enum { MAX_PIECES = 128 };
 /* Offsets in TCP's header, RFC 9293, section 3.1. */
 enum { TCP_SEQ = 4, TCP_FLAGS = 13, TCP_FIN = 1, TCP_PSH = 8, TCP_CWR = 0x80 };
 enum { UDP_LENGTH = 4 };
@@ -68,6 +65,7 @@ static enum net_result send_with_checksum(struct aiokvm_net_end *to, struct net_
     struct virtio_net_hdr_v1 hdr = frame->hdr;
     uint32_t count = frame->count;
     uint16_t checksum = frame_checksum(frame);
+    net_spend(to->net, frame->size);
     size_t private = first.iov_len < NET_HEAD ? first.iov_len : NET_HEAD;
     memcpy(head, first.iov_base, private);
     memcpy(head + hdr.csum_start + hdr.csum_offset, &checksum, sizeof(checksum));
@@ -216,6 +214,7 @@ static enum net_result send_piece(struct aiokvm_net_end *to, const struct cut *c
         uint16_t checksum = finish(&sum);
         memcpy(piece + hdr->csum_start + hdr->csum_offset, &checksum, sizeof(checksum));
     }
+    net_spend(to->net, NET_COST_FRAME + payload);
     return to->type->receive(to, &part);
 }
 
@@ -230,13 +229,15 @@ static enum net_result send_in_pieces(struct aiokvm_net_end *to, struct net_fram
     }
     cut.partial = to->offloads & AIOKVM_NET_OFFLOAD_CSUM;
     struct cursor cursor = { .iov = frame->iov };
-    move(&cursor, cut.header + frame->segments * frame->hdr.gso_size, NULL, NULL);
-    for (uint32_t sent = 0; frame->segments < cut.pieces; sent++, frame->segments++) {
-        if (sent == MAX_PIECES) {
-            net_throttle(to->peer, aiokvm_now_ns());
+    uint32_t *done = &frame->progress.done;
+    move(&cursor, cut.header + *done * frame->hdr.gso_size, NULL, NULL);
+    /* At least one at a time. */
+    for (uint32_t first = *done; *done < cut.pieces; (*done)++) {
+        if (to->net->is_over && *done > first) {
+            net_yield(to->peer);
             return NET_BLOCKED;
         }
-        if (send_piece(to, &cut, frame, &cursor, frame->segments) == NET_BLOCKED)
+        if (send_piece(to, &cut, frame, &cursor, *done) == NET_BLOCKED)
             return NET_BLOCKED;
     }
     to->peer->stats.segmented++;

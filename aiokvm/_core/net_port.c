@@ -176,6 +176,12 @@ int aiokvm_net_port_send(struct aiokvm_net_end *end, const uint8_t *data, const 
         wrong = !make_frame(&frame, headers ? &headers[done] : NULL);
         if (wrong || !send_or_queue(port, &frame))
             break;
+        if (end->net->is_over) {
+            /* The others may come at once. */
+            done++;
+            net_ready(end);
+            break;
+        }
     }
     port->wants = !wrong && done < count;
     net_leave(end->net);

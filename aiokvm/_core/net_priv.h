@@ -18,19 +18,30 @@
 #define VIRTIO_NET_HDR_GSO_UDP_L4 5
 #endif
 
-/* How much an end does when it is served, before others have their turn. */
+/* How much an end does when it is served, before others have their turn; less if the time is over, see net_spend. */
 enum { NET_QUANTUM = 64 };
+/* What work costs beside the bytes that it copies, in bytes, and after how much of it the clock is looked at: some 10
+ * microseconds. */
+enum { NET_COST_FRAME = 1 << 10, NET_COST_CALL = 1 << 14, NET_COST_LOOK = 1 << 15 };
 /* Bytes of a frame that are the plane's own memory: link, network and transport header. */
 enum { NET_HEAD = 256 };
 
 struct net_offload; /* net_offload.c */
 
-/* Of net_frame.passed: what need not be asked again when a frame that was held back is sent again. */
+/* Of net_progress.passed: what need not be asked again when a frame that was held back is sent again. */
 enum {
     NET_PASSED_FILTERS = 1,
     NET_PASSED_SENT_LIMIT = 2,
     NET_PASSED_RECEIVED_LIMIT = 4,
     NET_PASSED_CAPTURES = 8,
+};
+
+/* How far a frame has got on a link: all 0 at first, then net_send's. One that has to wait is sent again with it as it
+ * was; on another link it begins anew. */
+struct net_progress {
+    uint32_t passed; /* NET_PASSED_* */
+    uint32_t done;   /* the receiver's: pieces that were cut from it, or ports of a switch that have it */
+    uint32_t link;   /* aiokvm_net_end.link of the sender */
 };
 
 /* A frame on its way. The header is checked, in the byte order of the host; num_buffers has no meaning.
@@ -45,9 +56,7 @@ struct net_frame {
     uint32_t size; /* in bytes, without hdr: AIOKVM_NET_MIN_FRAME to AIOKVM_NET_MAX_FRAME */
     uint32_t hops;  /* switches that it has crossed */
     uint32_t queue; /* of the sender that it came from, a hint: both directions of a flow should use one */
-    /* net_send's, 0 at first. A frame that has to wait is sent again with them as they are. */
-    uint32_t passed;
-    uint32_t segments;
+    struct net_progress progress;
 };
 
 enum net_result {
@@ -56,13 +65,14 @@ enum net_result {
 };
 
 struct net_type {
-    /* Does up to NET_QUANTUM frames' worth of what there is to do. True: there is more. */
+    /* Does up to NET_QUANTUM frames' worth of what there is to do, while there is time. True: there is more. */
     bool (*serve)(struct aiokvm_net_end *end);
     /* Takes a frame from the peer; `frame` and what it points to are the caller's again afterwards. */
     enum net_result (*receive)(struct aiokvm_net_end *end, struct net_frame *frame);
     /* What was blocked may be sent again. NULL: net_ready(end). */
     void (*resume)(struct aiokvm_net_end *end);
-    /* After a batch of `receive`, for an end that has called net_dirty. May be NULL. */
+    /* After a batch of `receive`, for an end that has called net_dirty. It makes no system call that may take long if
+     * the time is over: it can be served instead. May be NULL. */
     void (*flush)(struct aiokvm_net_end *end);
     /* Gives back what the end holds, and its memory. */
     void (*free)(struct aiokvm_net_end *end);
@@ -74,9 +84,11 @@ struct aiokvm_net_end {
     struct aiokvm_net *net;
     struct aiokvm_net_end *peer;
     uint32_t id;
+    uint32_t link;     /* tells the links of a plane apart; of the last one */
     uint32_t offloads; /* AIOKVM_NET_OFFLOAD_*: what `receive` takes */
     bool up;
     bool waits;    /* was told NET_BLOCKED and not resumed since */
+    bool yields;   /* is resumed when it has its turn */
     bool is_ready; /* in the list of ready ends */
     bool is_dirty;
     bool is_told;           /* in the list of those with news */
@@ -115,7 +127,11 @@ struct aiokvm_net {
     pid_t pid; /* of the process whose it is: a child of fork has a copy */
     int epoll, timer, control, news_fd;
     uint64_t timer_ns; /* what the timer is set to, 0: nothing */
-    uint32_t next_id;
+    /* The time of the call that holds the lock. */
+    uint64_t until_ns; /* 0: the clock was not looked at yet */
+    uint32_t spent;    /* since the clock was looked at */
+    bool is_over;
+    uint32_t next_id, next_link;
     struct aiokvm_net_end *ends;
     struct aiokvm_net_end *ready, **ready_tail;
     struct aiokvm_net_end *dirty;
@@ -130,11 +146,24 @@ bool net_enter(struct aiokvm_net *net);
 /* Flushes what is dirty; what is ready will be served. */
 void net_leave(struct aiokvm_net *net);
 
+void net_look_at_clock(struct aiokvm_net *net);
+
 /* A new end of its type's own size, zeroed but for the fields above; enters by itself. NULL: *error is an errno. */
 void *net_end_new(struct aiokvm_net *net, const struct net_type *type, size_t size, int *error);
 
 /* To be served soon. */
 void net_ready(struct aiokvm_net_end *end);
+/* There was work of this cost, in bytes that were copied, or NET_COST_*. Whatever goes on for long tells, and stops when
+ * net->is_over: so no call takes much longer than it may, whoever works in it, and a thread gives way. */
+static inline void net_spend(struct aiokvm_net *net, uint32_t cost)
+{
+    net->spent += cost;
+    if (net->spent >= NET_COST_LOOK)
+        net_look_at_clock(net);
+}
+/* The time is over while a frame that this end sends is on its way: its receiver says NET_BLOCKED, and the end is
+ * resumed when it has its next turn. */
+void net_yield(struct aiokvm_net_end *end);
 /* To be flushed when the batch is over. */
 void net_dirty(struct aiokvm_net_end *end);
 /* To be served at this time of aiokvm_now_ns, if not before; 0: no more. */
@@ -180,7 +209,7 @@ void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_b
 void net_queue_clear(struct net_queue *queue);
 /* False: there is no room, or no memory. */
 bool net_queue_put(struct net_queue *queue, const struct net_frame *frame);
-/* Sends what waits, at most `most` frames. NET_BLOCKED: the peer takes no more now. */
+/* Sends what waits, at most `most` frames, while there is time. NET_BLOCKED: the peer takes no more now. */
 enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *from, uint32_t most);
 
 /* ---- net_offload.c ---- */
@@ -189,9 +218,9 @@ enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *f
 uint32_t net_frame_needs(const struct net_frame *frame);
 /* Whether the frame, if it has to be cut, can be: its headers are what gso_type says. */
 bool net_offload_fits(const struct net_frame *frame);
-/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->segments. To one
- * that takes segmentation but no checksums: whole, with the checksum of it, and gso_type and gso_size as they are.
- * NET_BLOCKED also after many pieces, so that others have their turn; the sender is then resumed by itself. */
+/* Gives the frame to `to` in pieces that need none of what it does not take, beginning with frame->progress.done. To
+ * one that takes segmentation but no checksums: whole, with the checksum of it, and gso_type and gso_size as they are.
+ * NET_BLOCKED also when the time is over. */
 enum net_result net_offload_send(struct aiokvm_net_end *to, struct net_frame *frame);
 void net_offload_free(struct net_offload *offload);
 

@@ -7,7 +7,8 @@
 struct net_queued {
     struct net_queued *next;
     struct virtio_net_hdr_v1 hdr;
-    uint32_t size, hops, queue, passed, segments;
+    uint32_t size, hops, queue;
+    struct net_progress progress;
     uint8_t data[];
 };
 
@@ -42,7 +43,7 @@ bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
     if (!queued)
         return false;
     *queued = (struct net_queued){ .hdr = frame->hdr, .size = frame->size, .hops = frame->hops,
-                                   .queue = frame->queue, .passed = frame->passed, .segments = frame->segments };
+                                   .queue = frame->queue, .progress = frame->progress };
     net_frame_copy(frame, queued->data);
     *queue->last = queued;
     queue->last = &queued->next;
@@ -53,17 +54,15 @@ bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
 
 enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *from, uint32_t most)
 {
-    for (struct net_queued *queued; most && (queued = queue->first); most--) {
+    for (struct net_queued *queued; most && (queued = queue->first); most = from->net->is_over ? 0 : most - 1) {
         /* [0] is the receiver's. */
         struct iovec iov[3] = { [1] = { queued->data, queued->size } };
         struct net_frame frame = {
             .hdr = queued->hdr, .iov = iov + 1, .count = 1, .size = queued->size,
-            .hops = queued->hops, .queue = queued->queue, .passed = queued->passed,
-            .segments = queued->segments,
+            .hops = queued->hops, .queue = queued->queue, .progress = queued->progress,
         };
         if (net_send(from, &frame) == NET_BLOCKED) {
-            queued->passed = frame.passed;
-            queued->segments = frame.segments;
+            queued->progress = frame.progress;
             return NET_BLOCKED;
         }
         remove_first(queue);

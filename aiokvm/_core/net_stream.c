@@ -26,13 +26,13 @@ struct stream {
     uint32_t in_start, in_end;   /* what has come and was not sent to the peer */
     uint32_t out_start, out_end; /* what was received from the peer and not written */
     bool is_full;                /* the peer was told NET_BLOCKED */
-    uint32_t passed, segments;   /* of the frame at in_start, when that was blocked */
+    struct net_progress progress; /* of the frame at in_start, when that was blocked */
 };
 
 static void reset(struct stream *stream)
 {
     stream->in_start = stream->in_end = stream->out_start = stream->out_end = 0;
-    stream->passed = stream->segments = 0;
+    stream->progress = (struct net_progress){ 0 };
 }
 
 static void lose(struct stream *stream, int error, uint32_t detail)
@@ -59,6 +59,7 @@ static bool fill(struct stream *stream)
     do
         size = recv(stream->watch.fd, stream->in + stream->in_end, room, MSG_DONTWAIT);
     while (size < 0 && errno == EINTR);
+    net_spend(stream->end.net, NET_COST_CALL);
     if (size > 0) {
         stream->in_end += (uint32_t)size;
         /* It is empty (epoll(7)), but if it has ended that is still to be seen. */
@@ -98,12 +99,10 @@ static enum net_result send_frame(struct stream *stream, uint32_t length)
     }
     struct iovec iov[2] = { [1] = { stream->in + stream->in_start + PREFIX, length } };
     struct net_frame frame = {
-        .iov = iov + 1, .count = 1, .size = length, .passed = stream->passed, .segments = stream->segments,
+        .iov = iov + 1, .count = 1, .size = length, .progress = stream->progress,
     };
     enum net_result result = net_send(&stream->end, &frame);
-    bool is_blocked = result == NET_BLOCKED;
-    stream->passed = is_blocked ? frame.passed : 0;
-    stream->segments = is_blocked ? frame.segments : 0;
+    stream->progress = result == NET_BLOCKED ? frame.progress : (struct net_progress){ 0 };
     return result;
 }
 
@@ -118,7 +117,7 @@ static bool read_frames(struct stream *stream)
             if (send_frame(stream, length) == NET_BLOCKED || stream->watch.fd < 0)
                 return false;
             stream->in_start += PREFIX + length;
-            left--;
+            left = stream->end.net->is_over ? 0 : left - 1;
         } else if (!(stream->watch.events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) || !fill(stream)) {
             return false;
         }
@@ -133,6 +132,7 @@ static void write_out(struct stream *stream)
     while (stream->out_start < stream->out_end && stream->watch.events & EPOLLOUT) {
         ssize_t size = send(stream->watch.fd, stream->out + stream->out_start, stream->out_end - stream->out_start,
                             MSG_DONTWAIT | MSG_NOSIGNAL);
+        net_spend(stream->end.net, NET_COST_CALL);
         if (size >= 0) {
             stream->out_start += (uint32_t)size;
         } else if (errno == EAGAIN) {
@@ -185,7 +185,9 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
 static void flush(struct aiokvm_net_end *end)
 {
     struct stream *stream = (struct stream *)end;
-    if (stream->watch.fd >= 0)
+    if (end->net->is_over)
+        net_ready(end);
+    else if (stream->watch.fd >= 0)
         write_out(stream);
 }
 

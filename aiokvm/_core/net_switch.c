@@ -10,8 +10,6 @@
 
 /* What waits for a port's peer. */
 enum { QUEUE_FRAMES = 256, QUEUE_BYTES = 1 << 20 };
-/* Copies that a port's frames may become in a batch, before others have their turn. */
-enum { FLOOD_QUANTUM = 1024 };
 enum { ETHERTYPE_VLAN = 0x8100, TAG = 4, TAG_AT = 12 };
 /* Pieces of a frame whose tag is changed in place; others are copied. Linux's drivers give up to 19. */
 enum { PIECES = 20 };
@@ -145,6 +143,7 @@ static bool may_go(const struct passage *passage, const struct switch_port *to)
 
 static void put(struct switch_port *to, const struct net_frame *frame)
 {
+    net_spend(to->end.net, NET_COST_FRAME + frame->size);
     if (!net_queue_put(&to->queue, frame))
         to->end.stats.dropped_full++;
 }
@@ -159,7 +158,7 @@ static void emit(struct passage *passage, struct switch_port *to)
     /* A frame of its own: what it passes is another link. */
     struct net_frame frame = *form;
     frame.hops++;
-    frame.passed = frame.segments = 0;
+    frame.progress = (struct net_progress){ 0 };
     if (to->queue.frames || to->end.waits) {
         put(to, &frame);
         return;
@@ -168,14 +167,22 @@ static void emit(struct passage *passage, struct switch_port *to)
         put(to, &frame);
 }
 
-static void flood(struct passage *passage)
+/* To all ports from number *done on, at least to one: a frame to many may take longer than there is time for. */
+static enum net_result flood(struct passage *passage, uint32_t *done)
 {
     struct aiokvm_net_switch *sw = passage->from->sw;
-    for (uint32_t i = 0; i < sw->top; i++)
-        if (sw->ports[i] && may_go(passage, sw->ports[i])) {
-            passage->from->flooded++;
-            emit(passage, sw->ports[i]);
+    bool sent = false;
+    for (; *done < sw->top; (*done)++) {
+        if (!sw->ports[*done] || !may_go(passage, sw->ports[*done]))
+            continue;
+        if (sent && sw->net->is_over) {
+            net_yield(passage->from->end.peer);
+            return NET_BLOCKED;
         }
+        emit(passage, sw->ports[*done]);
+        sent = true;
+    }
+    return NET_TAKEN;
 }
 
 /* 01-80-C2-00-00-00 to 0F: for the next bridge and no further. IEEE 802.1Q, table 8-1. */
@@ -192,11 +199,6 @@ static enum net_result port_receive(struct aiokvm_net_end *end, struct net_frame
     if (!sw) {
         end->stats.dropped_down++;
         return NET_TAKEN;
-    }
-    if (from->flooded >= FLOOD_QUANTUM) {
-        from->held_back = true;
-        net_ready(end);
-        return NET_BLOCKED;
     }
     if (!end->is_dirty) {
         sw->now_ns = sw->clock();
@@ -220,34 +222,34 @@ static enum net_result port_receive(struct aiokvm_net_end *end, struct net_frame
         sw->stats.dropped_source++;
         return NET_TAKEN;
     }
+    enum net_result result = NET_TAKEN;
+    uint32_t *done = &frame->progress.done;
     bool group = destination[0] & 1;
     struct switch_port *to = group ? NULL : switch_find(sw, switch_key(destination, passage.vlan));
-    if (to ? !may_go(&passage, to) : group && is_link_local(destination)) {
+    if (*done) {
+        result = flood(&passage, done);
+    } else if (to ? !may_go(&passage, to) : group && is_link_local(destination)) {
         sw->stats.filtered++;
     } else if (to) {
         sw->stats.forwarded++;
         emit(&passage, to);
     } else {
         sw->stats.flooded++;
-        flood(&passage);
+        result = flood(&passage, done);
     }
     free(passage.plain.copy);
     free(passage.tagged.copy);
-    return NET_TAKEN;
+    return result;
 }
 
 static void port_flush(struct aiokvm_net_end *end)
 {
-    ((struct switch_port *)end)->flooded = 0;
+    (void)end; /* the next batch looks at the clock again */
 }
 
 static bool port_serve(struct aiokvm_net_end *end)
 {
     struct switch_port *port = (struct switch_port *)end;
-    if (port->held_back) {
-        port->held_back = false;
-        net_resume(end);
-    }
     return net_queue_send(&port->queue, end, NET_QUANTUM) == NET_TAKEN && port->queue.frames;
 }
 

@@ -22,8 +22,6 @@ struct switch_port {
     uint16_t index;
     uint16_t vlan;
     bool isolated;
-    bool held_back;   /* the peer, for the time being: it floods */
-    uint32_t flooded; /* copies that its frames of this batch have become */
     uint64_t *trunk;  /* a bit for each VLAN; NULL: not a trunk */
     uint16_t newest, oldest; /* entries */
     uint32_t addresses;

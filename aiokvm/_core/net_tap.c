@@ -105,6 +105,7 @@ static bool read_frame(struct tap *tap, struct tap_queue *queue)
     do
         size = read(queue->watch.fd, start, queue->header + AIOKVM_NET_MAX_FRAME + 1);
     while (size < 0 && errno == EINTR);
+    net_spend(tap->end.net, NET_COST_CALL);
     if (size < 0) {
         if (errno == EAGAIN)
             queue->watch.events &= ~(uint32_t)EPOLLIN;
@@ -117,7 +118,7 @@ static bool read_frame(struct tap *tap, struct tap_queue *queue)
     memcpy(&frame->hdr, start, queue->header);
     frame->size = size > queue->header ? (uint32_t)size - queue->header : 0;
     frame->queue = (uint32_t)(queue - tap->queues);
-    frame->passed = frame->segments = 0;
+    frame->progress = (struct net_progress){ 0 };
     return true;
 }
 
@@ -147,6 +148,8 @@ static uint32_t serve_queue(struct tap *tap, struct tap_queue *queue, uint32_t m
         if (send_frame(tap, queue) == NET_BLOCKED || tap->is_lost)
             break;
         done++;
+        if (tap->end.net->is_over)
+            break;
     }
     return done;
 }
@@ -205,6 +208,7 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     do
         result = writev(queue->watch.fd, iov, (int)count);
     while (result < 0 && errno == EINTR);
+    net_spend(end->net, NET_COST_CALL);
     if (result >= 0)
         return NET_TAKEN;
     switch (errno) {

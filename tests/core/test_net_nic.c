@@ -157,14 +157,33 @@ TEST(one_serve_sends_a_quantum_and_no_more)
 {
     struct nic_rig rig;
     nic_rig_open(&rig, 0, 256, 1);
-    for (uint32_t i = 0; i < 100; i++)
+    for (uint32_t i = 0; i < 96; i++)
         CHECK(nic_driver_send(&rig.nic, 0, i % 96, NULL, NIC_FRAME, 60) >= 0);
     nic_driver_kick(&rig.nic, 1, true);
     CHECK_EQ(aiokvm_net_serve(rig.net, 0), 1);
-    CHECK_EQ(rig.peer->received, NET_QUANTUM);
-    CHECK_EQ(nic_rig_taken(&rig, 1), NET_QUANTUM);
+    uint32_t before = rig.peer->received;
+    CHECK(net_enter(rig.net));
+    rig.net->until_ns = UINT64_MAX;
+    CHECK(rig.nic.end->type->serve(rig.nic.end));
+    net_leave(rig.net);
+    CHECK_EQ(rig.peer->received, before + NET_QUANTUM);
+    CHECK_EQ(nic_rig_taken(&rig, 1), before + NET_QUANTUM);
     fake_end_serve(rig.net);
-    CHECK_EQ(rig.peer->received, 100);
+    CHECK_EQ(rig.peer->received, 96);
+    nic_rig_close(&rig);
+}
+
+TEST(a_serve_ends_when_the_time_is_over)
+{
+    struct nic_rig rig;
+    nic_rig_open(&rig, 0, 256, 1);
+    for (uint32_t i = 0; i < 64; i++)
+        CHECK(nic_driver_send(&rig.nic, 0, i, NULL, NIC_FRAME, 60) >= 0);
+    nic_driver_kick(&rig.nic, 1, true);
+    CHECK_EQ(aiokvm_net_serve(rig.net, 0), 1);
+    CHECK(rig.peer->received > 0 && rig.peer->received < 64);
+    fake_end_serve(rig.net);
+    CHECK_EQ(rig.peer->received, 64);
     nic_rig_close(&rig);
 }
 

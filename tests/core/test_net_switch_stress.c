@@ -34,7 +34,8 @@ static void *host_main(void *argument)
     }
     while (sent < FRAMES || !atomic_load(host->done)) {
         if (sent < FRAMES) {
-            int count = aiokvm_net_port_send(host->end, bytes[0], sizes, NULL, BATCH);
+            uint32_t most = FRAMES - sent < BATCH ? FRAMES - sent : BATCH;
+            int count = aiokvm_net_port_send(host->end, bytes[0], sizes, NULL, most);
             CHECK(count >= 0);
             sent += (uint32_t)count;
         }
