@@ -85,6 +85,6 @@ void fake_end_clear(struct fake_end *fake)
 
 void fake_end_serve(struct aiokvm_net *net)
 {
-    while (aiokvm_net_serve(net, 1000000) == 1)
+    while (aiokvm_net_serve(net, UINT64_C(1) << 40) == 1)
         continue;
 }

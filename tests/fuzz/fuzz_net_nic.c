@@ -193,7 +193,7 @@ static void step(struct guest *guest, struct peer *peer, struct input *input)
     case 7:
     case 8:
         REQUIRE(write(guest->kicks[index], &(uint64_t){ 1 }, 8) == 8);
-        while (aiokvm_net_serve(net, 1000000) == 1)
+        while (aiokvm_net_serve(net, UINT64_C(1) << 40) == 1)
             continue;
         break;
     case 9:
