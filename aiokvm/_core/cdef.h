@@ -987,6 +987,8 @@ struct aiokvm_net_stats {
     uint64_t dropped_down;
     uint64_t dropped_filtered;
     uint64_t dropped_full;
+    uint64_t dropped_unresolved;
+    uint64_t dropped_unsupported;
     uint64_t dropped_invalid;
     uint64_t throttled;
     uint64_t segmented;

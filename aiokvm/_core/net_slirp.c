@@ -24,7 +24,11 @@ enum {
     WAITING_FRAMES = 1024, WAITING_BYTES = 2 << 20,
     /* Descriptors that are looked after before others have their turn: each has up to 128 KiB. */
     READY = 8,
+    /* Frames for addresses of which is not known who has them. */
+    HELD = 64,
 };
+/* How long the guest may take to say so; libslirp gives a frame up after as long. */
+static const uint64_t HOLD_NS = 1000000000;
 /* Without a need to do so earlier, libslirp's clock is set so often. */
 static const uint64_t TICK_NS = 100000000;
 
@@ -57,25 +61,96 @@ static void emit_merged(struct slirp_end *self)
     emit(self, &hdr, self->merge.data, size);
 }
 
-static ssize_t send_packet(const void *data, size_t size, void *opaque)
+/* A frame whose receiver is known, or everybody. */
+static void deliver(struct slirp_end *self, const uint8_t *data, size_t size)
 {
-    struct slirp_end *self = opaque;
-    if (size < AIOKVM_NET_MIN_FRAME || size > AIOKVM_NET_MAX_FRAME)
-        return (ssize_t)size;
-    bool is_ip6 = ((const uint8_t *)data)[12] == 0x86;
+    bool is_ip6 = data[12] == 0x86;
     uint32_t needs = is_ip6 ? AIOKVM_NET_OFFLOAD_TSO6 : AIOKVM_NET_OFFLOAD_TSO4;
-    net_dirty(&self->end);
-    slirp_guard_heard(&self->guard, data, size, aiokvm_now_ns());
-    slirp_order_heard(&self->order, data, size);
     if (self->end.peer && self->end.peer->offloads & needs) {
         if (slirp_merge_add(&self->merge, data, size))
-            return (ssize_t)size;
+            return;
         emit_merged(self);
         if (slirp_merge_add(&self->merge, data, size))
-            return (ssize_t)size;
+            return;
     }
     emit_merged(self);
     emit(self, &(struct virtio_net_hdr_v1){ 0 }, data, size);
+}
+
+/* Who has the address is asked, the frame waits for the answer. */
+static void hold(struct slirp_end *self, const uint8_t *data, size_t size)
+{
+    uint8_t question[SLIRP_QUESTION_SIZE];
+    struct slirp_held **last = &self->held, *held = NULL;
+    if (self->held_count < HELD)
+        held = malloc(sizeof(*held) + size);
+    if (!held) {
+        self->end.stats.dropped_unresolved++;
+        return;
+    }
+    while (*last)
+        last = &(*last)->next;
+    *last = held;
+    *held = (struct slirp_held){ .size = (uint32_t)size };
+    memcpy(held->data, data, size);
+    if (!self->held_count++)
+        self->held_until_ns = aiokvm_now_ns() + HOLD_NS;
+    deliver(self, question, slirp_neighbours_ask(&self->guard, data, question));
+}
+
+/* Somebody has been heard for the first time. */
+static void deliver_held(struct slirp_end *self)
+{
+    for (struct slirp_held **at = &self->held, *held; (held = *at);) {
+        if (!slirp_neighbours_fill(&self->neighbours, held->data, held->size)) {
+            at = &held->next;
+            continue;
+        }
+        deliver(self, held->data, held->size);
+        *at = held->next;
+        self->held_count--;
+        free(held);
+    }
+}
+
+static void drop_held(struct slirp_end *self)
+{
+    self->end.stats.dropped_unresolved += self->held_count;
+    while (self->held) {
+        struct slirp_held *held = self->held;
+        self->held = held->next;
+        free(held);
+    }
+    self->held_count = 0;
+}
+
+static ssize_t send_packet(const void *data, size_t size, void *opaque)
+{
+    struct slirp_end *self = opaque;
+    uint8_t answer[SLIRP_QUESTION_SIZE];
+    if (size < AIOKVM_NET_MIN_FRAME || size > AIOKVM_NET_MAX_FRAME) {
+        self->end.stats.dropped_invalid++;
+        return (ssize_t)size;
+    }
+    uint32_t answer_size = slirp_neighbours_answer(data, size, answer);
+    if (answer_size) {
+        /* It is in the middle of sending: this changes its table of neighbours, and nothing else. */
+        slirp_input(self->slirp, answer, (int)answer_size);
+        self->has_answered = true;
+        return (ssize_t)size;
+    }
+    if (self->is_closing)
+        return (ssize_t)size;
+    net_dirty(&self->end);
+    net_spend(self->end.net, NET_COST_CALL + (uint32_t)size);
+    slirp_guard_heard(&self->guard, data, size, aiokvm_now_ns());
+    slirp_order_heard(&self->order, data, size);
+    /* It has made the frame for this call, and does not look at it again. */
+    uint8_t *frame = (uint8_t *)(uintptr_t)data;
+    if (slirp_neighbours_fill(&self->neighbours, frame, size))
+        deliver(self, frame, size);
+    else
+        hold(self, frame, size);
     return (ssize_t)size;
 }
 
@@ -89,8 +164,8 @@ static void guest_error(const char *message, void *opaque)
 
 static int64_t clock_get_ns(void *opaque)
 {
-    (void)opaque;
-    return (int64_t)aiokvm_now_ns();
+    /* At the end, what it still has is given up as too old. */
+    return (int64_t)(aiokvm_now_ns() + (((struct slirp_end *)opaque)->is_closing ? 2 * HOLD_NS : 0));
 }
 
 static void *timer_new(SlirpTimerId id, void *timer_opaque, void *opaque)
@@ -166,6 +241,11 @@ static void enter(struct slirp_end *self)
 
 static void leave(struct slirp_end *self)
 {
+    /* What it asked a neighbour for it can send now. Its table holds 16: more than a few rounds are of no use. */
+    for (int round = 0; round < 4 && self->has_answered; round++) {
+        self->has_answered = false;
+        slirp_pollfds_poll(self->slirp, 1, slirp_get_revents, self);
+    }
     self->is_inside = false;
     if (self->is_refused) {
         self->is_refused = false;
@@ -190,6 +270,8 @@ static bool serve(struct aiokvm_net_end *end)
         return false;
     if (self->queue.first)
         return true;
+    if (self->held && self->held_until_ns <= aiokvm_now_ns())
+        drop_held(self);
     struct epoll_event events[READY];
     int count = epoll_wait(self->epoll, events, READY, 0);
     if (count <= 0)
@@ -255,6 +337,7 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         .now_ns = now_ns,
     };
     uint32_t size = frame->size;
+    net_spend(end->net, NET_COST_CALL + size);
     net_frame_copy(frame, self->input);
     enum slirp_verdict verdict = slirp_guard(&self->guard, &load, &frame->hdr, self->input, size);
     if (verdict == SLIRP_FRAGMENT) {
@@ -272,7 +355,8 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     case SLIRP_REFUSE:
         end->stats.dropped_filtered++;
         break;
-    case SLIRP_IGNORE:
+    case SLIRP_UNSUPPORTED:
+        end->stats.dropped_unsupported++;
         return NET_TAKEN;
     case SLIRP_INVALID:
         end->stats.dropped_invalid++;
@@ -284,6 +368,8 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         end->stats.dropped_full++;
         return NET_TAKEN;
     }
+    if (slirp_neighbours_learn(&self->neighbours, self->input, size) && self->held)
+        deliver_held(self);
     uint8_t reset[SLIRP_RESET_SIZE];
     uint32_t reset_size;
     if (!may_connect(self, size, now_ns, reset, &reset_size)) {
@@ -328,8 +414,13 @@ static void flush(struct aiokvm_net_end *end)
 static void slirp_free(struct aiokvm_net_end *end)
 {
     struct slirp_end *self = self_of(end);
+    self->is_closing = true;
+    /* It forgets to free all but the first of the frames that it keeps for a socket. */
+    for (int round = 0; self->slirp && round < 64 && slirp_is_ours(self); round++)
+        slirp_pollfds_poll(self->slirp, 1, slirp_get_revents, self);
     if (self->slirp)
         slirp_cleanup(self->slirp);
+    drop_held(self);
     slirp_free_services(self);
     if (slirp_is_ours(self))
         net_unwatch(&self->watch);
@@ -402,6 +493,7 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     memcpy(self->guard.nameserver6, config->nameserver6, 16);
     if (getrandom(&self->order.seed, sizeof(self->order.seed), GRND_NONBLOCK) < 0)
         self->order.seed = (uintptr_t)self;
+    self->neighbours.seed = self->order.seed;
     net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (self->epoll < 0) {

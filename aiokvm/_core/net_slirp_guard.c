@@ -13,6 +13,8 @@ enum {
     ETHERTYPE_IP = 0x0800, ETHERTYPE_ARP = 0x0806, ETHERTYPE_IP6 = 0x86dd,
     PROTOCOL_ICMP = 1, PROTOCOL_TCP = 6, PROTOCOL_UDP = 17, PROTOCOL_ICMP6 = 58,
     TCP_FIN = 0x01, TCP_SYN = 0x02, TCP_ACK = 0x10, TCP_URG = 0x20,
+    TCP_END = 0, TCP_NOP = 1, TCP_MSS = 2, /* options */
+    MIN_MSS = 536, MIN_MSS6 = 1220,
     ICMP_ECHO = 8, ICMP6_ECHO = 128, NDP_FIRST = 133, NDP_LAST = 137,
     PORT_DNS = 53, PORT_BOOTP = 67, PORT_TFTP = 69, PORT_DHCP6 = 547,
 };
@@ -116,7 +118,30 @@ static enum slirp_verdict to_loopback(const struct slirp_guard *guard, const str
 
 /* ---- IP ---- */
 
-static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, uint32_t size)
+/* No host takes less than 576 bytes, or 1280 by IPv6: RFC 9293, section 3.7.1. A guest that says so would have a
+ * packet for each few bytes that come. */
+static void raise_mss(uint8_t *tcp, uint32_t length, uint32_t least)
+{
+    for (uint32_t at = TCP_SIZE; at < length && tcp[at] != TCP_END;) {
+        if (tcp[at] == TCP_NOP) {
+            at++;
+            continue;
+        }
+        if (at + 2 > length || tcp[at + 1] < 2 || at + tcp[at + 1] > length)
+            return;
+        if (tcp[at] == TCP_MSS && tcp[at + 1] == 4 && net_load16(tcp + at + 2) < least) {
+            /* Checksums are of words, and an option may begin anywhere. */
+            for (uint32_t i = 0; i < 2; i++) {
+                uint32_t byte = at + 2 + i, value = i ? least & 0xff : least >> 8, word = net_load16(tcp + (byte & ~1u));
+                word = byte & 1 ? (word & 0xff00) | value : (word & 0xff) | value << 8;
+                replace16(tcp + (byte & ~1u), word, tcp + 16);
+            }
+        }
+        at += tcp[at + 1];
+    }
+}
+
+static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, uint32_t size, uint32_t least_mss)
 {
     if (size < TCP_SIZE)
         return SLIRP_INVALID;
@@ -125,6 +150,8 @@ static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, ui
         return SLIRP_INVALID;
     if (is_syn(tcp) && load->tcp_full)
         return SLIRP_FULL;
+    if (tcp[13] & TCP_SYN)
+        raise_mss(tcp, length, least_mss);
     /* Urgent data is data: what libslirp does with it is little tried. */
     if (tcp[13] & TCP_URG) {
         replace16(tcp + 12, net_load16(tcp + 12) & ~(uint32_t)TCP_URG, tcp + 16);
@@ -147,7 +174,7 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
         return SLIRP_INVALID;
     /* Options are for routers. */
     if ((ip[0] & 15) != 5)
-        return SLIRP_IGNORE;
+        return SLIRP_UNSUPPORTED;
     uint32_t length = net_load16(ip + 2);
     if (is_large && length != size) {
         /* Some drivers leave it to the device. */
@@ -167,7 +194,7 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
         return length > IP_SIZE ? SLIRP_FRAGMENT : SLIRP_INVALID;
     enum slirp_verdict verdict;
     if (protocol == PROTOCOL_TCP) {
-        verdict = of_tcp(load, payload, rest);
+        verdict = of_tcp(load, payload, rest, MIN_MSS);
         if (!verdict && to == guard->host)
             verdict = to_loopback(guard, load, net_load32(ip + 12), protocol, payload);
         return verdict;
@@ -178,7 +205,7 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
         if (is_dhcp)
             return SLIRP_PASS;
         if (net_load16(payload + 2) == PORT_TFTP && to == guard->host)
-            return SLIRP_IGNORE;
+            return SLIRP_UNSUPPORTED;
         verdict = to == guard->host ? to_loopback(guard, load, net_load32(ip + 12), protocol, payload) : SLIRP_PASS;
         return verdict || !load->other_full ? verdict : SLIRP_FULL;
     }
@@ -188,7 +215,7 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
         bool is_ours = to == guard->host || to == guard->nameserver;
         return payload[0] == ICMP_ECHO && load->other_full && !is_ours ? SLIRP_FULL : SLIRP_PASS;
     }
-    return SLIRP_IGNORE;
+    return SLIRP_UNSUPPORTED;
 }
 
 /* Of ::/96, which has :: and ::1, of ::ffff:0:0/96, which are IPv4 addresses, or fe80::/10. */
@@ -235,11 +262,11 @@ static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct s
             return SLIRP_INVALID;
         if (payload[0] >= NDP_FIRST && payload[0] <= NDP_LAST)
             return SLIRP_PASS;
-        return payload[0] == ICMP6_ECHO && is_host6(guard, to) ? SLIRP_PASS : SLIRP_IGNORE;
+        return payload[0] == ICMP6_ECHO && is_host6(guard, to) ? SLIRP_PASS : SLIRP_UNSUPPORTED;
     }
     enum slirp_verdict verdict = SLIRP_PASS;
     if (protocol == PROTOCOL_TCP) {
-        verdict = to[0] == 0xff || is_denied6(to) ? SLIRP_DENY : of_tcp(load, payload, rest);
+        verdict = to[0] == 0xff || is_denied6(to) ? SLIRP_DENY : of_tcp(load, payload, rest, MIN_MSS6);
         /* Services have IPv4 addresses, and what was forwarded begins at the other side: nothing is let out. libslirp
          * looks for a service by bytes of the guest's own address. */
         if (!verdict && guard->restricted && is_syn(payload))
@@ -249,7 +276,7 @@ static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct s
         return verdict;
     }
     if (protocol != PROTOCOL_UDP)
-        return SLIRP_IGNORE;
+        return SLIRP_UNSUPPORTED;
     if (rest < UDP_SIZE || net_load16(payload + 4) < UDP_SIZE)
         return SLIRP_INVALID;
     uint32_t port = net_load16(payload + 2);
@@ -260,7 +287,7 @@ static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct s
     if (to[0] == 0xff || is_denied6(to))
         return SLIRP_DENY;
     if (port == PORT_TFTP)
-        return SLIRP_IGNORE;
+        return SLIRP_UNSUPPORTED;
     if (is_loopback6(guard, to, port))
         verdict = to_loopback(guard, load, net_load32(ip + 20), protocol, payload);
     return verdict || !load->other_full ? verdict : SLIRP_FULL;
@@ -281,7 +308,7 @@ enum slirp_verdict slirp_guard(const struct slirp_guard *guard, const struct sli
         fill_checksum(hdr, frame, size + ETH_SIZE);
         return of_ip6(guard, load, payload, size);
     default:
-        return SLIRP_IGNORE;
+        return SLIRP_UNSUPPORTED;
     }
 }
 

@@ -147,7 +147,8 @@ int slirp_get_revents(int index, void *opaque)
     struct slirp_watched *watched = &self->watched[index];
     uint32_t ready = watched->ready;
     watched->ready = 0;
-    if (!ready)
+    /* What there is no time for is still ready the next time. */
+    if (!ready || self->end.net->is_over)
         return 0;
     if (watched->kind == SLIRP_UNIX_LISTENER && !slirp_has_descriptors()) {
         self->unix_at_ns = aiokvm_now_ns() + PAUSE_NS;
@@ -191,6 +192,8 @@ void slirp_ask(struct slirp_end *self)
             at_ns = timer->at_ns;
     if (self->unix_at_ns && (!at_ns || self->unix_at_ns < at_ns))
         at_ns = self->unix_at_ns;
+    if (self->held && (!at_ns || self->held_until_ns < at_ns))
+        at_ns = self->held_until_ns;
     net_at(&self->end, at_ns);
 }
 

@@ -33,7 +33,7 @@ struct slirp_load {
 enum slirp_verdict {
     SLIRP_PASS,
     SLIRP_FRAGMENT, /* of IPv4, whose lengths are right */
-    SLIRP_IGNORE,  /* of a protocol that libslirp has nothing to say to */
+    SLIRP_UNSUPPORTED, /* of a protocol that libslirp has nothing to say to */
     SLIRP_INVALID, /* lengths that contradict each other */
     SLIRP_DENY,    /* it leads to the host's loopback, or to many */
     SLIRP_REFUSE,  /* the same; libslirp says so to the guest */
@@ -65,6 +65,29 @@ struct slirp_fragments {
  * that is there instead if this was the last piece, else 0. */
 uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, uint64_t now_ns, bool *is_invalid);
 void slirp_fragments_clear(struct slirp_fragments *fragments);
+
+/* ---- net_slirp_neighbours.c: which addresses of the guest's network are whose ---- */
+
+enum { SLIRP_NEIGHBOUR_BUCKETS = 64, SLIRP_NEIGHBOUR_WAYS = 4, SLIRP_QUESTION_SIZE = 86 };
+
+struct slirp_neighbour {
+    uint8_t address[16], mac[6]; /* IPv4 addresses as ::ffff:0:0/96 */
+};
+
+struct slirp_neighbours {
+    uint64_t seed;
+    struct slirp_neighbour known[SLIRP_NEIGHBOUR_BUCKETS * SLIRP_NEIGHBOUR_WAYS];
+};
+
+/* Of a frame of the guest's. True: who has its address is news. */
+bool slirp_neighbours_learn(struct slirp_neighbours *neighbours, const uint8_t *frame, size_t size);
+/* Of a frame to the guest: to whom. False: who has the address is not known. */
+bool slirp_neighbours_fill(struct slirp_neighbours *neighbours, uint8_t *frame, size_t size);
+/* If the frame is libslirp's question who has an address: the answer that it gets, and its size. Else 0. */
+uint32_t slirp_neighbours_answer(const uint8_t *frame, size_t size, uint8_t answer[SLIRP_QUESTION_SIZE]);
+/* The question to all who has the address that this frame, of IP, goes to. Its size. */
+uint32_t slirp_neighbours_ask(const struct slirp_guard *guard, const uint8_t *frame,
+                              uint8_t question[SLIRP_QUESTION_SIZE]);
 
 /* ---- net_slirp_order.c: segments that libslirp keeps because others are missing ---- */
 
@@ -181,6 +204,12 @@ struct slirp_service {
     struct slirp_waiting *first, **last;
 };
 
+struct slirp_held {
+    struct slirp_held *next;
+    uint32_t size;
+    uint8_t data[];
+};
+
 struct slirp_end {
     struct aiokvm_net_end end;
     Slirp *slirp;
@@ -204,6 +233,12 @@ struct slirp_end {
     bool is_starved;   /* which could not be accepted for want of descriptors */
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has, or had when it was starved */
     struct slirp_guard guard;
+    struct slirp_neighbours neighbours;
+    struct slirp_held *held; /* frames for somebody who is not known yet */
+    uint32_t held_count;
+    uint64_t held_until_ns;  /* when it is given up that there is an answer */
+    bool has_answered;       /* libslirp's question: it has a frame that it can send now */
+    bool is_closing;         /* nothing is sent any more */
     struct slirp_fragments fragments;
     struct slirp_order order;
     struct slirp_begun begun;
