@@ -87,6 +87,8 @@ int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokv
     batch->count = batch->special = 0;
     while (batch->count < most && port->held[index].offset == next) {
         const struct held *held = &port->held[index];
+        if (batch->count && next + held->size - begin > AIOKVM_NET_PORT_BATCH_BYTES)
+            break;
         next += held->size;
         batch->ends[batch->count] = next - begin;
         batch->headers[batch->count++] = held->header;

@@ -10,7 +10,7 @@
 
 #include "net.h"
 
-enum { AIOKVM_NET_PORT_MAX_DEPTH = 65536, AIOKVM_NET_PORT_BATCH = 256 };
+enum { AIOKVM_NET_PORT_MAX_DEPTH = 65536, AIOKVM_NET_PORT_BATCH = 256, AIOKVM_NET_PORT_BATCH_BYTES = 256 << 10 };
 
 struct aiokvm_net_port_config {
     uint32_t depth;    /* frames that may wait for the program, and as many for the peer: 1 to MAX_DEPTH */
@@ -37,7 +37,7 @@ struct aiokvm_net_port_batch {
 
 struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct aiokvm_net_port_config *config,
                                            int *error);
-/* The next frames, at most so many; `data` is theirs until they are released. Returns how many; after 0
+/* The next frames, at most so many, and of BATCH_BYTES in all; `data` is theirs until they are released. Returns how many; after 0
  * AIOKVM_NET_NEWS_READABLE tells when there are some. */
 int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokvm_net_port_batch *batch);
 /* The oldest `count` are not looked at any more. */

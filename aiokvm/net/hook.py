@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import time
 from dataclasses import dataclass
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = get_logger("aiokvm.net")
 
-# How many flows are looked at in a row before the loop has its turn.
-BATCH = 16
+# How long flows are looked at in a row before the loop has its turn.
+BUDGET_NS = 500_000
 _NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 
@@ -153,17 +154,19 @@ class Filter:
         self._answers.clear()
 
     def _on_flows(self) -> None:
+        if self._scheduled:
+            return
         if self._frame is None:
             self._frame = ffi.new("uint8_t[]", lib.AIOKVM_NET_MAX_FRAME)
-        for _ in range(BATCH):
-            if not (core := self._live):
-                return
+        until_ns = time.monotonic_ns() + BUDGET_NS
+        while core := self._live:
             if lib.aiokvm_net_filter_take(core, self._flow, self._frame, lib.AIOKVM_NET_MAX_FRAME) != 1:
                 return
             self._ask()
-        if not self._scheduled:
-            self._scheduled = True
-            self._end.plane.loop.call_soon(self._go_on)
+            if time.monotonic_ns() >= until_ns:
+                self._scheduled = True
+                self._end.plane.loop.call_soon(self._go_on)
+                return
 
     def _go_on(self) -> None:
         self._scheduled = False

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from anyio.lowlevel import RunVar
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError
@@ -17,8 +20,9 @@ if TYPE_CHECKING:
 
 # News of the policy in front of a backend, which are not the backend's.
 _POLICY_NEWS = lib.AIOKVM_NET_NEWS_FLOW | lib.AIOKVM_NET_NEWS_CAPTURED
-# How long the loop serves frames before it looks at everything else.
-BUDGET_NS = 500_000
+# How long the loop serves frames, or news, before it looks at everything else. Planes that have more to do at
+# the same time share it, down to what a call itself is worth.
+BUDGET_NS, LEAST_NS = 500_000, 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,22 @@ class End:
             self.plane._forget(self)
 
 
+class _Busy:
+    """How many planes of one loop have more to do than there was time for."""
+
+    planes = 0
+
+    @staticmethod
+    def of_this_loop() -> _Busy:
+        busy = _busy.get(None)
+        if busy is None:
+            _busy.set(busy := _Busy())
+        return busy
+
+
+_busy: RunVar[_Busy | None] = RunVar("aiokvm busy planes", None)
+
+
 class Plane:
     """Ends and the links between them, served on ``loop``, or by a thread of this name if one is given.
 
@@ -141,6 +161,7 @@ class Plane:
         self.core = core
         self._ends: dict[int, End] = {}
         self._news = ffi.new("struct aiokvm_net_news *")
+        self._busy = _Busy.of_this_loop()
         self._scheduled = False
         self._retired = False
         self._watches = [loop.watch(lib.aiokvm_net_news_fd(core), self._on_news)]
@@ -189,23 +210,31 @@ class Plane:
             self.close()
 
     def _serve(self) -> None:
+        if self._scheduled:
+            return
         # While there is more the loop has its turn, and then comes back by itself.
-        if not self._scheduled and lib.aiokvm_net_serve(self.core, BUDGET_NS) == 1:
+        budget_ns = max(BUDGET_NS // (self._busy.planes + 1), LEAST_NS)
+        if lib.aiokvm_net_serve(self.core, budget_ns) == 1:
             self._scheduled = True
+            self._busy.planes += 1
             self.loop.call_soon(self._serve_again)
 
     def _serve_again(self) -> None:
         self._scheduled = False
+        self._busy.planes -= 1
         if self.core:
             self._serve()
 
     def _on_news(self) -> None:
-        # Handlers may close ends, and the plane.
+        until_ns = time.monotonic_ns() + BUDGET_NS
+        # Handlers may close ends, and the plane. A thread may have news without end: the rest still rings.
         while self.core and lib.aiokvm_net_take(self.core, self._news) == 1:
             news = self._news[0]
             end = self._ends.get(news.end)
             if end:
                 end._tell(int(news.news), int(news.error), int(news.detail))
+            if time.monotonic_ns() >= until_ns:
+                return
 
 
 def check_dataplane(dataplane: str) -> None:

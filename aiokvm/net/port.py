@@ -295,7 +295,8 @@ class Port(NetBackend):
         in the port. Raises ConfigError for one that cannot be, StateError if the port is not connected.
         """
         outgoing = _outgoing(frames)
-        self._send(outgoing)
+        while self._send(outgoing) and not outgoing.is_done:
+            pass
         return outgoing.sent
 
     async def send(self, frames: Iterable[Buffer | Frame] | Buffer | Frame) -> None:
@@ -307,26 +308,27 @@ class Port(NetBackend):
         """
         outgoing = _outgoing(frames)
         async with self._sending:
-            await self._let_others()
             while True:
+                await self._let_others()
                 news = self._news
                 if (self.end or self._closed) and self._send(outgoing):
-                    return
-                await news.wait()
-                self._turn_ns = 0
+                    if outgoing.is_done:
+                        return
+                else:
+                    await news.wait()
+                    self._turn_ns = 0
 
     def _send(self, outgoing: _Outgoing) -> bool:
-        """Whether all of them are taken now."""
+        """Send a batch of them. False: there is no room."""
         if self.end is None:
             raise StateError(f"{self!r}: frames can be sent while a guest is connected to it")
-        while outgoing.sent < len(outgoing.sizes):
-            taken = lib.aiokvm_net_port_send(self.end.core, *outgoing.next())
-            if taken < 0:
-                raise ConfigError(f"frame {outgoing.sent} has a header that contradicts it")
-            if not taken:
-                return False
-            outgoing.advance(taken)
-        return True
+        if outgoing.is_done:
+            return True
+        taken = lib.aiokvm_net_port_send(self.end.core, *outgoing.next())
+        if taken < 0:
+            raise ConfigError(f"frame {outgoing.sent} has a header that contradicts it")
+        outgoing.advance(taken)
+        return bool(taken)
 
     # ---- its life ----
 
@@ -341,8 +343,12 @@ class Port(NetBackend):
 
     async def close(self) -> None:
         """Close it. What has come and was not taken can be taken still."""
+        if self.end:
+            # Nothing more comes.
+            self.end.set_up(False)
         while batch := self._take(lib.AIOKVM_NET_PORT_BATCH):
             self._left.append(batch)
+            await self._let_others()
         await super().close()
 
     async def _close(self) -> None:
@@ -382,6 +388,11 @@ class _Outgoing:
         self._headers: Pointer | None = None
         if any(isinstance(frame, Frame) and frame.needs_csum for frame in frames):
             self._headers = ffi.new("struct aiokvm_net_port_header[]", [_header(frame) for frame in frames])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of them have been sent."""
+        return self.sent == len(self.sizes)
 
     def next(self) -> tuple[Pointer, Pointer, Pointer, int]:
         """Data, sizes, headers and number of those that are to be sent next."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import ipaddress
 import logging
+import socket
+import sys
 from typing import Any
 
 import anyio
@@ -67,6 +69,95 @@ async def test_the_first_frame_waits_for_the_answer(linked: Linked, thread: str 
     ]
     assert guest.stats().dropped_filtered == 2
     assert guest.stats().sent_frames == 4
+
+
+# Writes the frames of its standard input to a descriptor, for ever.
+FLOOD = """
+import socket, sys
+frames, peer = sys.stdin.buffer.read(), socket.socket(fileno=int(sys.argv[1]))
+try:
+    while True:
+        peer.sendall(frames)
+except OSError:
+    pass
+"""
+
+
+@pytest.mark.parametrize("thread", [None, "net-test"])
+async def test_a_flood_of_flows_does_not_hold_the_loop(linked: Linked, thread: str | None) -> None:
+    asked = 0
+    enough = anyio.Event()
+
+    def decide(_flow: net.Flow) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 5000:
+            enough.set()
+        return False
+
+    def frames() -> bytes:
+        flows = [udp(f"10.1.{host}.1", port, B, 53) for host in range(8) for port in range(1, 8000)]
+        return b"".join(len(flow).to_bytes(4) + flow for flow in flows)
+
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-c", FLOOD, str(theirs.fileno())]
+    flood = await anyio.open_process(command, pass_fds=[theirs.fileno()])
+    with ours, theirs:
+        assert flood.stdin
+        await flood.stdin.send(await anyio.to_thread.run_sync(frames))
+        await flood.stdin.aclose()
+        guest, here = net.Stream(ours), net.Port(filters=[net.Hook(decide)])
+        async with linked(here, guest, thread=thread):
+            await enough.wait()
+        flood.kill()
+        await flood.aclose()
+    assert guest.stats().dropped_filtered > 5000
+
+
+async def swallow(peer: socket.socket) -> None:
+    while True:
+        await anyio.wait_readable(peer)
+        for _ in range(64):
+            try:
+                peer.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+
+
+@pytest.mark.parametrize("thread", [None, "net-test"])
+async def test_first_frames_that_are_cut_do_not_hold_the_loop(linked: Linked, thread: str | None) -> None:
+    """What was asked about is sent by the loop, whoever moves the other frames."""
+    asked = 0
+    enough = anyio.Event()
+
+    def decide(_flow: net.Flow) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 500:
+            enough.set()
+        return True
+
+    def frames(host: int) -> list[net.Frame]:
+        flows = [tcp(f"10.1.{host}.1", port, B, 80, bytes(1400)) for port in range(1, 129)]
+        return [
+            net.Frame(flow, needs_csum=True, csum_start=34, csum_offset=16, gso_type=1, gso_size=10)
+            for flow in flows
+        ]
+
+    ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    with ours, theirs:
+        here = net.Datagram(fd=ours, filters=[net.Hook(decide)])
+        guest = net.Port(offload=True)
+        async with linked(guest, here, thread=thread), anyio.create_task_group() as group:
+            group.start_soon(swallow, theirs)
+            for host in range(200):
+                await guest.send(frames(host))
+                await anyio.lowlevel.checkpoint()
+                if enough.is_set():
+                    break
+            await enough.wait()
+            group.cancel_scope.cancel()
 
 
 async def test_plain_functions_and_all_kinds_of_flows(linked: Linked) -> None:

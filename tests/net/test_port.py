@@ -301,6 +301,44 @@ async def test_a_program_that_never_waits_lets_the_loop_go_on(linked: Linked) ->
         group.cancel_scope.cancel()
 
 
+async def test_large_frames_are_taken_in_batches_of_bounded_size(linked: Linked) -> None:
+    one, other = Port(offload=True), Port(offload=True, bytes=64 << 20)
+    sent = await anyio.to_thread.run_sync(lambda: frames(600, 65000))
+    taken = 0
+    async with linked(one, other):
+        for at in range(0, len(sent), 50):
+            await one.send(sent[at : at + 50])
+        while batch := other.take_nowait(256):
+            assert batch.nbytes <= 256 << 10
+            taken += len(batch)
+            await anyio.lowlevel.checkpoint()
+            if taken > 200:
+                break
+    while batch := other.take_nowait(256):
+        taken += len(batch)
+    assert taken == 600
+
+
+async def test_a_call_of_many_frames_lets_the_loop_go_on(linked: Linked) -> None:
+    one, other = Port(), Port(on_full="drop")
+    sent = await anyio.to_thread.run_sync(lambda: frames(100_000))
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    async with linked(one, other), anyio.create_task_group() as group:
+        group.start_soon(count)
+        await anyio.lowlevel.checkpoint()
+        await one.send(sent)
+        group.cancel_scope.cancel()
+    assert one.stats().sent_frames == 100_000
+    assert turns > 1
+
+
 async def test_a_rate_limit_holds_frames_back(linked: Linked) -> None:
     one, other = Port(ingress=Limit(operations_per_second=1000, burst_operations=5)), Port()
     async with linked(one, other):
