@@ -18,15 +18,15 @@ from aiokvm.errors import AiokvmError, DeviceError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
 from aiokvm.kvm import KvmExit
 from aiokvm.machine.strings import as_bytes, read_string, write_string
-from aiokvm.machine.turn import News, Turn
+from aiokvm.machine.turn import UNFINISHED, News, Slice, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop, Task
     from aiokvm.hw.bus import BusDevice, Region
-    from aiokvm.machine.turn import Work
+    from aiokvm.machine.turn import Unfinished, Work
 
 # As plain integers: an enum's members cost a look-up each, on every exit.
 _KVM_EXIT_IO = int(KvmExit.KVM_EXIT_IO)
@@ -115,6 +115,23 @@ class _Target:
         self.exits = 0
 
 
+class _Pacer:
+    """Of one string instruction: the slice of the turn that began it, then slices of its own."""
+
+    def __init__(self, loop: Loop, turn: Turn, is_there: Callable[[], bool]) -> None:
+        self._loop = loop
+        self._slice = turn.slice
+        self._is_there = is_there
+
+    def is_over(self) -> bool:
+        return self._slice.is_over()
+
+    async def turn(self) -> bool:
+        await self._loop.turn()
+        self._slice = Slice()
+        return self._is_there()
+
+
 class Exits:
     """The exits of one machine.
 
@@ -144,6 +161,8 @@ class Exits:
         self._tell_unclaimed = False
         self._listener = listener
         self._suspended: set[Task] = set()
+        # How many bytes of the run of posted writes that is being served have been served.
+        self._posted = 0
         self.is_open = True
         self._cancelled = False
 
@@ -255,14 +274,17 @@ class Exits:
         if task is not None:
             self._suspended.discard(task)
 
-    def serve(self, news: tuple[int, ...]) -> Work | None:
-        """Serve one of the news, the fields of `News`; what has still to be awaited, if anything."""
+    def serve(self, news: tuple[int, ...]) -> Work | Unfinished | None:
+        """Serve one of the news, the fields of `News`; what has still to be awaited, if anything.
+
+        UNFINISHED: the slice is over, and the same news is to be served again to go on with it.
+        """
         state = news[1]
         if state == _EXIT:
             return self._on_exit(news)
         if state == _POSTED:
-            self._on_posted(News(*news))
-        elif state == lib.AIOKVM_VCPU_PARKED:
+            return self._on_posted(News(*news))
+        if state == lib.AIOKVM_VCPU_PARKED:
             self._listener.on_parked(news[0])
         elif state == lib.AIOKVM_VCPU_STOPPED:
             self._listener.on_stopped(news[0])
@@ -353,28 +375,33 @@ class Exits:
             if self.is_open:
                 _skip(vcpu, seq)
 
-    def _on_posted(self, item: News) -> None:
+    def _on_posted(self, item: News) -> Unfinished | None:
         target = self._targets.get((item.bus, item.region))
         end = item.value + item.count * item.size
         data = bytes(memoryview(ffi.buffer(lib.aiokvm_machine_posted(self.core), end))[item.value :])
-        if self.tracer is not None:
+        begin, self._posted = self._posted, 0
+        if self.tracer is not None and not begin:
             self.tracer(item, target.region if target else None, data)
         if target is None:
-            return  # detached meanwhile
-        target.exits += item.count
+            return None  # detached meanwhile
         offset, size = item.offset, item.size
-        whole = getattr(target.device, "write_string", None)
-        try:
-            if target.posts is not None:
-                target.posts.write_posted(offset, data)
-                return
-            if whole is not None:
-                _refuse_coroutine(whole(offset, size, data))
-                return
-        except Exception as error:
-            self._failed(target, f"posted {_describe(True, size, offset)}", error)
-            return
-        for at in range(0, len(data), size):
+        if not begin:
+            target.exits += item.count
+            whole = getattr(target.device, "write_string", None)
+            try:
+                if target.posts is not None:
+                    target.posts.write_posted(offset, data)
+                    return None
+                if whole is not None:
+                    _refuse_coroutine(whole(offset, size, data))
+                    return None
+            except Exception as error:
+                self._failed(target, f"posted {_describe(True, size, offset)}", error)
+                return None
+        for at in range(begin, len(data), size):
+            if at > begin and self._turn.slice.is_over():
+                self._posted = at
+                return UNFINISHED
             try:
                 done: Any = target.write(offset, size, int.from_bytes(data[at : at + size], "little"))
                 if done is not None:
@@ -383,19 +410,22 @@ class Exits:
                 # Each is an access of its own: the next ones follow, unless the device has been detached.
                 self._failed(target, f"posted {_describe(True, size, offset)}", error)
                 if self._targets.get((item.bus, item.region)) is not target:
-                    return
+                    return None
+        return None
 
     def _string(self, target: _Target, vcpu: Pointer, item: News) -> Work | None:
         """Rep ins or outs: count accesses to one address."""
         offset, size, count = item.offset, item.size, item.count
         what = f"string {_describe(item.is_write, size, offset)}, {count} times"
         answer: bytes | Awaitable[bytes | None] | None
+        key = item.bus, item.region
+        pacer = _Pacer(self._loop, self._turn, lambda: self._targets.get(key) is target)
         try:
             if item.is_write:
                 data = bytes(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * count))
-                answer = write_string(target.device, offset, size, data)
+                answer = write_string(target.device, offset, size, data, pacer)
             else:
-                answer = read_string(target.device, offset, size, count)
+                answer = read_string(target.device, offset, size, count, pacer)
         except Exception as error:
             self._failed(target, what, error)
             answer = None if item.is_write else b"\xff" * size * count

@@ -1,12 +1,13 @@
 """String instructions on the loop's side: a device takes a run of accesses whole, or piece by piece.
 
-A device may answer by a coroutine at any piece; what has still to be awaited is returned.
+A device may answer by a coroutine at any piece, and what takes longer than a slice goes on after the loop has
+had a turn; what has still to be awaited is returned.
 """
 
 from __future__ import annotations
 
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Coroutine, Iterator
@@ -16,7 +17,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def write_string(device: BusDevice, offset: int, size: int, data: bytes) -> Coroutine[Any, Any, None] | None:
+class Pacer(Protocol):
+    """What bounds a run of pieces."""
+
+    def is_over(self) -> bool:
+        """Whether the loop is to have a turn now."""
+
+    async def turn(self) -> bool:
+        """Give it one; whether the device is still there after it."""
+
+
+def write_string(
+    device: BusDevice, offset: int, size: int, data: bytes, pacer: Pacer
+) -> Coroutine[Any, Any, None] | None:
     """Hand data to a device, whole if it takes that, else piece by piece; what has still to be awaited."""
     whole = getattr(device, "write_string", None)
     if whole is not None:
@@ -26,22 +39,34 @@ def write_string(device: BusDevice, offset: int, size: int, data: bytes) -> Coro
     for value in pieces:
         done = device.write(offset, size, value)  # type: ignore[func-returns-value]
         if hasattr(done, "__await__"):
-            return _write_rest(device, offset, size, pieces, done)
+            return _write_rest(device, offset, size, pieces, done, pacer)
+        if pacer.is_over():
+            return _write_rest(device, offset, size, pieces, None, pacer)
     return None
 
 
 async def _write_rest(
-    device: BusDevice, offset: int, size: int, pieces: Iterator[int], done: Awaitable[None]
+    device: BusDevice,
+    offset: int,
+    size: int,
+    pieces: Iterator[int],
+    done: Awaitable[None] | None,
+    pacer: Pacer,
 ) -> None:
-    await done
+    if done is not None:
+        await done
     for value in pieces:
+        if pacer.is_over() and not await pacer.turn():
+            return
         again: Any = device.write(offset, size, value)  # type: ignore[func-returns-value]
         if hasattr(again, "__await__"):
             await again
 
 
-def read_string(device: BusDevice, offset: int, size: int, count: int) -> bytes | Coroutine[Any, Any, bytes]:
-    """Get data from a device, whole if it gives that, else piece by piece."""
+def read_string(
+    device: BusDevice, offset: int, size: int, count: int, pacer: Pacer
+) -> bytes | Coroutine[Any, Any, bytes]:
+    """Get data from a device, whole if it gives that, else piece by piece; less if it is gone meanwhile."""
     whole = getattr(device, "read_string", None)
     if whole is not None:
         data = whole(offset, size, count)
@@ -50,16 +75,27 @@ def read_string(device: BusDevice, offset: int, size: int, count: int) -> bytes 
     for _ in range(count):
         value: Any = device.read(offset, size)
         if hasattr(value, "__await__"):
-            return _read_rest(device, offset, size, count, pieces, value)
+            return _read_rest(device, offset, size, count, pieces, value, pacer)
         pieces += _piece(value, size)
+        if pacer.is_over():
+            return _read_rest(device, offset, size, count, pieces, None, pacer)
     return bytes(pieces)
 
 
 async def _read_rest(
-    device: BusDevice, offset: int, size: int, count: int, pieces: bytearray, value: Awaitable[int]
+    device: BusDevice,
+    offset: int,
+    size: int,
+    count: int,
+    pieces: bytearray,
+    value: Awaitable[int] | None,
+    pacer: Pacer,
 ) -> bytes:
-    pieces += _piece(await value, size)
+    if value is not None:
+        pieces += _piece(await value, size)
     while len(pieces) < size * count:
+        if pacer.is_over() and not await pacer.turn():
+            break
         again: Any = device.read(offset, size)
         pieces += _piece(await again if hasattr(again, "__await__") else again, size)
     return bytes(pieces)

@@ -11,6 +11,7 @@ from aiokvm._core import ffi, lib
 from aiokvm.errors import VirtqueueError
 from aiokvm.machine.device import Timer
 from aiokvm.machine.irq import GsiIrq
+from aiokvm.machine.share import LoopShare
 from aiokvm.machine.virtio_queue import RequestQueue
 from aiokvm.virtio.device import VirtioDevice
 from aiokvm.virtio.mmio import (
@@ -122,6 +123,7 @@ class VirtioAttachment:
         self._shared = shared
         self._on_failed = on_failed
         self._again: set[int] = set()
+        self._share = LoopShare.of(loop)
         self._served: dict[int, tuple[RequestQueue, Task]] = {}
         self._spawned: set[Task] = set()
         self._run: Task | None = None
@@ -146,7 +148,7 @@ class VirtioAttachment:
             undo.callback(exits.withdraw, exits.mmio, region)
             self._kicks: list[_Kick] = []
             for index in range(len(device.queue_size_max)):
-                self._kicks.append(_Kick(loop, vm, base, index, self._notify))
+                self._kicks.append(_Kick(loop, vm, base, index, self._kicked))
                 undo.callback(self._kicks[-1].close)
             exits.share_word(
                 region, self._interrupts.word, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_INTERRUPT_ACK
@@ -220,7 +222,7 @@ class VirtioAttachment:
     def again(self, queue: int) -> None:
         if queue not in self._again:
             self._again.add(queue)
-            self._loop.call_soon(partial(self._notify_again, queue))
+            self._share.later(partial(self._notify_again, queue))
 
     def now_ns(self) -> int:
         return self._loop.now_ns()
@@ -317,6 +319,9 @@ class VirtioAttachment:
                 self.registers.needs_reset(f"queue {index} is not served any more: {error!r}")
 
         self._served[index] = requests, self._loop.spawn(serve, f"{self._name}.serve")
+
+    def _kicked(self, queue: int) -> None:
+        self._share.serve(partial(self._notify, queue))
 
     def _notify(self, queue: int) -> None:
         try:

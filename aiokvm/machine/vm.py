@@ -585,7 +585,8 @@ class VM:
             self._peripherals.reset()
             self._attachments.reset()
             for gpa, size in plan.zero:
-                self.memory.fill(gpa, size)
+                # Gigabytes of zeros take long.
+                await to_thread.run_sync(self.memory.fill, gpa, size)
             await self._load(plan)
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))

@@ -420,7 +420,10 @@ class VirtioMmio:
         except Exception as error:
             self.needs_reset(f"it cannot be activated: {error!r}")
             raise
-        for index, queue in enumerate(self.queues):
-            # What the driver has put there before DRIVER_OK it may have notified of too early.
-            if queue.ready and self.active:
-                self.notify(index)
+        # What the driver has put there before DRIVER_OK it may have notified of too early. Only the first is
+        # served at once, so that full queues do not add up to one long write.
+        ready = [index for index, queue in enumerate(self.queues) if queue.ready]
+        later = self.device._host.again if self.device._host else self.notify
+        for count, index in enumerate(ready):
+            if self.active:
+                (later if count else self.notify)(index)

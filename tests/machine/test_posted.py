@@ -156,6 +156,7 @@ RING = 4096
 FLOOD = 10_000
 
 
+@pytest.mark.computes  # the loop is held on purpose
 @pytest.mark.parametrize("string", [False, True])
 async def test_a_flood_while_the_loop_is_busy_elsewhere_is_neither_lost_nor_doubled(
     guest: Guest, string: bool

@@ -1,0 +1,279 @@
+"""What a guest does to hold the loop: long strings, runs of posted writes, many vCPUs, all queues at once.
+
+That nothing holds it is checked by the measure that every test on a loop runs under (tests/holdups.py); these
+tests bring about what held it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from aiokvm import VM, Device, Exit, ExitReason, boot
+from aiokvm.aio import current_loop
+from aiokvm.machine.share import LoopShare
+from tests.machine.test_smp import CALLS_ALL
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from aiokvm.boot.plan import BootPlan, GuestInfo
+    from tests.machine.conftest import Guest, Program
+
+pytestmark = pytest.mark.anyio
+
+DONE = Exit(ExitReason.DEBUG_EXIT, code=0)
+PORT = 0x300
+PIECES = 1024
+LIMIT_S = 30.0
+
+
+def burn(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+class Slow(Device):
+    """A plain device that computes at each access; a thousand accesses are more than the loop may be held."""
+
+    def __init__(self, seconds: float = 100e-6) -> None:
+        self.seconds = seconds
+        self.accesses = 0
+        self.written: list[int] = []
+
+    def read(self, offset: int, size: int) -> int:
+        burn(self.seconds)
+        self.accesses += 1
+        return self.accesses & 0xFF
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        burn(self.seconds)
+        self.accesses += 1
+        self.written.append(value)
+
+
+@pytest.mark.kvm
+async def test_a_string_is_read_in_slices(guest: Guest, program: type[Program]) -> None:
+    device = Slow()
+    code = program().strings(PORT, PIECES, out=False).end()
+    async with guest(code, mode="protected", start=False) as vm:
+        vm.attach(device, pio=PORT)
+        await vm.start()
+        assert await vm.wait() == DONE
+        assert vm.memory.read(program.RESULTS, PIECES) == bytes(i & 0xFF for i in range(1, PIECES + 1))
+
+
+@pytest.mark.kvm
+async def test_a_string_ends_in_ones_when_its_device_goes_meanwhile(
+    guest: Guest, program: type[Program]
+) -> None:
+    class Leaves(Slow):
+        def read(self, offset: int, size: int) -> int:
+            if self.accesses == 10:
+                vm.detach(attachment)
+            return super().read(offset, size)
+
+    device = Leaves(seconds=50e-6)
+    code = program().strings(PORT, PIECES, out=False).end()
+    async with guest(code, mode="protected", start=False) as vm:
+        attachment = vm.attach(device, pio=PORT)
+        await vm.start()
+        assert await vm.wait() == DONE
+        assert 10 < device.accesses < PIECES // 2
+        rest = vm.memory.read(program.RESULTS, PIECES)[device.accesses :]
+        assert rest == b"\xff" * len(rest)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("mode", ["exit", "posted"])
+async def test_written_strings_and_runs_of_posted_writes_are_served_in_slices(
+    guest: Guest, program: type[Program], mode: str
+) -> None:
+    device = Slow()
+    code = program().strings(PORT, PIECES, out=True).read(PORT, bus="pio").end()
+    async with guest(code, mode="protected", start=False) as vm:
+        vm.attach(device, pio=PORT, mode=mode)
+        data = bytes(i % 251 for i in range(PIECES))
+        vm.memory.write(program.RESULTS, data)
+        await vm.start()
+        assert await vm.wait() == DONE
+        # The read comes after all that was posted before it.
+        assert bytes(device.written) == data
+        assert device.accesses == PIECES + 1
+
+
+FLOOD_AP = CALLS_ALL[:0x2000] + bytes.fromhex(
+    "ba 00 03"  # 0x3000, in real mode: mov dx, 0x300
+    "ec"  # again: in al, dx
+    "eb fd"  # jmp again
+)
+
+
+@pytest.mark.kvm
+async def test_exits_of_many_vcpus_are_served_in_slices(guest: Guest) -> None:
+    device = Slow(seconds=3e-3)
+    async with guest(FLOOD_AP, mode="protected", cpus=33, memory="4M", start=False) as vm:
+        vm.attach(device, pio=PORT)
+        await vm.start()
+        with anyio.fail_after(LIMIT_S):
+            while device.accesses < 200:
+                await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.kvm
+async def test_while_a_coroutine_answers_a_flood_leaves_the_loop_its_turns(guest: Guest) -> None:
+    """Whatever is suspended: the vCPUs have news at each look."""
+    asked, answer = anyio.Event(), anyio.Event()
+
+    class Mixed(Slow):
+        async def answer(self) -> int:
+            await answer.wait()
+            return 1
+
+        def read(self, offset: int, size: int) -> int:
+            super().read(offset, size)
+            if asked.is_set():
+                return 0
+            asked.set()
+            return self.answer()  # type: ignore[return-value]
+
+    device = Mixed(seconds=1e-3)
+    async with guest(FLOOD_AP, mode="protected", cpus=9, memory="4M", start=False) as vm:
+        vm.attach(device, pio=PORT)
+        await vm.start()
+        with anyio.fail_after(LIMIT_S):
+            await asked.wait()
+            while device.accesses < 200:
+                await anyio.lowlevel.checkpoint()
+        answer.set()
+
+
+ONE_CPU = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import anyio
+import anyio.lowlevel
+from aiokvm import VM, Device, boot
+options = {"use_uvloop": True} if sys.argv[1] == "uvloop" else {}
+
+class Fast(Device):
+    count = 0
+    def read(self, offset, size):
+        self.count += 1
+        if self.count == 20:
+            asked.set()
+            return self.slow()
+        return 1
+    async def slow(self):
+        await answer.wait()
+        return 1
+
+async def main():
+    global asked, answer
+    asked, answer = anyio.Event(), anyio.Event()
+    device, other = Fast(), Fast()
+    image = boot.Flat(bytes.fromhex(sys.argv[2]), mode="protected")
+    async with await VM.create(boot=image, cpus=5, memory="4M", devices=[device.at(pio=0x300)]) as vm:
+        await vm.start()
+        with anyio.fail_after(30):
+            await asked.wait()
+            before, turns = device.count, 0
+            while device.count < before + 1000:
+                await anyio.sleep(0.001)
+                turns += 1
+            answer.set()
+            while device.count < before + 2000:
+                await anyio.lowlevel.checkpoint()
+                turns += 1
+    print("turns", turns)
+
+backend = "trio" if sys.argv[1] == "trio" else "asyncio"
+anyio.run(main, backend=backend, backend_options=options)
+"""
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_one_cpu_is_shared_with_a_flood_while_a_coroutine_answers(loop: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_CPU, loop, FLOOD_AP.hex()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"turns (\d+)\n", done.stdout)
+    assert found
+    assert int(found[1]) > 5
+
+
+@dataclass(frozen=True)
+class Zeroing:
+    """A boot protocol that needs a large part of RAM to be zero, as an ELF file whose memsz is large."""
+
+    flat: boot.Flat
+
+    def files(self) -> tuple[Path, ...]:
+        return self.flat.files()
+
+    def plan(self, files: Mapping[Path, bytes], guest: GuestInfo) -> BootPlan:
+        return replace(self.flat.plan(files, guest), zero=((1 << 20, 255 << 20),))
+
+
+@pytest.mark.kvm
+async def test_what_a_reset_zeroes_is_zeroed_elsewhere() -> None:
+    image = Zeroing(boot.Flat(b"\xeb\xfe"))
+    async with await VM.create(boot=image, memory="256M") as vm:
+        await vm.start()
+        vm.memory.write(128 << 20, b"secret")
+        await vm.reset()
+        assert vm.memory.read(128 << 20, 6) == bytes(6)
+
+
+# All virtio devices of a loop.
+
+
+async def test_the_share_of_virtio_devices_is_bounded_over_all_of_them() -> None:
+    share = LoopShare.of(current_loop())
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        burn(5e-3)
+        done.append(number)
+
+    for number in range(20):
+        share.serve(lambda number=number: work(number))  # type: ignore[misc]
+    assert len(done) <= 2
+    with anyio.fail_after(LIMIT_S):
+        while len(done) < 20:
+            await anyio.lowlevel.checkpoint()
+    assert done == list(range(20))
+
+
+async def test_what_is_asked_for_again_waits_for_another_turn() -> None:
+    share = LoopShare.of(current_loop())
+    calls = 0
+
+    def again() -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 50:
+            share.later(again)
+
+    share.later(again)
+    turns = 0
+    while calls < 50:
+        await anyio.lowlevel.checkpoint()
+        turns += 1
+    assert turns > 10
