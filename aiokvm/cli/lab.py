@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -18,6 +18,7 @@ _EPILOG = """\b
 aiokvm lab -- ls -l /dev/kvm
 aiokvm lab --timeout 300 --writable . -- pytest -m kvm
 aiokvm lab -- sh -c 'grep -c svm /proc/cpuinfo && uname -r'
+aiokvm lab --cpu intel --kvm ept=0 -- grep . /sys/module/kvm_intel/parameters/ept
 
 \b
 Exit status:
@@ -26,6 +27,17 @@ Exit status:
   125      aiokvm failed; standard error says why
   128 + N  ended by signal N: 130 at Ctrl-C
 """
+
+
+def _parameters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Return what --kvm names, by name."""
+    found = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE, such as ept=0")
+        found[name] = value
+    return found
 
 
 @click.command(
@@ -48,6 +60,27 @@ Exit status:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Let writes to this directory through; may be repeated.",
 )
+@click.option(
+    "--cpu",
+    type=click.Choice(["amd", "intel"]),
+    default="amd",
+    show_default=True,
+    help="Whose virtualization: AMD-V by QEMU, or VT-x by Bochs.",
+)
+@click.option(
+    "--kvm",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_parameters,
+    help="Set a parameter of kvm_amd or kvm_intel; may be repeated.",
+)
+@click.option(
+    "--include",
+    metavar="PATH",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Have a copy of it in the Intel lab, too; may be repeated.",
+)
 @click.option("--network", is_flag=True, help="Let it reach what this machine reaches, by a NAT.")
 @click.argument("command", metavar="-- CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
@@ -58,6 +91,9 @@ def lab(
     timeout: float | None,
     writable: tuple[Path, ...],
     network: bool,
+    cpu: Literal["amd", "intel"],
+    kvm: dict[str, str],
+    include: tuple[Path, ...],
     command: tuple[str, ...],
 ) -> None:
     """Run a command where there is a real KVM, on any machine and without privileges.
@@ -66,6 +102,9 @@ def lab(
     in the current directory and sees this machine's files; what it writes is gone at the end, but for
     --writable. Its output, standard output and error as one, comes as it is written; its standard input is
     empty.
+
+    With --cpu intel it is Bochs, which is compiled the first time. That lab has one CPU and no network, and
+    of this machine's files copies: the system's programs, this Python, the current directory and --include.
     """
 
     async def work(_: Interrupts) -> int:
@@ -75,7 +114,14 @@ def lab(
         from aiokvm.cli.progress import Fetching
 
         config = lab.LabConfig(
-            memory_bytes=memory, cpus=cpus, timeout=timeout, writable=writable, network=network
+            memory_bytes=memory,
+            cpus=cpus,
+            timeout=timeout,
+            writable=writable,
+            network=network,
+            cpu=cpu,
+            kvm=kvm,
+            include=include,
         )
         try:
             with closing(Output(1)) as output, Fetching() as progress:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
 from aiokvm.errors import ImageError
-from aiokvm.images import debian, disk, modules
+from aiokvm.images import bochs, debian, disk, modules
 from aiokvm.images.cache import Cache, default_root
 from aiokvm.images.disk import DebianDisk
 from aiokvm.images.initramfs import base_archive, command_archive, modules_archive
-from aiokvm.images.modules import GUEST_MODULES, LAB_MODULES
+from aiokvm.images.modules import GUEST_MODULES, INTEL_LAB_MODULES, LAB_MODULES
 from aiokvm.images.progress import Progress
 from aiokvm.proto import cpio
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from aiokvm.images.cache import Record
 
 __all__ = [
+    "INTEL_LAB_MODULES",
     "LAB_MODULES",
     "DebianDisk",
     "Image",
@@ -51,7 +53,7 @@ class Image:
     summary: str
     package: str
     architecture: Literal["amd64", "i386"]
-    kind: Literal["kernel", "elf", "initramfs", "busybox", "modules"]
+    kind: Literal["kernel", "elf", "initramfs", "busybox", "modules", "bios", "emulator"]
     parts: tuple[str, ...] = ()
     initramfs: str = ""
 
@@ -107,6 +109,9 @@ _IMAGES = {
         Image("i386-pae-modules", "modules", _PAE, "i386", "modules", ("i386-pae",)),
         Image("i386-modules", "modules", _686, "i386", "modules", ("i386",)),
         Image("lab-modules", "modules of the lab", _GENERIC, "amd64", "modules", ("generic",)),
+        Image("intel-lab-modules", "modules of the Intel lab", _CLOUD, "amd64", "modules", ("cloud",)),
+        Image("bochs", "emulator of the Intel lab", "bochs", "amd64", "emulator"),
+        Image("bochs-bios", "BIOS for Bochs", "bochsbios", "amd64", "bios"),
     )
 }
 
@@ -188,13 +193,15 @@ async def build_debian(
 def _current(cache: Cache, image: Image) -> Record | None:
     """Return the record of an image that is intact and built from the parts and with the code of today."""
     record = cache.verified(image.name)
-    if record and image.parts and record.source != _source(cache, image):
+    if record and (image.parts or image.kind == "emulator") and record.source != _source(cache, image):
         return None
     return record
 
 
 def _source(cache: Cache, image: Image) -> str | None:
     """Name what an image is to be built from: a digest of its parts and of what the code adds."""
+    if image.kind == "emulator":
+        return bochs.RECIPE
     if image.kind == "initramfs":
         recipe = base_archive(b"", image.architecture)
     else:
@@ -211,7 +218,7 @@ def _source(cache: Cache, image: Image) -> str | None:
 def _module_names(image: Image) -> tuple[str, ...]:
     if image.kind != "modules":
         return ()
-    return LAB_MODULES if image.name == "lab-modules" else GUEST_MODULES
+    return {"lab-modules": LAB_MODULES, "intel-lab-modules": INTEL_LAB_MODULES}.get(image.name, GUEST_MODULES)
 
 
 class _Pull:
@@ -227,7 +234,10 @@ class _Pull:
         for part in image.parts:
             await self.make(find(part))
         current = await anyio.to_thread.run_sync(_current, self._cache, image)
-        if not image.parts:
+        if image.kind == "emulator":
+            if self._refresh or not current:
+                await self._compile(image, current)
+        elif not image.parts:
             if self._refresh or not current:
                 await self._fetch(image, current)
         elif not current:
@@ -247,6 +257,21 @@ class _Pull:
         else:
             data = cpio.join(base_archive(parts[0], image.architecture), parts[1])
         await anyio.to_thread.run_sync(self._store_built, image, data)
+
+    async def _compile(self, image: Image, current: Record | None) -> None:
+        """Build Bochs from its source package, unless ``current`` is of that version."""
+        self.progress(Progress(image.name, "index"))
+        machine = debian.Apt(self._cache.root, image.architecture)
+        await machine.update(force=False)
+        apt = debian.Apt(self._cache.root, image.architecture, await machine.mirror(bochs.SUITE))
+        await apt.update(force=True)
+        source = await apt.show_source(image.package)
+        if current and current.version == source.version:
+            return
+        with self._cache.work() as folder:
+            program = await bochs.build(apt, source, folder, image.name, self.progress)
+            fields = {"package": source.name, "version": source.version, "source": bochs.RECIPE}
+            await anyio.to_thread.run_sync(partial(self._cache.adopt, image.name, program, **fields))
 
     async def _fetch(self, image: Image, current: Record | None) -> None:
         """Fetch the package of a kernel or of busybox, unless it is the one that ``current`` came from."""
@@ -303,5 +328,6 @@ class _Pull:
 
 
 def _wanted(name: str) -> bool:
-    """Tell whether a file of a package is a kernel, busybox or one of the modules that are used."""
-    return name.startswith("boot/vmlinuz-") or name.endswith("bin/busybox") or modules.wanted(name)
+    """Tell whether a file of a package is a kernel, busybox, a BIOS or one of the modules that are used."""
+    single = name.startswith("boot/vmlinuz-") or name.endswith(("bin/busybox", "/BIOS-bochs-latest"))
+    return single or modules.wanted(name)

@@ -7,6 +7,7 @@ is not signed by a trusted key is refused by apt itself.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tarfile
 import time
@@ -23,11 +24,23 @@ from aiokvm.images.process import child, run
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 INDEX_MAX_AGE_S = 24 * 3600
 _CONFIG = Path(__file__).with_name("apt.conf")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+# The index of source packages, which is looked into only where one is asked for.
+_SOURCES = {
+    f"Acquire::IndexTargets::deb-src::Sources::{key}": value
+    for key, value in (
+        ("MetaKey", "$(COMPONENT)/source/Sources"),
+        ("flatMetaKey", "Sources"),
+        ("ShortDescription", "Sources"),
+        ("Description", "$(RELEASE)/$(COMPONENT) Sources"),
+        ("flatDescription", "$(RELEASE) Sources"),
+        ("Optional", "false"),
+    )
+}
 _PROGRESS = re.compile(rb"dlstatus:\d+:([0-9.]+):")
 # No package of interest has a file near it: a damaged archive shall not fill the memory.
 _MEMBER_MAX_BYTES = 256 << 20
@@ -46,12 +59,29 @@ class Package:
     depends: str
 
 
-class Apt:
-    """apt for one architecture (``amd64``, ``i386``) with its state under ``root``."""
+@dataclass(frozen=True)
+class Source:
+    """A source package's upstream tarball as the signed index describes it; as `Package`."""
 
-    def __init__(self, root: Path, architecture: str) -> None:
+    name: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+
+
+class Apt:
+    """apt for one architecture (``amd64``, ``i386``) with its state under ``root``.
+
+    With ``lines`` of a sources.list it looks there and not at the machine's own.
+    """
+
+    def __init__(self, root: Path, architecture: str, lines: Sequence[str] = ()) -> None:
         self.architecture = architecture
-        self._root = root / "apt" / architecture
+        self._lines = "".join(f"{line}\n" for line in lines)
+        # What belongs to other lines is in another place: an index is as old as its stamp says.
+        digest = hashlib.sha256(self._lines.encode()).hexdigest()[:12]
+        self._root = root / "apt" / (f"{architecture}-{digest}" if lines else architecture)
 
     async def update(self, *, force: bool) -> bool:
         """Fetch the indexes if they are older than a day, or anyway with ``force``; tell whether it was done.
@@ -91,10 +121,27 @@ class Apt:
 
         Empty if it has none: its own packages are of another suite.
         """
-        columns = "$(CODENAME) $(REPO_URI) $(RELEASE) $(COMPONENT)"
-        command = self._command("apt-get", "indextargets", "--format", columns)
-        text = await run([*command, "Created-By: Packages", "Origin: Debian"])
-        return source_lines(text.decode(), suite)
+        return source_lines(await self._targets(), suite)
+
+    async def mirror(self, suite: str) -> list[str]:
+        """Return the sources.list lines for a suite's source packages, on the mirror that this machine uses.
+
+        Raises ``ImageError`` if it uses no mirror of Debian.
+        """
+        text = await self._targets()
+        if lines := mirror_lines(text, suite):
+            return lines
+        raise ImageError(
+            f"the package sources of this machine name no mirror of Debian, where {suite} would be"
+        )
+
+    async def show_source(self, name: str) -> Source:
+        """Look a source package up; ``ImageError`` if the sources do not have it."""
+        try:
+            text = await run(self._command("apt-cache", "showsrc", "--only-source", name))
+            return parse_source(text.decode())
+        except ImageError as error:
+            raise ImageError(f"there is no source package {name} ({error}); check the network") from error
 
     async def download(self, package: Package, folder: Path, progress: Callable[[int], None]) -> Path:
         """Fetch the .deb into the empty ``folder`` and verify it; ``progress`` is told the bytes so far.
@@ -116,13 +163,29 @@ class Apt:
         progress(package.size)
         return deb
 
+    async def download_source(self, source: Source, folder: Path) -> Path:
+        """Fetch the tarball into ``folder`` and verify it; ``ImageError`` as `download`."""
+        wanted = f"{source.name}={source.version}"
+        options = ("--download-only", "--tar-only", "--only-source")
+        await run(self._command("apt-get", "-qq", "source", *options, wanted), cwd=folder)
+        await anyio.to_thread.run_sync(check_digest, folder / source.file, source)
+        return folder / source.file
+
+    async def _targets(self) -> str:
+        """Return codename, URI, release and component of each index of Debian's that this machine uses."""
+        columns = "$(CODENAME) $(REPO_URI) $(RELEASE) $(COMPONENT)"
+        command = self._command("apt-get", "indextargets", "--format", columns)
+        return (await run([*command, "Created-By: Packages", "Origin: Debian"])).decode()
+
     def _make_state(self) -> None:
         for folder in ("lists/partial", "archives/partial"):
             (self._root / folder).mkdir(parents=True, exist_ok=True)
         (self._root / "status").touch()
+        if self._lines:
+            (self._root / "sources.list").write_text(self._lines)
 
     def _command(self, program: str, *arguments: str) -> list[str]:
-        options = {
+        options: dict[str, str | Path] = {
             "APT::Architecture": self.architecture,
             "APT::Architectures::": self.architecture,
             "Dir::State": self._root,
@@ -135,6 +198,10 @@ class Apt:
             "Dir::Cache::pkgcache": "",
             "Dir::Cache::srcpkgcache": "",
         }
+        if self._lines:
+            options["Dir::Etc::sourcelist"] = self._root / "sources.list"
+            options["Dir::Etc::sourceparts"] = "/dev/null"
+            options |= _SOURCES
         flags = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
         return [program, "-c", str(_CONFIG), *flags, *arguments]
 
@@ -155,6 +222,30 @@ def parse_package(text: str) -> Package:
         raise ImageError(f"the package index entry has no usable {error}") from None
 
 
+def parse_source(text: str) -> Source:
+    """Parse the first stanza that ``apt-cache showsrc`` printed; ``ImageError`` if it lacks something."""
+    stanza = text.strip().split("\n\n")[0]
+    fields = dict(re.findall(r"^([A-Za-z0-9-]+): *(.*)$", stanza, re.MULTILINE))
+    listed = re.search(r"^Checksums-Sha256: *\n((?: .*(?:\n|$))*)", stanza, re.MULTILINE)
+    rows = [line.split() for line in listed[1].splitlines()] if listed else []
+    tarballs = [row for row in rows if len(row) == 3 and re.search(r"\.orig\.tar\.[a-z0-9]+$", row[2])]
+    try:
+        [[sha256, size, file]] = tarballs
+        if "/" in file:
+            raise ValueError(file)
+        return Source(fields["Package"], fields["Version"], file, int(size), sha256.lower())
+    except (KeyError, ValueError) as error:
+        raise ImageError(f"the source index entry does not name one upstream tarball: {error}") from None
+
+
+def mirror_lines(text: str, suite: str) -> list[str]:
+    """Make from lines of codename, URI, release and component the one for a suite's source packages."""
+    rows = [line.split() for line in text.splitlines()]
+    # A codename with a hyphen is that of updates, which may have a place of their own.
+    uris = [row[1] for row in rows if len(row) == 4 and "-" not in row[0] and row[3] == "main"]
+    return [f"deb-src {_signed_by()}{uri} {suite} main" for uri in uris[:1]]
+
+
 def source_lines(text: str, suite: str) -> list[str]:
     """Choose from lines of codename, URI, release and component those of a suite and its updates."""
     rows = [line.split() for line in text.splitlines()]
@@ -162,8 +253,12 @@ def source_lines(text: str, suite: str) -> list[str]:
     rows = [row for row in rows if len(row) == 4 and row[0] in wanted and row[3] == "main"]
     if suite not in (row[0] for row in rows):
         return []
-    keys = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
+    keys = _signed_by()
     return list(dict.fromkeys(f"deb {keys}{uri} {release} main" for _, uri, release, _ in rows))
+
+
+def _signed_by() -> str:
+    return f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
 
 
 def kernel_dependency(package: Package) -> tuple[str, str]:
@@ -181,13 +276,21 @@ def verify(folder: Path, package: Package) -> Path:
         raise ImageError(
             f"downloading {package.name} {package.version} left {len(files)} packages instead of one"
         )
-    digest = sha256_file(files[0])
+    check_digest(files[0], package)
+    return files[0]
+
+
+def check_digest(file: Path, package: Package | Source) -> None:
+    """Raise ``ImageError`` unless the file is the one that the index describes."""
+    try:
+        digest = sha256_file(file)
+    except OSError as error:
+        raise ImageError(f"{package.name} {package.version} was not downloaded: {error}") from error
     if digest != package.sha256:
         raise ImageError(
             f"{package.name} {package.version}: the package's SHA-256 is {digest}, the signed index says "
             f"{package.sha256}; it was damaged or changed on its way: try again"
         )
-    return files[0]
 
 
 async def unpack(deb: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:

@@ -47,14 +47,19 @@ def debug_exit_program(architecture: str) -> bytes:
 
     Its exit status is 0, or not 0 if the kernel refuses access to the port.
     """
+    return elf(_DEBUG_EXIT_X86_64 if architecture == "amd64" else _DEBUG_EXIT_I386, architecture)
+
+
+def elf(code: bytes, architecture: str) -> bytes:
+    """Return a static ELF program for ``amd64`` or ``i386`` that is this machine code."""
     base = 0x400000
     if architecture == "amd64":
-        code, header_bytes = _DEBUG_EXIT_X86_64, 64 + 56
+        header_bytes = 64 + 56
         length = header_bytes + len(code)
         program = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, length, length, 0x1000)
         kind, layout, machine = 2, "<HHIQQQIHHHHHH", EM_X86_64
     else:
-        code, header_bytes = _DEBUG_EXIT_I386, 52 + 32
+        header_bytes = 52 + 32
         length = header_bytes + len(code)
         program = struct.pack("<IIIIIIII", 1, 0, base, base, length, length, 5, 0x1000)
         kind, layout, machine = 1, "<HHIIIIIHHHHHH", EM_386

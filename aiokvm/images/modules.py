@@ -26,6 +26,14 @@ LAB_MODULES = (
 )
 """The modules of the lab's kernel in the order in which they are loaded."""
 
+INTEL_LAB_MODULES = (
+    *("scsi_common", "scsi_mod", "libata", "ata_piix", "sd_mod", "squashfs", "overlay"),
+    *("irqbypass", "kvm", "kvm-intel"),
+    *("failover", "net_failover", "tun", "tap", "veth", "llc", "stp", "bridge"),
+    *("vhost_iotlb", "vhost", "vhost_net", "vsock", "vmw_vsock_virtio_transport_common", "vhost_vsock"),
+)
+"""The modules of the Intel lab's kernel in the order in which they are loaded."""
+
 _ENDS = (".ko", ".ko.xz")
 
 
@@ -36,7 +44,7 @@ def is_module(name: str) -> bool:
 
 def wanted(name: str) -> bool:
     """Tell whether a file of a package is one of the modules that are used here."""
-    return is_module(name) and _stem(name) in (*GUEST_MODULES, *LAB_MODULES)
+    return is_module(name) and _stem(name) in (*GUEST_MODULES, *LAB_MODULES, *INTEL_LAB_MODULES)
 
 
 def pick(files: Mapping[str, bytes], names: Iterable[str]) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from aiokvm import images
 from aiokvm.errors import ConfigError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 INIT = Path(__file__).with_name("init")
+MACHINES = {"amd": INIT.with_name("machine-qemu"), "intel": INIT.with_name("machine-bochs")}
+"""What `INIT` does in ways that depend on the emulator."""
 
 # Less than this does not hold the kernel, the initramfs and its copy.
 MIN_MEMORY_BYTES = 256 << 20
@@ -32,11 +34,16 @@ _DEFAULT_ENV = {
 class LabConfig:
     """How a command runs in the lab.
 
-    All ``cpus`` are emulated by one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start
-    of the machine. ``writable`` are directories of the host that writes go through to; all other writes are
-    gone at the end. ``workdir`` is the current directory if None. ``env`` is added to ``HOME``, ``PATH``,
-    ``LANG`` and ``TERM`` of the caller and ``LAB=1``. ``network`` lets the lab reach what the host reaches,
-    by QEMU's NAT; ``forwards`` lead ports of the host to the lab's, each as QEMU's ``hostfwd`` has it.
+    ``cpu`` is "amd" (AMD-V, by QEMU) or "intel" (VT-x, by Bochs, which is compiled the first time), ``kvm``
+    are parameters of the module kvm_amd or kvm_intel, such as ``{"ept": "0"}``. All ``cpus`` are emulated by
+    one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start of the machine. ``writable``
+    are directories of the host that writes go through to; all other writes are gone at the end. ``workdir``
+    is the current directory if None. ``env`` is added to ``HOME``, ``PATH``, ``LANG`` and ``TERM`` of the
+    caller and ``LAB=1``. ``network`` lets the lab reach what the host reaches, by QEMU's NAT; ``forwards``
+    lead ports of the host to the lab's, each as QEMU's ``hostfwd`` has it.
+
+    The Intel lab has one CPU, no network, nothing writable, and not all of the host's files: those of
+    `intel_files`, and ``include``.
     """
 
     memory_bytes: int = 3 << 30
@@ -47,6 +54,9 @@ class LabConfig:
     env: Mapping[str, str] = field(default_factory=dict)
     network: bool = False
     forwards: tuple[str, ...] = ()
+    cpu: Literal["amd", "intel"] = "amd"
+    kvm: Mapping[str, str] = field(default_factory=dict)
+    include: tuple[Path, ...] = ()
 
 
 def own_archive(command: Sequence[str], config: LabConfig) -> bytes:
@@ -57,16 +67,54 @@ def own_archive(command: Sequence[str], config: LabConfig) -> bytes:
         raise ConfigError(
             f"the lab needs {MIN_MEMORY_BYTES} bytes of memory at least, not {config.memory_bytes}"
         )
+    if config.cpu not in MACHINES:
+        raise ConfigError(f"cpu={config.cpu!r}: the lab's is 'amd' or 'intel'")
+    if config.cpu == "intel":
+        _check_intel(config)
     mounts = b"".join(b"writable %b %b\n" % (quote(tag), quote(str(path))) for tag, path in writable(config))
     return cpio.archive(
         [
             cpio.directory("lab"),
             cpio.file("init", INIT.read_bytes(), 0o755),
-            cpio.file("lab/modules", "".join(f"{name}\n" for name in images.LAB_MODULES).encode()),
+            cpio.file("lab/machine", MACHINES[config.cpu].read_bytes()),
+            cpio.file("lab/modules", _modules(config)),
             cpio.file("lab/writable", mounts),
             cpio.file("lab/command", _script(command, config)),
         ]
     )
+
+
+def base_archive(busybox: Path) -> bytes:
+    """Return the part of the initramfs that is the same in every run."""
+    return cpio.archive(
+        [
+            *map(cpio.directory, ("bin", "dev", "proc", "sys", "lower", "upper", "root")),
+            cpio.file("bin/busybox", busybox.read_bytes(), 0o755),
+        ]
+    )
+
+
+def _check_intel(config: LabConfig) -> None:
+    """Refuse what the Intel lab has not."""
+    if config.cpus != 1:
+        raise ConfigError(f"the Intel lab has 1 CPU, not {config.cpus}")
+    if config.network or config.forwards:
+        raise ConfigError("the Intel lab has no network")
+    if config.writable:
+        raise ConfigError(
+            f"the Intel lab cannot write to {config.writable[0]}: it has copies of the host's files"
+        )
+
+
+def _modules(config: LabConfig) -> bytes:
+    """Return the modules to load, each with its parameters."""
+    for name, value in config.kvm.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not re.fullmatch(r"[A-Za-z0-9,_.-]+", value):
+            raise ConfigError(f"{name}={value} is no parameter that a module can have, such as ept=0")
+    vendor = f"kvm-{config.cpu}"
+    names = images.LAB_MODULES if config.cpu == "amd" else images.INTEL_LAB_MODULES
+    options = "".join(f" {name}={value}" for name, value in config.kvm.items())
+    return "".join(f"{name}{options if name == vendor else ''}\n" for name in names).encode()
 
 
 def _script(command: Sequence[str], config: LabConfig) -> bytes:

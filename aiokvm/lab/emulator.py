@@ -1,0 +1,69 @@
+"""The program that emulates the lab's machine: its output while it runs, its last words if it dies."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import TYPE_CHECKING
+
+import anyio
+
+from aiokvm.errors import LabError
+from aiokvm.images.process import child
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
+
+CONSOLE = "console"
+"""The file in the machine's folder that gets what its kernel says."""
+
+_STDERR = "stderr"
+_LINES = 15
+_CHUNK_BYTES = 64 << 10
+
+
+async def emulate(
+    argv: Sequence[str],
+    folder: Path,
+    output: Callable[[bytes], Awaitable[None] | None],
+    *,
+    cwd: Path | None = None,
+) -> int:
+    """Run an emulator to its end, its standard error in a file in ``folder``; return its exit status.
+
+    ``output`` gets its standard output as it comes, and is waited for.
+    """
+    # A pipe of our own: uvloop gives a child a socket as its output, which QEMU cannot open by name.
+    source, sink = os.pipe()
+    with (
+        os.fdopen(source, "rb", buffering=0) as stream,
+        os.fdopen(sink, "wb", buffering=0) as end,
+        (folder / _STDERR).open("wb") as stderr,
+    ):
+        os.set_blocking(source, False)
+        async with child(argv, stdout=end, stderr=stderr, cwd=cwd) as process:
+            end.close()
+            while True:
+                await anyio.wait_readable(stream)
+                if not (chunk := stream.read(_CHUNK_BYTES)):
+                    break
+                result = output(chunk)
+                if inspect.isawaitable(result):
+                    await result
+            return await process.wait()
+
+
+def died(how: str, folder: Path) -> LabError:
+    """Return the error of a machine that ended too early, with the last that it said in ``folder``."""
+    lines = [*_read(folder / _STDERR).splitlines(), *_read(folder / CONSOLE).splitlines()]
+    return LabError(
+        f"the lab's machine {how} before the command had ended; its last words:", *lines[-_LINES:]
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
