@@ -10,16 +10,15 @@ import socket
 import stat
 import subprocess
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import anyio
-
+from aiokvm import process
 from aiokvm.aio import current_loop
 from aiokvm.block.file import in_thread
 from aiokvm.block.nbd_client import CONNECTIONS_MAX, NbdClient
 from aiokvm.errors import ConfigError, ImageError
+from aiokvm.process import Folder
 from aiokvm.proto import image as proto
 from aiokvm.proto.nbd import Address
 
@@ -70,7 +69,8 @@ class Image(NbdClient):
         self.path = Path(path)
         self.format = format
         self._backing = backing
-        self._directory: Path | None = None
+        self._directory: Folder | None = None
+        self._servers = 0
         self._process: Process | None = None
         self._stderr: IO[bytes] | None = None
         self._failure: ImageError | None = None
@@ -81,7 +81,7 @@ class Image(NbdClient):
         if shutil.which(PROGRAM) is None:
             raise ImageError(f"the program {PROGRAM} is missing: install the Debian package {PACKAGE}")
         self._failure = None
-        self._directory = Path(tempfile.mkdtemp(prefix="aiokvm-"))
+        self._directory = Folder()
         try:
             await super().open()
         except BaseException as error:
@@ -102,8 +102,8 @@ class Image(NbdClient):
         await current_loop().uncancelled(self._end_process)
         options = await in_thread(self._options)
         assert self._directory is not None
-        path = self._directory / "nbd.sock"
-        path.unlink(missing_ok=True)
+        self._servers += 1
+        path = self._directory.socket_path(f"nbd{self._servers}.sock")
         arguments = [f"--shared={CONNECTIONS_MAX}", "--discard=unmap", "--cache=writeback"]
         if self._wanted_readonly:
             arguments.append("--read-only")
@@ -111,19 +111,19 @@ class Image(NbdClient):
         async def start() -> None:
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-                listener.bind(str(path))
+                listener.bind(path)
                 listener.listen(CONNECTIONS_MAX)
-                self._process = await anyio.open_process(
+                self._process = await process.start(
                     ["sh", "-c", _LAUNCH, "sh", PROGRAM, *arguments, f"json:{json.dumps(options)}"],
                     stdin=listener.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
-                    env=os.environ | {"LC_ALL": "C"},
-                    start_new_session=True,  # a terminal's Ctrl-C is not for it
+                    env={"LC_ALL": "C"},
+                    grace_s=END_TIMEOUT_S,
                 )
 
         await current_loop().uncancelled(start)
-        return Address("", 0, str(path), "")
+        return Address("", 0, path, "")
 
     # The server.
 
@@ -133,21 +133,13 @@ class Image(NbdClient):
         finally:
             directory, self._directory = self._directory, None
             if directory is not None:
-                shutil.rmtree(directory, ignore_errors=True)
+                directory.close()
 
     async def _end_process(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
+        server, self._process = self._process, None
+        if server is None:
             return
-        with suppress(ProcessLookupError):
-            process.terminate()
-        with anyio.move_on_after(END_TIMEOUT_S):
-            await process.wait()
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-        status = await process.wait()
-        await process.aclose()
+        status = await process.end(server)
         if self._stderr is not None:
             with self._stderr as stderr:
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))

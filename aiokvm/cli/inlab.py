@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -16,8 +14,11 @@ import anyio
 from aiokvm import lab
 from aiokvm.cli import disks, nets
 from aiokvm.cli.progress import Fetching
+from aiokvm.process import Folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from aiokvm.cli.console import Console
     from aiokvm.cli.run import Options, Report
 
@@ -43,8 +44,8 @@ class InLab:
         self._input: Path | None = None
 
     async def run(self, console: Console) -> int:
-        with tempfile.TemporaryDirectory(prefix="aiokvm-run-") as directory:
-            folder = Path(directory)
+        with Folder() as temporary:
+            folder = temporary.path
             self._input = folder / "input"
             self._input.touch()
             console.open()
@@ -58,7 +59,7 @@ class InLab:
             try:
                 with self._report.step("lab"), Fetching() as progress:
                     status = await lab.run(
-                        ["sh", "-c", _SCRIPT, directory, *self._command(folder)],
+                        ["sh", "-c", _SCRIPT, str(folder), *self._command(folder)],
                         config,
                         output=console.show,
                         progress=progress,

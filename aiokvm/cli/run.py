@@ -343,12 +343,12 @@ async def _file(name: str, *kinds: str) -> Path:
 
 @contextmanager
 def _temporary(data: bytes) -> Iterator[Path]:
-    import tempfile
+    from aiokvm.process import Folder
 
-    with tempfile.NamedTemporaryFile(prefix="aiokvm-", suffix=".initrd") as file:
-        file.write(data)
-        file.flush()
-        yield Path(file.name)
+    with Folder() as folder:
+        path = folder.path / "initrd"
+        path.write_bytes(data)
+        yield path
 
 
 def _with_command(initrd: Path, command: tuple[str, ...]) -> bytes:

@@ -22,6 +22,7 @@ from aiokvm.images import debian, modules, rootfs
 from aiokvm.images.initramfs import base_archive, modules_archive
 from aiokvm.images.process import PACKAGES, child, failed, run
 from aiokvm.images.progress import Progress
+from aiokvm.process import Folder
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
@@ -141,18 +142,16 @@ async def build(
 async def copy(disk: DebianDisk, output: Path) -> DebianDisk:
     """Copy a disk and what is beside it, sparse. Raises ``ImageError``, and then leaves what was there."""
     target = DebianDisk.beside(output)
-    fresh = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in target.files]
     try:
-        for source, copied in zip(disk.files, fresh, strict=True):
-            await run(["cp", "--sparse=always", "--reflink=auto", str(source), str(copied)])
-            copied.chmod(0o644)
-        for copied, file in zip(fresh, target.files, strict=True):
-            copied.replace(file)
+        with Folder(output.parent) as folder:
+            fresh = [folder.path / file.name for file in target.files]
+            for source, copied in zip(disk.files, fresh, strict=True):
+                await run(["cp", "--sparse=always", "--reflink=auto", str(source), str(copied)])
+                copied.chmod(0o644)
+            for copied, file in zip(fresh, target.files, strict=True):
+                copied.replace(file)
     except OSError as error:
         raise ImageError(f"cannot write {output}: {error.strerror}") from error
-    finally:
-        for copied in fresh:
-            copied.unlink(missing_ok=True)
     return target
 
 

@@ -1,16 +1,14 @@
-"""Child processes that end with the call that started them."""
+"""Programs of Debian's packages, which end with the call that started them."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import tempfile
 from contextlib import asynccontextmanager
 from typing import IO, TYPE_CHECKING
 
-import anyio
-
+from aiokvm import process
 from aiokvm.errors import ImageError
 
 if TYPE_CHECKING:
@@ -42,36 +40,27 @@ async def child(
     env: Mapping[str, str] | None = None,
     grace_s: float = 0.0,
 ) -> AsyncIterator[Process]:
-    """Run a program; if it still runs when the block is left, kill it and all that it started.
+    """Run a program as `aiokvm.process.start` does; it has ended when the block is left.
 
-    Its language is C, so that messages can be read; ``env`` is added to the environment. With ``grace_s`` it
-    may first clean up, after SIGTERM, for so many seconds. Raises ``ImageError`` if the program is missing.
+    Its language is C, so that messages can be read. Raises ``ImageError`` if the program is missing.
     """
     try:
-        process = await anyio.open_process(
+        started = await process.start(
             argv,
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             cwd=cwd,
-            env={**os.environ, "LC_ALL": "C", **(env or {})},
-            start_new_session=True,
+            env={"LC_ALL": "C", **(env or {})},
+            grace_s=grace_s,
         )
     except FileNotFoundError:
         package = PACKAGES.get(argv[0], argv[0])
         raise ImageError(f"the program {argv[0]} is missing: install the Debian package {package}") from None
     try:
-        yield process
+        yield started
     finally:
-        with anyio.CancelScope(shield=True):
-            if process.returncode is None and grace_s:
-                os.killpg(process.pid, signal.SIGTERM)
-                with anyio.move_on_after(grace_s):
-                    await process.wait()
-            # Only before it is reaped is the process group certain to be the child's.
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.aclose()
+        await process.end(started)
 
 
 def failed(program: str, status: int, words: bytes) -> ImageError:
@@ -98,15 +87,15 @@ async def run(
     with tempfile.TemporaryFile() as stderr:
         async with child(
             argv, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, grace_s=grace_s
-        ) as process:
+        ) as started:
             output, seen = bytearray(), 0
-            if process.stdout is not None:
-                async for chunk in process.stdout:
+            if started.stdout is not None:
+                async for chunk in started.stdout:
                     output += chunk
                     while line and (end := output.find(b"\n", seen)) >= 0:
                         line(bytes(output[seen:end]))
                         seen = end + 1
-            status = await process.wait()
+            status = await started.wait()
         if status:
             stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))
             raise failed(argv[0], status, stderr.read())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +19,7 @@ from aiokvm import images
 from aiokvm.errors import LabError
 from aiokvm.lab import bochs, qemu
 from aiokvm.lab.config import LabConfig, own_archive
+from aiokvm.process import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -79,8 +79,8 @@ async def run(
     async def pull(*names: str) -> list[Path]:
         return [await images.pull(name, progress=progress) for name in names]
 
-    with tempfile.TemporaryDirectory(prefix="aiokvm-lab-") as directory:
-        folder = Path(directory)
+    with Folder() as temporary:
+        folder = temporary.path
         machine: qemu.Machine | bochs.Machine
         if config.cpu == "amd":
             kernel, busybox, modules = await pull("generic-elf", "busybox", "lab-modules")

@@ -7,9 +7,7 @@ import inspect
 import os
 import re
 import resource
-import shutil
 import socket
-import tempfile
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
@@ -20,6 +18,7 @@ from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.forwards import Forward, parse_forward, parse_host
 from aiokvm.net.service import MAX_WAITING, Connection, Service
+from aiokvm.process import Folder
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class User(NetBackend):
             self._handlers[self._service_address(at)] = _handler(handler)
         self._services: dict[tuple[str, int], Service] = {}
         self._plane: Plane | None = None
-        self._directory: str | None = None
+        self._directory: Folder | None = None
         self._paths: dict[str, tuple[int, int]] = {}
         """Sockets that were made, with device and inode."""
         self._connection = ffi.new("struct aiokvm_net_slirp_connection *")
@@ -284,9 +283,9 @@ class User(NetBackend):
             if not self.end and not self._opening:
                 raise StateError(f"{self!r} was closed meanwhile")
             if not self._directory:
-                self._directory = tempfile.mkdtemp(prefix="aiokvm-")
+                self._directory = Folder()
             self._made += 1
-            path = f"{self._directory}/{self._made}"
+            path = self._directory.socket_path(str(self._made))
             number = int(IPv4Address(at[0]))
             result = lib.aiokvm_net_slirp_add_service(
                 self._core, number, at[1], os.fsencode(path), MAX_WAITING
@@ -343,7 +342,7 @@ class User(NetBackend):
         for path in tuple(self._paths):
             self._remove_path(path)
         if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.close()
             self._directory = None
         self._forwards = _by_key(self._asked.get(key, forward) for key, forward in self._forwards.items())
         self._asked.clear()

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,10 +19,10 @@ import pytest
 
 from aiokvm import ConfigError, ImageError
 from aiokvm.block import Image
+from aiokvm.process import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.anyio
 
@@ -201,7 +202,7 @@ async def test_what_a_chain_may_not_have(
         await Image(tmp_path / "disk.qcow2", backing=True).open()
 
 
-def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path, temporary: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "1M")
     program = (
@@ -209,12 +210,15 @@ def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         "from aiokvm.block import Image\n"
         "async def main():\n"
         "    async with Image(sys.argv[1]) as disk:\n"
-        "        print(disk._process.pid, disk._directory, flush=True)\n"
+        "        print(disk._process.pid, disk._directory.path, flush=True)\n"
         "        await anyio.sleep_forever()\n"
         "anyio.run(main)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
     ) as process:
         assert process.stdout is not None
         pid, directory = process.stdout.readline().split()
@@ -224,7 +228,21 @@ def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         assert select.select([server], [], [], 30)[0], "qemu-nbd still runs"
     finally:
         os.close(server)
-        shutil.rmtree(directory)
+    # The next start removes what the killed one could not.
+    assert Path(directory).exists()
+    with Folder():
+        assert not Path(directory).exists()
+
+
+async def test_a_place_for_temporary_files_with_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "disk.qcow2", "1M")
+    place = tmp_path / ("x" * 150)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    async with Image(tmp_path / "disk.qcow2") as disk:
+        assert disk.size_bytes == MIB
 
 
 async def test_what_an_image_has_qemu_nbd_say_is_printable(tmp_path: Path) -> None:

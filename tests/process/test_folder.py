@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from aiokvm.process import Folder
+
+OTHER = """
+import sys
+from aiokvm.process import Folder
+
+folder = Folder()
+(folder.path / "file").write_text("content")
+print(folder.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "place"
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    return path
+
+
+def other(place: Path) -> subprocess.Popen[str]:
+    """Another process that has a folder."""
+    return subprocess.Popen(
+        [sys.executable, "-c", OTHER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(place)},
+    )
+
+
+def told(process: subprocess.Popen[str]) -> Path:
+    assert process.stdout is not None
+    return Path(process.stdout.readline().strip())
+
+
+def test_a_folder_goes_with_its_block(place: Path) -> None:
+    with Folder() as folder:
+        assert folder.path.parent == place
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+        (folder.path / "file").touch()
+    assert list(place.iterdir()) == []
+    folder.close()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(place: Path) -> None:
+    (place / ".aiokvm-file").touch()
+    with other(place) as living, other(place) as killed:
+        paths = told(living), told(killed)
+        killed.kill()
+        killed.wait()
+        assert all((path / "file").exists() for path in paths)
+        with Folder() as folder:
+            assert set(place.iterdir()) == {paths[0], folder.path, place / ".aiokvm-file"}
+        living.kill()
+
+
+def test_a_folder_can_lie_elsewhere(tmp_path: Path, place: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with Folder(elsewhere) as folder:
+        assert folder.path.parent == elsewhere
+        assert list(place.iterdir()) == []
+
+
+def test_a_socket_in_a_folder_of_a_long_name(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 200)
+    deep.mkdir()
+    with (
+        Folder(deep) as folder,
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as one,
+    ):
+        listener.bind(folder.socket_path("socket"))
+        listener.listen()
+        assert (folder.path / "socket").is_socket()
+        one.connect(folder.socket_path("socket"))
