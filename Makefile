@@ -55,6 +55,7 @@ test: build/installed lint core-tests
 	$(BIN)/aiokvm images pull $(IMAGES)
 	$(BIN)/aiokvm images build debian
 	$(BIN)/pytest -m "not linux"
+	$(BIN)/python tools/newest-python
 	$(BIN)/python tools/linux-tests
 
 bench: build/installed

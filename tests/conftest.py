@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@pytest.fixture(params=["asyncio", "uvloop", "trio"])
+@pytest.fixture(params=holdups.LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> Iterator[object]:
     """Every test marked anyio runs on the three loops, and none holds them."""
     with holdups.measured(request) as meter:

@@ -12,6 +12,7 @@ under it: ``with step(): device.notified(0)``.
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     Step = Callable[[], AbstractContextManager[None]]
+
+# With eager tasks, which run before `create_task` returns, asyncio is another loop: Python 3.12 and later.
+LOOPS = ["asyncio", "uvloop", "trio", *(["asyncio-eager"] if sys.version_info >= (3, 12) else [])]
 
 # 5 ms are wanted; in no callback this much.
 LIMIT_S = 0.05
@@ -62,6 +66,8 @@ def backend(name: str, meter: StepMeter) -> tuple[str, dict[str, Any]]:
         import asyncio
 
         loop = uvloop.new_event_loop() if name == "uvloop" else asyncio.new_event_loop()
+        if name == "asyncio-eager":
+            loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
         measure_steps(loop, meter)
         return loop
 

@@ -90,11 +90,11 @@ int aiokvm_net_slirp_add_forward(struct aiokvm_net_end *end, int udp, const char
         return -EINVAL;
     if (!net_enter(end->net))
         return -EOWNERDEAD;
+    self->found = -1;
     int result = is_unix && !slirp_has_descriptors() ? -EMFILE : 0;
     if (!result && slirp_add_hostxfwd(self->slirp, &from.any, from_size, &to.any, to_size, flags_of(udp, &from)) < 0)
         result = errno ? -errno : -EINVAL;
     if (!result) {
-        self->found = -1;
         slirp_ask(self);
         result = port_of(self->found);
     }

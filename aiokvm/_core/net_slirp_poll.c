@@ -78,6 +78,10 @@ void slirp_register(int fd, void *opaque)
     forget(self, fd);
     /* Those that were accepted have it not. */
     fcntl(fd, F_SETFD, FD_CLOEXEC);
+    self->found = fd;
+    /* Since libslirp 4.9 sockets that listen are registered, too. */
+    if (option_of(fd, SO_ACCEPTCONN) == 1)
+        return;
     watched->kind = option_of(fd, SO_TYPE) == SOCK_STREAM ? SLIRP_TCP : SLIRP_OTHER;
     watched->is_counted = true;
     if (watched->kind == SLIRP_TCP)
@@ -95,7 +99,7 @@ void slirp_unregister(int fd, void *opaque)
         forget(self, fd);
 }
 
-/* What is not registered is a socket that listens, or that is there for a forwarded UDP port. */
+/* What has no kind yet is a socket that listens, or that is there for a forwarded UDP port. */
 static void find(struct slirp_end *self, int fd, struct slirp_watched *watched)
 {
     self->found = fd;

@@ -170,8 +170,14 @@ def _errno(error: BaseException | None) -> int:
     return 0
 
 
+def _rlimit(which: int) -> tuple[int, int]:
+    """The soft and the hard limit; -1 is none, as Python 3.15 does not say by itself."""
+    soft, hard = (-1 if value == resource.RLIM_INFINITY else value for value in resource.getrlimit(which))
+    return soft, hard
+
+
 def _descriptors(cpus: int) -> Iterator[Limit]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = _rlimit(resource.RLIMIT_NOFILE)
     try:
         used = len(os.listdir("/proc/self/fd")) + SPARE_DESCRIPTORS
     except OSError:  # there is none left to look with
@@ -198,7 +204,7 @@ def _descriptors_each(cpus: int) -> int:
 def _threads(cpus: int) -> Iterator[Limit]:
     each = cpus + THREADS
     if os.getuid() != 0 and not _is_capable(_CAP_SYS_RESOURCE) and not _is_capable(_CAP_SYS_ADMIN):
-        soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        soft, _ = _rlimit(resource.RLIMIT_NPROC)
         advice = "raise it (ulimit -u, LimitNPROC= in systemd), or end other processes of the user"
         yield Limit("RLIMIT_NPROC", "threads", soft, _threads_of_user() + SPARE_THREADS, each, advice)
     for group in _groups("pids"):

@@ -154,6 +154,11 @@ with start_blocking_portal() as portal:
     portal.call(vm.aclose)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30
+        # From Python 3.12 on it warns of what is tried here.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "3 0x1000\n", "")

@@ -406,6 +406,7 @@ def test_a_million_empty_looks_cost_no_memory_and_find_nothing(layout: Driver) -
         assert not queue.publish()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @LAYOUTS
 def test_a_child_of_fork_finds_the_queue_stopped(layout: Driver) -> None:
     driver, queue = pair(layout)
