@@ -157,6 +157,8 @@ void aiokvm_vring_stop(struct aiokvm_vring *vring);
 int aiokvm_vring_pop(struct aiokvm_vring *vring, struct aiokvm_chain **chain);
 void aiokvm_vring_push(struct aiokvm_vring *vring, struct aiokvm_chain *chain, uint32_t written);
 void aiokvm_vring_drop(struct aiokvm_vring *vring, struct aiokvm_chain *chain);
+size_t aiokvm_chain_read(const struct aiokvm_chain *chain, uint64_t offset, void *to, size_t n);
+size_t aiokvm_chain_write(const struct aiokvm_chain *chain, uint64_t offset, const void *from, size_t n);
 int aiokvm_vring_publish(struct aiokvm_vring *vring);
 int aiokvm_vring_enable_notify(struct aiokvm_vring *vring);
 void aiokvm_vring_disable_notify(struct aiokvm_vring *vring);

@@ -248,6 +248,39 @@ void aiokvm_vring_drop(struct aiokvm_vring *vring, struct aiokvm_chain *chain)
     release(vring, chain);
 }
 
+/* One of the two is NULL. */
+static size_t copy(const struct iovec *iov, uint32_t count, uint64_t offset, uint8_t *to, const uint8_t *from, size_t n)
+{
+    size_t done = 0;
+    for (uint32_t i = 0; i < count && done < n; i++) {
+        if (offset >= iov[i].iov_len) {
+            offset -= iov[i].iov_len;
+            continue;
+        }
+        uint8_t *base = (uint8_t *)iov[i].iov_base + offset;
+        size_t part = iov[i].iov_len - (size_t)offset;
+        if (part > n - done)
+            part = n - done;
+        if (to)
+            memcpy(to + done, base, part);
+        else
+            memcpy(base, from + done, part);
+        done += part;
+        offset = 0;
+    }
+    return done;
+}
+
+size_t aiokvm_chain_read(const struct aiokvm_chain *chain, uint64_t offset, void *to, size_t n)
+{
+    return copy(chain->iov, chain->readable, offset, to, NULL, n);
+}
+
+size_t aiokvm_chain_write(const struct aiokvm_chain *chain, uint64_t offset, const void *from, size_t n)
+{
+    return copy(chain->iov + chain->readable, chain->writable, offset, NULL, from, n);
+}
+
 static struct aiokvm_chain *next_in_order(const struct aiokvm_vring *vring)
 {
     if (vring->completed == vring->popped)

@@ -88,6 +88,10 @@ void aiokvm_vring_push(struct aiokvm_vring *vring, struct aiokvm_chain *chain, u
 /* Gives a chain's memory back. Unless the vring was stopped since, the driver never gets its buffers back, nor, with
  * IN_ORDER, any that came later. */
 void aiokvm_vring_drop(struct aiokvm_vring *vring, struct aiokvm_chain *chain);
+/* Copies n bytes at offset of the readable part to memory, or from memory into the writable part. How many there are:
+ * fewer where the part ends before. */
+size_t aiokvm_chain_read(const struct aiokvm_chain *chain, uint64_t offset, void *to, size_t n);
+size_t aiokvm_chain_write(const struct aiokvm_chain *chain, uint64_t offset, const void *from, size_t n);
 /* Makes all that was pushed visible to the driver. 1: it wants an interrupt. */
 int aiokvm_vring_publish(struct aiokvm_vring *vring);
 

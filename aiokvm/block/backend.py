@@ -7,6 +7,8 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeAlias
 
+from aiokvm.aio import current_loop
+
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
@@ -108,6 +110,8 @@ class BlockBackend(ABC):
             piece = zeroes[: end - offset]
             await self.write(offset, piece)
             offset += len(piece)
+            if offset < end:
+                await current_loop().turn()  # a write may do without ever waiting
 
     async def __aenter__(self) -> Self:
         await self.open()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
+from aiokvm._core import ffi, lib
 from aiokvm.errors import VirtqueueError
 from aiokvm.virtio.blk import (
     SECTOR_BYTES,
@@ -19,6 +20,7 @@ from aiokvm.virtio.blk import (
     VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 )
 from aiokvm.virtio.blk_request import BlkParser, BlkRequest
 
@@ -33,11 +35,37 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Requests under way; with pieces of this size a disk holds at most 64 MiB, whatever its guest asks for.
+# Requests under way; with pieces of this size a disk holds at most 64 MiB, whatever its guest asks for, and less if
+# others have what the process may have.
 MAX_REQUESTS = 64
 PIECE_BYTES = 1 << 20
-# Chains that are parsed before the loop has a turn: some 30 us each.
-BUDGET = 64
+# That requests are taken from a queue before the loop has a turn.
+SLICE_NS = 300_000
+
+
+class _Copies:
+    """Data that a disk's requests hold: a share of the process's budget, and one piece whatever the others have."""
+
+    def __init__(self) -> None:
+        self._given = anyio.Event()
+        share = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES)
+        if not share:
+            raise MemoryError("no memory for a disk")
+        self._share = ffi.gc(share, lib.aiokvm_share_free)
+
+    async def take(self, length: int) -> None:
+        """Returns when there is room for so many bytes."""
+        while not lib.aiokvm_share_take(self._share, length):
+            if not self._share.used:
+                lib.aiokvm_share_add(self._share, length)
+                return
+            await self._given.wait()
+
+    def give(self, length: int) -> None:
+        """They are not held any more."""
+        lib.aiokvm_share_give(self._share, length)
+        self._given.set()
+        self._given = anyio.Event()
 
 
 class LoopData:
@@ -77,6 +105,8 @@ class LoopData:
         self._waiting: set[int] = set()  # queues with more than MAX_REQUESTS allow
         self._running: set[BlkRequest] = set()
         self._tasks: dict[BlkRequest, anyio.CancelScope] = {}
+        self._copies = _Copies()
+        self._ended = anyio.Event()
         self._retry = anyio.Event()
         self._writeback = True
         self._closed = False
@@ -141,7 +171,7 @@ class LoopData:
 
     async def _gone(self, requests: Sequence[BlkRequest]) -> None:
         while any(request in self._tasks for request in requests):
-            await self._loop.turn()
+            await self._ended.wait()
 
     def _pump(self, index: int) -> None:
         """Starts what the queue has, as far as may be now. Raises VirtqueueError if it is broken."""
@@ -149,7 +179,8 @@ class LoopData:
         if queue is None or self._host is None or queue.broken:
             return
         queue.disable_notify()
-        for _ in range(BUDGET):
+        deadline_ns = self._loop.now_ns() + SLICE_NS
+        while self._loop.now_ns() < deadline_ns:
             if len(self._running) >= MAX_REQUESTS:
                 self._waiting.add(index)
                 return
@@ -184,6 +215,8 @@ class LoopData:
         finally:
             self._tasks.pop(request, None)
             self._running.discard(request)
+            self._ended.set()
+            self._ended = anyio.Event()
             request.release()
             self._pump_waiting()
 
@@ -219,24 +252,32 @@ class LoopData:
         if request.type == VIRTIO_BLK_T_FLUSH:
             await self._flush(request)
             return
-        if request.type == VIRTIO_BLK_T_IN:
+        # A backend may do without ever waiting: between two pieces the loop has a turn, whatever it is.
+        if request.type in (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT):
             for offset, length in request.pieces(PIECE_BYTES):
-                data = await self._try(request, offset, length, partial(self._read, offset, length))
-                request.write(data)
-            return
-        if request.type == VIRTIO_BLK_T_OUT:
-            for offset, length in request.pieces(PIECE_BYTES):
-                data = request.read(length)
-                await self._try(request, offset, length, partial(backend.write, offset, data))
-        else:
-            for part in request.ranges:
-                if request.type == VIRTIO_BLK_T_DISCARD:
-                    work = partial(backend.discard, part.offset, part.length)
-                else:
-                    work = partial(backend.write_zeroes, part.offset, part.length, part.unmap)
-                await self._try(request, part.offset, part.length, work)
-        if not self._writeback and request.type != VIRTIO_BLK_T_DISCARD:
+                if offset != request.offset:
+                    await self._loop.turn()
+                await self._move(request, offset, length)
+        for part in request.ranges:
+            if request.type == VIRTIO_BLK_T_DISCARD:
+                work = partial(backend.discard, part.offset, part.length)
+            else:
+                work = partial(backend.write_zeroes, part.offset, part.length, part.unmap)
+            await self._try(request, part.offset, part.length, work)
+            await self._loop.turn()
+        if not self._writeback and request.type in (VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES):
             await self._flush(request)
+
+    async def _move(self, request: BlkRequest, offset: int, length: int) -> None:
+        await self._copies.take(length)
+        try:
+            if request.type == VIRTIO_BLK_T_IN:
+                request.write(await self._try(request, offset, length, partial(self._read, offset, length)))
+            else:
+                work = partial(self._backend.write, offset, request.read(length))
+                await self._try(request, offset, length, work)
+        finally:
+            self._copies.give(length)
 
     async def _read(self, offset: int, length: int) -> memoryview:
         data = memoryview(await self._backend.read(offset, length))

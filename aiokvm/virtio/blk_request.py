@@ -93,7 +93,7 @@ class BlkRequest:
 
     def read(self, n: int) -> memoryview:
         """A copy of the next ``n`` bytes to be written to the disk."""
-        return memoryview(self._chain.read(n) if self._chain else b"")
+        return memoryview(self._chain.take(n) if self._chain else b"")
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes that were read from the disk."""
@@ -114,7 +114,7 @@ class BlkRequest:
 
 def _complete(chain: Chain, status: int) -> None:
     # The last byte, wherever the cursor stands; what is behind bytes that were written counts as written.
-    chain.writable[-1][-1] = status
+    chain.put(chain.writable_bytes - 1, bytes((status,)))
     chain.push(chain.written + 1 if status == VIRTIO_BLK_S_OK else 1)
 
 

@@ -136,44 +136,69 @@ class Chain:
 
     ``readable_bytes`` and ``writable_bytes`` are the parts' lengths in bytes; ``readable`` and ``writable``
     are their pieces, the guest's own memory with no copy: the guest may change it at any time, so a device
-    reads each byte once. `read` and `write` go through them from the beginning on.
+    reads each byte once. `read` and `write` go through them from the beginning on, and cost the same in
+    however many pieces the driver has cut them.
 
     A chain is pushed once, in any order with others. A chain that was pushed or dropped, or whose queue was
     stopped, is void: nothing is read or written, and pushing it does nothing.
     """
+
+    __slots__ = ("_core", "_queue", "_read", "readable_bytes", "writable_bytes", "written")
 
     def __init__(self, queue: Virtqueue, core: Pointer) -> None:
         self._queue = queue
         self._core: Pointer | None = core
         self.readable_bytes: int = core.readable_bytes
         self.writable_bytes: int = core.writable_bytes
-        self.readable: list[memoryview] = queue._views(core.iov, 0, core.readable)
-        self.writable: list[memoryview] = queue._views(core.iov, core.readable, core.writable)
         self.written = 0
-        self._source = _Cursor(self.readable)
-        self._sink = _Cursor(self.writable)
+        """Bytes that `write` has put into the writable part."""
+        self._read = 0
 
     @property
     def void(self) -> bool:
         """Whether the chain was pushed or dropped, or its queue stopped."""
         return self._core is None
 
+    @property
+    def readable(self) -> list[memoryview]:
+        """The pieces of the readable part, as many as the driver has descriptors for: up to 1024."""
+        return self._queue._views(self._core.iov, 0, self._core.readable) if self._core else []
+
+    @property
+    def writable(self) -> list[memoryview]:
+        """The pieces of the writable part, as many as the driver has descriptors for: up to 1024."""
+        core = self._core
+        return self._queue._views(core.iov, core.readable, core.writable) if core else []
+
     def read(self, n: int = -1) -> bytes:
         """The next ``n`` bytes of the readable part; all that are left if there are fewer, or ``n`` is -1.
 
         How many that is, up to 4 GiB, is the driver's choice: bound it.
         """
-        return b"".join(bytes(piece) for piece in self._source.take(n))
+        return bytes(self.take(n))
+
+    def take(self, n: int = -1) -> bytearray:
+        """As `read`, without a copy of the copy."""
+        if self._core is None:
+            return bytearray()
+        left = self.readable_bytes - self._read
+        data = bytearray(left if n < 0 else min(n, left))
+        lib.aiokvm_chain_read(self._core, self._read, ffi.from_buffer("uint8_t[]", data), len(data))
+        self._read += len(data)
+        return data
 
     def write(self, data: Buffer) -> int:
         """Put data next into the writable part; how many bytes fitted."""
-        done = 0
-        with memoryview(data).cast("B") as source:
-            for piece in self._sink.take(len(source)):
-                piece[:] = source[done : done + len(piece)]
-                done += len(piece)
+        done = self.put(self.written, data)
         self.written += done
         return done
+
+    def put(self, offset: int, data: Buffer) -> int:
+        """Put data at ``offset`` of the writable part, apart from what `write` does; how many bytes fitted."""
+        if self._core is None:
+            return 0
+        with memoryview(data).cast("B") as view, ffi.from_buffer("uint8_t[]", view) as source:
+            return lib.aiokvm_chain_write(self._core, offset, source, len(view))
 
     def push(self, written: int | None = None) -> None:
         """Complete the chain, of whose writable part the first ``written`` bytes were written.
@@ -194,33 +219,7 @@ class Chain:
     def _leave(self) -> Pointer | None:
         core, self._core = self._core, None
         self._queue._chains.discard(self)
-        self._source = self._sink = _Cursor([])
-        self.readable, self.writable = [], []
         return core
-
-
-class _Cursor:
-    """A place in a list of pieces, that moves on."""
-
-    def __init__(self, pieces: list[memoryview]) -> None:
-        self._pieces = pieces
-        self._piece = 0
-        self._offset = 0
-
-    def take(self, n: int) -> list[memoryview]:
-        """The next ``n`` bytes, or all that are left: pieces."""
-        taken = []
-        while n and self._piece < len(self._pieces):
-            piece = self._pieces[self._piece][self._offset :]
-            if 0 <= n < len(piece):
-                piece = piece[:n]
-                self._offset += n
-            else:
-                self._piece += 1
-                self._offset = 0
-            n -= len(piece)
-            taken.append(piece)
-        return taken
 
 
 def _words(code: int) -> str:
