@@ -1,4 +1,4 @@
-"""A file that coroutines read and write at positions: on worker threads, or at once if it is in memory."""
+"""A file that coroutines read and write at positions: on worker threads, or at once if that is soon done."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 THREADS_MAX = 8
 """Worker threads that one file keeps busy."""
+AT_ONCE_BYTES = 1 << 16
+"""Up to here a file in memory is read and written by the loop: a thread would take longer than that lasts."""
 
 
 async def in_thread(work: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
@@ -39,34 +41,42 @@ class File:
     def __init__(self, fd: int, memory_bytes: int | None = None) -> None:
         self._fd = fd
         self._memory_bytes = memory_bytes
+        self._writing = 0  # bytes that threads are about to take of the memory
         self._limiter = anyio.CapacityLimiter(THREADS_MAX)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await in_thread(work, self._limiter) if self._memory_bytes is None else work()
+    async def _run(self, work: Callable[[], T], length: int) -> T:
+        if self._memory_bytes is not None and length <= AT_ONCE_BYTES:
+            return work()
+        return await in_thread(work, self._limiter)
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """All of it, or EIO where the file ends before."""
-        return await self._run(partial(read_at, self._fd, offset, length))
+        return await self._run(partial(read_at, self._fd, offset, length), length)
 
-    async def write(self, offset: int, data: Data) -> None:
-        """Writes all of it, or ENOSPC if there is no room, in memory before anything is written."""
+    async def write(self, offset: int, *parts: Data) -> None:
+        """Writes them one behind the other, or ENOSPC if there is no room, in memory before anything is."""
+        length = sum(map(len, parts))
         if self._memory_bytes is not None:
-            used = os.fstat(self._fd).st_blocks * 512
-            if used + len(data) > self._memory_bytes:
+            used = os.fstat(self._fd).st_blocks * 512 + self._writing
+            if used + length > self._memory_bytes:
                 raise OSError(
                     errno.ENOSPC, f"{used} of {self._memory_bytes} bytes of memory are used: memory_bytes"
                 )
-        await self._run(partial(write_at, self._fd, offset, data))
+        self._writing += length
+        try:
+            await self._run(partial(write_at, self._fd, offset, *parts), length)
+        finally:
+            self._writing -= length
 
     async def free(self, offset: int, length: int) -> None:
         """Gives a range back, where the file system can: it holds anything then."""
-        result = await self._run(partial(lib.aiokvm_punch_hole, self._fd, offset, length))
+        result = await self._run(partial(lib.aiokvm_punch_hole, self._fd, offset, length), length)
         if result < 0 and result != -errno.EOPNOTSUPP:
             raise OSError(-result, os.strerror(-result))
 
     async def zero(self, offset: int, length: int) -> None:
         """Makes a range zeroes: a hole, where the file system can."""
-        result = await self._run(partial(lib.aiokvm_punch_hole, self._fd, offset, length))
+        result = await self._run(partial(lib.aiokvm_punch_hole, self._fd, offset, length), length)
         if result == -errno.EOPNOTSUPP:
             for at in range(offset, offset + length, ZEROES_BYTES):
                 await self.write(at, bytes(min(ZEROES_BYTES, offset + length - at)))
@@ -76,11 +86,11 @@ class File:
     async def sync(self) -> None:
         """What has been written survives a crash of the host; in memory nothing does."""
         if self._memory_bytes is None:
-            await self._run(partial(os.fdatasync, self._fd))
+            await in_thread(partial(os.fdatasync, self._fd), self._limiter)
 
     async def close(self) -> None:
         """Closes the descriptor."""
-        await self._run(partial(os.close, self._fd))
+        await in_thread(partial(os.close, self._fd), self._limiter)
 
 
 def read_at(fd: int, offset: int, length: int) -> bytes | bytearray:
@@ -97,10 +107,11 @@ def read_at(fd: int, offset: int, length: int) -> bytes | bytearray:
     return parts
 
 
-def write_at(fd: int, offset: int, data: Data) -> None:
-    """Writes all of the data. Blocks."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view = view[count:]
-        offset += count
+def write_at(fd: int, offset: int, *parts: Data) -> None:
+    """Writes all of the data, one part behind the other. Blocks."""
+    for data in parts:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(fd, view, offset)
+            view = view[count:]
+            offset += count

@@ -7,6 +7,7 @@ import fcntl
 import os
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 COMMIT_BYTES = 1 << 20
 """What `Overlay.commit` moves while requests wait."""
+FLUSH_PAGES = 256
+"""Of the bitmap, written at a time."""
 
 
 class _Gate:
@@ -116,14 +119,13 @@ class Overlay(BlockBackend):
                 raise ImageError(
                     f"clusters are smaller than the base's blocks of {self.base.block_size} bytes"
                 )
-            fd, self._layout, bits = await in_thread(self._open_file)
+            fd, self._layout, self._bitmap = await in_thread(self._open_file)
         except BaseException:
             await self.base.close()
             raise
         self.size_bytes = self.base.size_bytes
         self.block_size = self.base.block_size
         self.discard_granularity_bytes = self._layout.cluster_bytes
-        self._bitmap = Bitmap(self._layout, bits)
         self._gate = _Gate()
         self._claims: list[_Claim] = []
         self._flush_lock, self._commit_lock = anyio.Lock(), anyio.Lock()
@@ -157,7 +159,7 @@ class Overlay(BlockBackend):
             start, end = self._clusters(offset, len(data))
             claim = await self._claim(start, end)
             if claim is None:
-                await file.write(self._place(offset), bytes(data))
+                await file.write(self._place(offset), data)
                 return
             try:
                 low, high = self._span(start, end)
@@ -168,7 +170,7 @@ class Overlay(BlockBackend):
                 finish = offset + len(data)
                 if finish < high and not self._bitmap[end - 1]:
                     tail = await self.base.read(finish, high - finish)
-                await file.write(self._place(offset - len(head)), b"".join((head, data, tail)))
+                await file.write(self._place(offset - len(head)), head, data, tail)
                 self._bitmap.set(start, end)
             finally:
                 self._release(claim)
@@ -233,12 +235,13 @@ class Overlay(BlockBackend):
         async with self._commit_lock, self._gate.alone():
             file = self._opened()
             layout = replace(self._layout, bitmap=1 - self._layout.bitmap)
+            bitmap = await in_thread(partial(Bitmap, layout))
             if self.path is not None:
                 await file.zero(layout.bitmap_offset(layout.bitmap), layout.bitmap_bytes)
                 await file.sync()
                 await file.write(0, layout.pack())
                 await file.sync()
-            self._layout, self._bitmap = layout, Bitmap(layout)
+            self._layout, self._bitmap = layout, bitmap
             await file.free(layout.data_offset, layout.size_bytes)
 
     # Clusters.
@@ -312,7 +315,7 @@ class Overlay(BlockBackend):
             offset, length = self._span(start, end)[0], self._length(start, end)
             data = await file.read(self._place(offset), length)
             self._base_written = True
-            if data.count(0) == length:
+            if data == bytes(length):
                 await self.base.write_zeroes(offset, length, unmap=True)
             else:
                 await self.base.write(offset, memoryview(data))
@@ -322,7 +325,7 @@ class Overlay(BlockBackend):
 
     # The file.
 
-    def _open_file(self) -> tuple[int, Layout, bytes | bytearray | None]:
+    def _open_file(self) -> tuple[int, Layout, Bitmap]:
         wanted = Layout(self.base.size_bytes, self._cluster_bytes)
         if self.path is None:
             fd = os.memfd_create("aiokvm-overlay", os.MFD_CLOEXEC)
@@ -331,7 +334,7 @@ class Overlay(BlockBackend):
         try:
             if self.path is None:
                 os.ftruncate(fd, wanted.file_bytes)
-                return fd, wanted, None
+                return fd, wanted, Bitmap(wanted)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -341,7 +344,7 @@ class Overlay(BlockBackend):
             os.close(fd)
             raise
 
-    def _load(self, fd: int, wanted: Layout, path: Path) -> tuple[Layout, bytes | bytearray]:
+    def _load(self, fd: int, wanted: Layout, path: Path) -> tuple[Layout, Bitmap]:
         length = os.fstat(fd).st_size
         if not length:
             write_at(fd, 0, wanted.pack())
@@ -361,29 +364,32 @@ class Overlay(BlockBackend):
             elif length != layout.file_bytes:
                 raise ImageError(f"it has {length} bytes instead of {layout.file_bytes}")
             bits = read_at(fd, layout.bitmap_offset(layout.bitmap), layout.bitmap_bytes)
-            Bitmap(layout, bits)
+            return layout, Bitmap(layout, bits)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
-        return layout, bits
 
     async def _flush(self, file: File) -> None:
         bitmap = self._bitmap
-        pages = {index: bitmap.page(index) for index in sorted(bitmap.dirty)}
-        bitmap.dirty.clear()
+        runs = bitmap.take_dirty(FLUSH_PAGES) if self.path is not None else []
+        copies: list[bytes] = []
         try:
+            # Clusters that come meanwhile may be in the copies: they are synced before these are written.
+            for run in runs:
+                copies.append(bitmap.pages(run))
+                await current_loop().turn()
             if self._base_written:
                 await self.base.flush()
                 self._base_written = False
             if self.path is None:
                 return
             await self._sync(file)
-            for index, page in pages.items():
-                at = self._layout.bitmap_offset(self._layout.bitmap) + index * proto.PAGE_BYTES
-                await file.write(at, page)
-            if pages:
+            for run, copy in zip(runs, copies, strict=True):
+                at = self._layout.bitmap_offset(self._layout.bitmap) + run.start * proto.PAGE_BYTES
+                await file.write(at, copy)
+            if runs:
                 await self._sync(file)
         except BaseException:
-            bitmap.dirty.update(pages)
+            bitmap.dirty.update(*runs)
             raise
 
     async def _sync(self, file: File) -> None:

@@ -26,6 +26,8 @@ _ENGINES = {
     "io_uring": lib.AIOKVM_BLK_IO_URING,
     "threads": lib.AIOKVM_BLK_THREADS,
 }
+# That events of one disk are told before the loop has a turn.
+SLICE_NS = 300_000
 _BROKEN = {
     lib.AIOKVM_BLK_EHEADER: "a request is shorter than its header",
     lib.AIOKVM_BLK_ESTATUS: "a request has no byte for its status that the device may write",
@@ -183,6 +185,7 @@ class CoreData:
         # What came between the reading and this look rings again.
         os.eventfd_read(lib.aiokvm_blk_fd(core))
         event = self._event
+        deadline_ns = self._loop.now_ns() + SLICE_NS
         while lib.aiokvm_blk_take(core, event):
             if event.kind == lib.AIOKVM_BLK_FAILED:
                 self._on_failed(event.type, event.offset, event.length, event.error)
@@ -190,6 +193,9 @@ class CoreData:
                 error = event.error
                 words = _BROKEN.get(error) or ffi.string(lib.aiokvm_vring_strerror(error)).decode()
                 self._host.needs_reset(f"queue {event.queue}: {words}")
+            if self._loop.now_ns() >= deadline_ns:
+                os.eventfd_write(lib.aiokvm_blk_fd(core), 1)  # the rest when others have had their turn
+                return
         if lib.aiokvm_blk_state(core) == lib.AIOKVM_BLK_EXITED:
             self._on_exited(core)
         self._changed.set()

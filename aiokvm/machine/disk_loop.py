@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Requests under way; with pieces of this size a disk holds at most 64 MiB, whatever its guest asks for, and less if
-# others have what the process may have.
+# Requests under way; with pieces of this size a disk holds at most 64 MiB, whatever its guest asks for, and
+# less where others have what the process may have.
 MAX_REQUESTS = 64
 PIECE_BYTES = 1 << 20
 # That requests are taken from a queue before the loop has a turn.
@@ -44,10 +44,11 @@ SLICE_NS = 300_000
 
 
 class _Copies:
-    """Data that a disk's requests hold: a share of the process's budget, and one piece whatever the others have."""
+    """Data that a disk's requests hold: a share of the process's budget, and one piece in any case."""
 
     def __init__(self) -> None:
         self._given = anyio.Event()
+        self._held = 0
         share = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES)
         if not share:
             raise MemoryError("no memory for a disk")
@@ -56,13 +57,15 @@ class _Copies:
     async def take(self, length: int) -> None:
         """Returns when there is room for so many bytes."""
         while not lib.aiokvm_share_take(self._share, length):
-            if not self._share.used:
+            if not self._held:
                 lib.aiokvm_share_add(self._share, length)
-                return
+                break
             await self._given.wait()
+        self._held += length
 
     def give(self, length: int) -> None:
         """They are not held any more."""
+        self._held -= length
         lib.aiokvm_share_give(self._share, length)
         self._given.set()
         self._given = anyio.Event()

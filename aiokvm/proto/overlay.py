@@ -34,6 +34,8 @@ CLUSTERS_MAX = 1 << 28
 
 _HEADER = struct.Struct("<8sIIQII")
 _CLUSTERS_A_PAGE = 8 * PAGE_BYTES
+_STRETCH_BYTES = 1 << 16
+_STRETCHES = {byte: bytes((byte,)) * _STRETCH_BYTES for byte in (0, 0xFF)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,32 +141,45 @@ class Bitmap:
         at = start
         while at < end:
             here = self[at]
-            whole = 0xFF if here else 0
-            run = at + 1
-            while run < end:
-                if not run & 7 and end - run >= 8 and self._bits[run >> 3] == whole:
-                    run += 8
-                elif self[run] == here:
-                    run += 1
-                else:
-                    break
+            run = self._end_of_run(at, end, here)
             yield at, run, here
             at = run
 
     def next(self, start: int) -> int | None:
         """The first cluster from start on that the overlay has."""
-        first = start >> 3
-        if rest := self._bits[first] >> (start & 7) if first < len(self._bits) else 0:
-            return start + (rest & -rest).bit_length() - 1
-        # lstrip looks at the bytes in C, a page at a time so that not all of them are copied.
-        for page in range((first + 1) // PAGE_BYTES, len(self._bits) // PAGE_BYTES):
-            begin = max(first + 1, page * PAGE_BYTES)
-            left = self._bits[begin : (page + 1) * PAGE_BYTES].lstrip(b"\0")
-            if left:
-                at = (page + 1) * PAGE_BYTES - len(left)
-                return 8 * at + (left[0] & -left[0]).bit_length() - 1
-        return None
+        at = self._end_of_run(start, self._clusters, False)
+        return at if at < self._clusters else None
 
-    def page(self, index: int) -> bytes:
-        """The bytes of one page."""
-        return bytes(self._bits[index * PAGE_BYTES : (index + 1) * PAGE_BYTES])
+    def take_dirty(self, most: int) -> list[range]:
+        """The indices of the pages that have changed, in runs of at most so many; they count as unchanged."""
+        runs: list[range] = []
+        for index in sorted(self.dirty):
+            if runs and index == runs[-1].stop and len(runs[-1]) < most:
+                runs[-1] = range(runs[-1].start, index + 1)
+            else:
+                runs.append(range(index, index + 1))
+        self.dirty.clear()
+        return runs
+
+    def pages(self, indices: range) -> bytes:
+        """The bytes of pages."""
+        return bytes(self._bits[indices.start * PAGE_BYTES : indices.stop * PAGE_BYTES])
+
+    def _end_of_run(self, at: int, end: int, here: bool) -> int:
+        """The first cluster from ``at`` on that the overlay has (or has not) unlike ``here``, or ``end``."""
+        same = 0xFF if here else 0
+        byte = at >> 3
+        other = (self._bits[byte] ^ same) >> (at & 7) << (at & 7) if at < end else 0
+        if not other:
+            byte = self._end_of_bytes(byte + 1, -(-end // 8), same)
+            other = self._bits[byte] ^ same if 8 * byte < end else 0
+        return min(8 * byte + (other & -other).bit_length() - 1, end) if other else end
+
+    def _end_of_bytes(self, at: int, end: int, same: int) -> int:
+        """The first byte from ``at`` on that is another, or ``end``; comparing and stripping is done in C."""
+        stretch = _STRETCHES[same]
+        for begin in range(at, end, _STRETCH_BYTES):
+            piece = self._bits[begin : min(begin + _STRETCH_BYTES, end)]
+            if piece != stretch[: len(piece)]:
+                return begin + len(piece) - len(piece.lstrip(stretch[:1]))
+        return end

@@ -194,7 +194,7 @@ class Chain:
         return done
 
     def put(self, offset: int, data: Buffer) -> int:
-        """Put data at ``offset`` of the writable part, apart from what `write` does; how many bytes fitted."""
+        """Put data at ``offset`` of the writable part, whatever `write` does; how many bytes fitted."""
         if self._core is None:
             return 0
         with memoryview(data).cast("B") as view, ffi.from_buffer("uint8_t[]", view) as source:

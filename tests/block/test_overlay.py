@@ -21,6 +21,8 @@ from aiokvm.proto import overlay as proto
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiokvm.block.backend import Data
+
 CLUSTER = 4096
 # The last cluster is partial.
 SIZE = 9 * CLUSTER + 1024
@@ -119,9 +121,9 @@ class Recorder(File):
 
     log: list[tuple[str, int, bytes]]
 
-    async def write(self, offset: int, data: Any) -> None:
-        self.log.append(("write", offset, bytes(data)))
-        await super().write(offset, data)
+    async def write(self, offset: int, *parts: Data) -> None:
+        self.log.append(("write", offset, b"".join(parts)))
+        await super().write(offset, *parts)
 
     async def zero(self, offset: int, length: int) -> None:
         self.log.append(("write", offset, bytes(length)))
