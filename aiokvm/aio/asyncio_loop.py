@@ -71,13 +71,19 @@ class _Watch:
 
 class _Task:
     def __init__(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        made = False
+
         async def run() -> None:
+            if not made:
+                # An eager task factory runs it at once; who spawns it has not got the task yet.
+                await asyncio.sleep(0)
             try:
                 await work()
             except Exception:
                 logger.exception("exception in %s", name)
 
         self._task = asyncio.create_task(run(), name=name)
+        made = True
 
     def cancel(self) -> None:
         self._task.cancel()

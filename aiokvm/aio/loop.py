@@ -47,7 +47,10 @@ class Loop(Protocol):
         """The loop's monotonic clock, in nanoseconds."""
 
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
-        """Runs a coroutine function on its own until it ends or is cancelled; an exception is logged."""
+        """Runs a coroutine function on its own until it ends or is cancelled; an exception is logged.
+
+        It begins after this has returned, whatever the loop's task factory is.
+        """
 
     async def turn(self) -> None:
         """Returns when the loop has looked at everything else that is due."""

@@ -6,16 +6,22 @@ import re
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 
-from aiokvm.errors import SerialClosedError
+from aiokvm.errors import ConfigError, SerialClosedError
+from aiokvm.machine.search import compiled, search
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    import regex
 
 # What the guest has written and nobody has read: room for a whole boot log, a bound for a hostile guest.
 OUTPUT_LIMIT = 1 << 20
 # What was sent and the guest has not read: `send` waits beyond that.
 INPUT_LIMIT = 64 << 10
+# What a regular expression is looked for in again when more has come: longer than what people look for.
+OVERLAP = 4096
 # How much of the output an error message shows.
 TAIL = 400
 
@@ -96,24 +102,30 @@ class SerialConsole:
             await self._wait_for_output(self.dropped)
             return self._take(min(limit, len(self._output)))
 
-    async def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
+    async def expect(
+        self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None, *, overlap: int = OVERLAP
+    ) -> bytes:
         """Output up to and including the first match of ``pattern``: bytes, or a compiled regular expression.
 
         What is behind the match stays for the next reader. On TimeoutError (after ``timeout`` seconds),
         SerialClosedError (the machine ended without a match) and cancellation all output stays; the first
         two show its end. A match is looked for in the newest `OUTPUT_LIMIT` bytes.
+
+        Output is searched once, as it comes, and of what was searched only the last ``overlap`` bytes again:
+        a regular expression that matches more bytes than that may not be found. Raises ConfigError for one
+        that backtracks for seconds on twice as many bytes, and for an ``overlap`` below 1.
         """
+        if overlap < 1:
+            raise ConfigError(f"overlap is {overlap}: at least 1 byte is searched again")
         shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
         with self._reading:
             try:
                 with anyio.fail_after(timeout):
-                    searched = 0
-                    while (end := self._match_end(pattern, searched)) < 0:
-                        if self._closed:
-                            raise SerialClosedError(f"{self._closed} before {shown!r}{self._tail()}")
-                        searched = len(self._output)
-                        await self._wait_for_output(searched + self.dropped)
-                    return self._take(end)
+                    if isinstance(pattern, re.Pattern):
+                        end = await self._match(compiled(pattern), overlap, shown)
+                    else:
+                        end = await self._find(pattern, shown)
+                    return self._take(max(0, end - self.dropped))
             except TimeoutError:
                 raise TimeoutError(f"no {shown!r} within {timeout} s{self._tail()}") from None
 
@@ -121,30 +133,65 @@ class SerialConsole:
         """The lines of the output, without their CR and LF, until the machine has ended."""
         while True:
             with self._reading:
-                searched = 0
-                while (end := self._output.find(b"\n", searched)) < 0:
+                searched = self.dropped
+                while (end := self._output.find(b"\n", max(0, searched - self.dropped))) < 0:
                     if self._closed:
                         break
-                    searched = len(self._output) if len(self._output) < OUTPUT_LIMIT else 0
-                    await self._wait_for_output(len(self._output) + self.dropped)
+                    searched = self._end
+                    await self._wait_for_output(searched)
                 line = self._take(end + 1 if end >= 0 else len(self._output))
             if not line:
                 return
             yield line.rstrip(b"\r\n")
 
-    def _match_end(self, pattern: bytes | re.Pattern[bytes], searched: int) -> int:
-        """Where the first match ends, or -1; a plain pattern is not in the first ``searched`` bytes."""
-        if isinstance(pattern, re.Pattern):
-            match = pattern.search(self._output)
-            return match.end() if match else -1
-        # A full buffer has moved: what was searched is no longer where it was.
-        start = 0 if searched >= OUTPUT_LIMIT else max(0, searched - len(pattern) + 1)
-        found = self._output.find(pattern, start)
-        return found + len(pattern) if found >= 0 else -1
+    # Places in the output are counted with what was dropped: they stay what they are when more is.
+
+    @property
+    def _end(self) -> int:
+        return self.dropped + len(self._output)
+
+    async def _find(self, pattern: bytes, shown: bytes) -> int:
+        """The place where the first match ends."""
+        searched = self.dropped
+        while (found := self._output.find(pattern, max(0, searched - self.dropped))) < 0:
+            # A part of it may be there.
+            searched = self._end - len(pattern) + 1
+            await self._more(self._end, shown)
+        return self.dropped + found + len(pattern)
+
+    async def _match(self, pattern: regex.Pattern[bytes], overlap: int, shown: bytes) -> int:
+        """The same for a regular expression: piece by piece, each with what is before and behind it."""
+        begin = self.dropped
+        while True:
+            size = 2 * overlap
+            while True:
+                begin = max(begin, self.dropped)
+                first = max(begin - overlap, self.dropped)
+                text = bytes(self._output[first - self.dropped : begin - self.dropped + size])
+                is_last = first + len(text) >= self._end
+                match = await search(pattern, text, begin - first)
+                if is_last or not match or match.end() < len(text):
+                    break
+                # It ends where the piece does: it may be longer.
+                size *= 2
+            if match and (is_last or first + match.start() < begin + overlap):
+                return first + match.end()
+            if is_last:
+                begin = max(begin, first + len(text) - overlap)
+                await self._more(first + len(text), shown)
+            else:
+                begin += overlap
+                await anyio.lowlevel.checkpoint()
+
+    async def _more(self, seen: int, shown: bytes) -> None:
+        """Wait for output behind a place. Raises SerialClosedError when there will be none."""
+        if self._closed and self._end <= seen:
+            raise SerialClosedError(f"{self._closed} before {shown!r}{self._tail()}")
+        await self._wait_for_output(seen)
 
     async def _wait_for_output(self, seen: int) -> None:
         """Wait until more than ``seen`` bytes have come in all, or the end."""
-        while len(self._output) + self.dropped <= seen and not self._closed:
+        while self._end <= seen and not self._closed:
             self._news = anyio.Event()
             await self._news.wait()
 

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from aiokvm import VM, Device, Exit, ExitReason, boot
+from aiokvm import VM, ConfigError, Device, Exit, ExitReason, boot
 from aiokvm.aio import current_loop
+from aiokvm.machine import search as module
+from aiokvm.machine.console import OUTPUT_LIMIT, SerialConsole
 from aiokvm.machine.share import LoopShare
 from tests.machine.test_smp import CALLS_ALL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from aiokvm.boot.plan import BootPlan, GuestInfo
@@ -277,3 +279,94 @@ async def test_what_is_asked_for_again_waits_for_another_turn() -> None:
         await anyio.lowlevel.checkpoint()
         turns += 1
     assert turns > 10
+
+
+# What a guest prints, and somebody expects.
+
+
+async def printing(
+    console: SerialConsole, pattern: re.Pattern[bytes], pieces: Sequence[bytes], **options: Any
+) -> bytes:
+    """What is found in output that comes piece by piece."""
+    found: list[bytes] = []
+
+    async def wait() -> None:
+        found.append(await console.expect(pattern, **options))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        for piece in pieces:
+            await anyio.wait_all_tasks_blocked()
+            console.on_transmit(piece)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "pattern", [rb"\w+ login: ", rb"(a|aa)+$x", rb"^(([a-z])+.)+[A-Z]([a-z])+$", rb"(a*)*[^a]\1 login: "]
+)
+async def test_a_pattern_that_backtracks_does_not_hold_the_loop(pattern: bytes) -> None:
+    console = SerialConsole(lambda data: 0)
+    console.on_transmit(b"a" * (64 << 10))
+    with pytest.raises((TimeoutError, ConfigError), match=r"within|backtracks"):
+        await console.expect(re.compile(pattern), timeout=0.2)
+    assert len(await console.read(1 << 20)) == 64 << 10
+
+
+async def test_a_pattern_that_backtracks_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ON_THREAD_SECONDS", 0.05)
+    console = SerialConsole(lambda data: 0)
+    console.on_transmit(b"a" * 8000)
+    with pytest.raises(ConfigError, match="backtracks: it takes more than"):
+        await console.expect(re.compile(rb"(a|aa)+$x"))
+    assert len(await console.read()) == 8000
+
+
+async def test_output_is_searched_once() -> None:
+    """A megabyte in small pieces: each search is of what is new, and of the overlap."""
+    console = SerialConsole(lambda data: 0)
+    pieces = [b"nothing of interest here; " * 40] * 1000
+    began = time.thread_time()
+    assert await printing(console, re.compile(rb"(?i)LOGIN: $"), [*pieces, b"login: "], timeout=LIMIT_S)
+    assert time.thread_time() - began < 5
+
+
+@pytest.mark.parametrize("cut", [1, 3, 100, 4095, 4096, 4097, 8192, 10_000])
+async def test_a_match_is_found_however_the_output_is_cut(cut: int) -> None:
+    text = b"x" * 9000 + b"b=123456 " + b"y" * 9000 + b"END"
+    console = SerialConsole(lambda data: 0)
+    pieces = (
+        [text[at : at + cut] for at in range(0, len(text), cut)] if cut > 50 else [text[:cut], text[cut:]]
+    )
+    found = await printing(console, re.compile(rb"b=(\d+) y"), pieces, timeout=LIMIT_S)
+    assert found == text[:9010]
+
+
+async def test_all_at_once_is_found_as_a_whole_would_be() -> None:
+    """The longest of a match that crosses the pieces that are searched; anchors are of the whole output."""
+    for before in (4090, 8185, 12_280):
+        console = SerialConsole(lambda data: 0)
+        console.on_transmit(b"-" * before + b"1" * 3000 + b" rest " * 3000)
+        assert await console.expect(re.compile(rb"\d+"), timeout=LIMIT_S) == b"-" * before + b"1" * 3000
+    console = SerialConsole(lambda data: 0)
+    console.on_transmit(b"first\n" + b"z" * 3000 + b"\n" + b"first" * 2000)
+    with pytest.raises(TimeoutError):
+        await console.expect(re.compile(rb"^z"), timeout=0.01)
+    assert (await console.expect(re.compile(rb"(?<=\n)z+\n"), timeout=LIMIT_S)).endswith(b"z\n")
+
+
+async def test_how_much_is_searched_again_is_the_callers_choice() -> None:
+    pieces = [b"BEGIN", *[b"." * 1000] * 20, b"END"]
+    pattern = re.compile(rb"(?s)BEGIN.*END")
+    found = await printing(SerialConsole(lambda data: 0), pattern, pieces, overlap=64 << 10, timeout=LIMIT_S)
+    assert found == b"".join(pieces)
+    with pytest.raises(ConfigError, match="overlap is 0"):
+        await SerialConsole(lambda data: 0).expect(pattern, overlap=0)
+
+
+async def test_a_match_outlives_output_that_is_dropped() -> None:
+    console = SerialConsole(lambda data: 0)
+    pieces = [b"." * (OUTPUT_LIMIT // 4)] * 9 + [b"ready\n", b"more"]
+    found = await printing(console, re.compile(rb"r\w+\n"), pieces, timeout=LIMIT_S)
+    assert found.endswith(b"..ready\n")
+    assert len(found) <= OUTPUT_LIMIT
+    assert console.dropped + len(found) + 4 == sum(map(len, pieces))
