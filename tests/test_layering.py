@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "aiokvm"
 MAY_IMPORT = {
     "text": set(),
     "errors": set(),
+    "size": {"errors"},
     "memory": {"_core", "errors"},
     "ratelimit": {"_core", "errors"},
     "logs": {"_core", "ratelimit"},
@@ -29,11 +30,11 @@ MAY_IMPORT = {
     "net": {"_core", "aio", "errors", "logs", "process", "proto", "ratelimit"},
     "machine": {
         *("_core", "aio", "block", "boot", "errors", "hw", "kvm", "logs", "memory", "net", "proto"),
-        *("ratelimit", "virtio"),
+        *("ratelimit", "size", "virtio"),
     },
     "images": {"boot", "errors", "process", "proto"},
     "lab": {"errors", "images", "process", "proto"},
-    "cli": {"", "block", "boot", "errors", "images", "kvm", "lab", "net", "process", "proto"},
+    "cli": {"", "block", "boot", "errors", "images", "kvm", "lab", "net", "process", "proto", "size"},
     "__main__": {"cli"},
     "metrics": {""},
     "": {"aio", "block", "boot", "errors", "kvm", "machine", "memory", "net", "virtio"},

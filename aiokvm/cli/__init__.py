@@ -4,14 +4,56 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from aiokvm.errors import AiokvmError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Modules of this package. Each is imported when it is used: an import costs seconds on an emulated CPU.
 _COMMANDS = ("run", "trace", "doctor", "lab", "images")
 
 
 class _Group(click.Group):
+    """Loads commands when they are used, and answers for all of them what no reader or disk takes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run a command and exit."""
+        from aiokvm.cli import common
+
+        try:
+            try:
+                super().main(*args, **kwargs)
+            finally:
+                # Not left to the interpreter, which would show a traceback.
+                sys.stdout.flush()
+        except BrokenPipeError:
+            status = common.STATUS_BROKEN_PIPE
+        except (AiokvmError, OSError) as error:
+            with suppress(OSError):
+                where = (
+                    "" if isinstance(error, AiokvmError) or error.filename else "cannot write the output: "
+                )
+                common.say(where + common.describe(error))
+            status = common.STATUS_FAILED
+        _drop_output()
+        sys.exit(status)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Take the options, --help and --version among them."""
+        with _a_broken_pipe_has_its_status():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _a_broken_pipe_has_its_status():
+            return super().invoke(ctx)
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
 
@@ -21,6 +63,29 @@ class _Group(click.Group):
         command = getattr(importlib.import_module(f"aiokvm.cli.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+
+@contextmanager
+def _a_broken_pipe_has_its_status() -> Iterator[None]:
+    """End as a program that SIGPIPE ends: click and rich would make it status 1."""
+    from aiokvm.cli import common
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise click.exceptions.Exit(common.STATUS_BROKEN_PIPE) from None
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            raise click.exceptions.Exit(common.STATUS_BROKEN_PIPE) from None
+        raise
+
+
+def _drop_output() -> None:
+    """Have the interpreter write what is left of the output to nowhere."""
+    with suppress(OSError, ValueError):  # standard output of a test has no descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 _EPILOG = """\b

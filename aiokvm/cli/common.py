@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import signal
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import click
 
-from aiokvm import AiokvmError
+from aiokvm import AiokvmError, ConfigError
+from aiokvm.size import parse_size
 from aiokvm.text import printable_lines
 
 if TYPE_CHECKING:
@@ -29,15 +29,13 @@ STATUS_KVM_ERROR = 135
 STATUS_INTERRUPTED = 128 + signal.SIGINT
 STATUS_BROKEN_PIPE = 128 + signal.SIGPIPE
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 def size(text: str) -> int:
     """Return the bytes of a number with K, M, G or T: a parameter type. A usage error for anything else."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
-    if not match:
-        raise click.BadParameter(f"{text!r} is not a size: write a number with K, M, G or T, such as 512M")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def say(text: str) -> None:
@@ -58,7 +56,8 @@ class Warnings(logging.Handler):
 def execute(work: Callable[[Interrupts], Awaitable[int]]) -> int:
     """Run ``work`` on asyncio and return the exit status, which is its result unless a signal ended it.
 
-    An error of aiokvm's own is one message on standard error and `STATUS_FAILED`.
+    An error of aiokvm's own is one message on standard error and `STATUS_FAILED`. BrokenPipeError if nobody
+    reads the output any more.
     """
 
     async def interruptible() -> int:
@@ -76,6 +75,8 @@ def execute(work: Callable[[Interrupts], Awaitable[int]]) -> int:
         return anyio.run(interruptible, backend="asyncio", backend_options=options)
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
+    except BrokenPipeError:
+        raise  # main() answers it for all commands
     except (AiokvmError, OSError) as error:
         say(describe(error))
         return STATUS_FAILED

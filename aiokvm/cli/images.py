@@ -98,6 +98,7 @@ def build() -> None:
 @click.option("--size", type=common.size, default="1G", show_default=True, help="The file system's; sparse.")
 @click.option("--suite", default="bookworm", show_default=True, help="Which Debian.")
 @click.option(
+    "-o",
     "--output",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -119,7 +120,21 @@ def lab_forwards(options: Sequence[NetOption], forwards: Sequence[Forward]) -> t
         # QEMU's hostfwd knows IPv4, and in the lab all are on one address.
         if ":" in forward.address or ports.count((forward.protocol, forward.host_port)) > 1:
             raise ConfigError(f"-p {forward}: the lab takes each port once, at an address of IPv4")
+    for forward in forwards:
+        _check_free(forward)
     return tuple(f"{f.protocol}:{f.address}:{f.host_port}-:{f.host_port}" for f in forwards)
+
+
+def _check_free(forward: Forward) -> None:
+    """Raise ConfigError for a port that cannot be had: the lab's emulator would only die of it, and late."""
+    kind = socket.SOCK_STREAM if forward.protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as probe:
+        if kind == socket.SOCK_STREAM:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((forward.address, forward.host_port))
+        except OSError as error:
+            raise ConfigError(f"-p {forward}: {error.strerror}") from None
 
 
 def lab_arguments(options: Sequence[NetOption], forwards: Sequence[Forward]) -> list[str]:

@@ -99,7 +99,8 @@ class Report:
 
     def ended(self, exit: Exit) -> None:  # noqa: A002
         """Take over how the machine ended."""
-        self.reason, self.code, self.detail = exit.reason.value, exit.code, exit.detail
+        self.reason, self.code = exit.reason.value, exit.code
+        self.detail = exit.detail or self.detail
 
 
 class Machine(Protocol):
@@ -237,6 +238,8 @@ def run(ctx: click.Context, /, **given: object) -> None:
         logging.getLogger("aiokvm").removeHandler(warnings)
     if options.as_json:
         click.echo(json.dumps(asdict(report)))
+    elif report.status == common.STATUS_TIMEOUT or report.reason == ExitReason.RESET.value:
+        common.say(report.detail or "the guest has asked for a reset")
     ctx.exit(report.status)
 
 

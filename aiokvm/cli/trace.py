@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
@@ -161,11 +160,8 @@ def trace(
             _show_summary(file, wanted, as_json)
         else:
             _show_all(file, wanted, as_json)
-        sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter would flush what is left, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        ctx.exit(common.STATUS_BROKEN_PIPE)
+        raise
     except (AiokvmError, OSError) as error:
         common.say(common.describe(error))
         ctx.exit(common.STATUS_FAILED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from aiokvm.memory import PAGE_SIZE
 if TYPE_CHECKING:
     from aiokvm.boot import BootProtocol
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # Four ports is what a PC has addresses and Linux names for without being told.
 MAX_SERIAL_PORTS = 4
 # The low memory that boot structures and ACPI tables take, and a little more.
@@ -22,19 +20,6 @@ NAME_MAX = 64
 # About what a sleep and a wake-up take on either side: polling for longer wins nothing.
 POLL_NS = 50_000
 MAX_POLL_NS = 1_000_000
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of a size such as ``"512M"``: a number with K, M, G or T for powers of 1024, or an int.
-
-    Raises ConfigError for anything else.
-    """
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*", size, re.IGNORECASE | re.ASCII)
-    if not match:
-        raise ConfigError(f"{size!r} is not a size: write bytes, or a number with K, M, G or T, such as 512M")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDO
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
-from aiokvm.machine.config import POLL_NS, Config, RngConfig, parse_size
+from aiokvm.machine.config import POLL_NS, Config, RngConfig
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
@@ -34,6 +34,7 @@ from aiokvm.machine.platform import Platform
 from aiokvm.machine.postmortem import describe, explain
 from aiokvm.machine.vcpus import Vcpus
 from aiokvm.machine.virtio import DRAIN_SECONDS, VirtioDevices, places
+from aiokvm.size import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence

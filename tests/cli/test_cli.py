@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
 from click.testing import CliRunner
 
 from aiokvm.cli import cli
@@ -33,3 +35,48 @@ def test_closed_standard_input_is_an_empty_one() -> None:
     result = subprocess.run(argv, capture_output=True, check=False)
     assert result.returncode == 125
     assert b"neither a file" in result.stderr
+
+
+COMMANDS = [
+    ["--help"],
+    ["--version"],
+    ["doctor"],
+    ["doctor", "--json"],
+    ["images", "list"],
+    ["images", "list", "--json"],
+    ["images", "pull", "--help"],
+    ["run", "--help"],
+    ["lab", "--help"],
+]
+
+
+def run_into(stdout: int, command: list[str], cache: object) -> tuple[int, list[str]]:
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "aiokvm", *command],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"AIOKVM_CACHE": str(cache)},
+        check=False,
+    )
+    return result.returncode, result.stderr.splitlines()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_output_onto_a_full_file_system_is_one_line(command: list[str], tmp_path: object) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        status, lines = run_into(full, command, tmp_path)
+    finally:
+        os.close(full)
+    assert (status, lines) == (125, ["aiokvm: cannot write the output: No space left on device"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_output_that_nobody_reads_ends_as_by_sigpipe(command: list[str], tmp_path: object) -> None:
+    source, sink = os.pipe()
+    os.close(source)
+    try:
+        assert run_into(sink, command, tmp_path) == (141, [])
+    finally:
+        os.close(sink)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import socket
+from typing import TYPE_CHECKING, Literal
 
 import click
 import pytest
@@ -102,6 +103,18 @@ def test_the_lab_passes_ports_on() -> None:
 def test_the_lab_refuses_ports_that_it_cannot_pass_on(forwards: list[Forward]) -> None:
     with pytest.raises(ConfigError, match="each port once, at an address of IPv4"):
         nets.lab_forwards([USER], forwards)
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_port_in_use_is_told_before_the_lab_starts(protocol: Literal["tcp", "udp"]) -> None:
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as taken:
+        taken.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"-p 127.0.0.1:{port}:80/{protocol}: Address already in use"):
+            nets.lab_forwards([USER], [Forward("127.0.0.1", port, 80, protocol)])
 
 
 @pytest.mark.parametrize("option", [NetOption("tap", "tap0"), NetOption("stream", "/s")])

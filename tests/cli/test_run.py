@@ -40,7 +40,7 @@ ECHO = "66bafd03 ec a801 74f7 66baf803 ec ee 3c71 75ed b007 e6f4 f4"
     ("code", "status", "message"),
     [
         (HI + EXIT_42, 42, b""),
-        (HI + RESET, 75, b""),
+        (HI + RESET, 75, b"aiokvm: the guest has asked for a reset\n"),
         (HI + TRIPLE_FAULT, 134, b"triple fault"),
     ],
 )
@@ -79,7 +79,7 @@ def test_timeout(kernel: Kernel, aiokvm: Aiokvm) -> None:
     result = aiokvm(*HERE, "--kernel", kernel(HI + HLT), "--timeout", "0.2", "--json")
     report = json.loads(result.stdout)
     assert result.returncode == report["status"] == 124
-    assert report["reason"] == "killed"
+    assert (report["reason"], report["detail"]) == ("killed", "the machine did not end within 0.2 s")
     assert b"hi\r\n" in result.stderr
 
 
@@ -88,6 +88,7 @@ def test_piped_input_is_passed_on_and_its_end_is_not_the_end(kernel: Kernel, aio
     assert aiokvm(*HERE, "--kernel", kernel(ECHO), stdin=b"ab\x1dcq").stdout == b"ab\x1dcq"
     late = aiokvm(*HERE, "--kernel", kernel(ECHO), "--timeout", "0.3", stdin=b"ab")
     assert (late.returncode, late.stdout) == (124, b"ab")
+    assert late.stderr == b"aiokvm: the machine did not end within 0.3 s\n"
 
 
 @pytest.mark.kvm
