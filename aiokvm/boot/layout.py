@@ -23,6 +23,8 @@ CMDLINE_SIZE = PAGE_SIZE
 EBDA = 0x9_FC00
 VIDEO = 0xA_0000
 ACPI = 0xE_0000
+# f000:fff0, the last 16 bytes of what a PC has as firmware.
+RESET_VECTOR = 0xF_FFF0
 HIGH_MEMORY = 0x10_0000
 
 FOUR_GIB = 1 << 32

@@ -93,7 +93,7 @@ class InLab:
             argv += ["--timeout", str(options.timeout)]
         if options.trace is not None:
             argv += ["--trace", str(folder / "trace")]
-        argv += [f"--{name}" for name in ("rng", "balloon", "overcommit") if getattr(options, name)]
+        argv += [f"--{name}" for name in ("rng", "balloon", "overcommit", "reboot") if getattr(options, name)]
         argv += nets.lab_arguments(options.nets, options.forwards)
         if options.pcap is not None:
             argv += ["--pcap", str(folder / "pcap")]

@@ -68,6 +68,7 @@ class Options:
     rng: bool = False
     balloon: bool = False
     overcommit: bool = False
+    reboot: bool = False
 
     @property
     def cmdline(self) -> str:
@@ -126,11 +127,11 @@ aiokvm run --json --timeout 30 -- sh -c 'exit 3' 2>/dev/null
 Exit status:
   0        the guest shut down
   0-255    the command's, or what the guest wrote to port 0xf4
-  75       the guest asked for a reset, which a panic does, too
+  75       the guest reset the machine, which a panic does, too, and a triple fault
   124      the timeout
   125      aiokvm failed; standard error says why
   130      Ctrl-]
-  134      the guest crashed: a triple fault
+  134      the guest said that it crashed
   135      KVM could not run the guest any further
   128 + N  ended by signal N
 """
@@ -172,6 +173,7 @@ Exit status:
 )
 @click.option("--rng", is_flag=True, help="Give the guest the host's randomness.")
 @click.option("--balloon", is_flag=True, help="Let the guest report memory that it does not use.")
+@click.option("--reboot", is_flag=True, help="Boot again when the guest resets the machine.")
 @click.option("--overcommit", is_flag=True, help="Allow more RAM than this host has.")
 @click.option("--append", metavar="S", default="", help=f'What follows "{CMDLINE}" on the command line.')
 @click.option("-c", "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
@@ -416,6 +418,7 @@ class Here:
                 rng=options.rng,
                 balloon=options.balloon,
                 overcommit=options.overcommit,
+                on_reset="reboot" if options.reboot else "exit",
             )
         report.name = vm.name
         try:

@@ -6,10 +6,14 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import anyio.lowlevel
 from anyio import to_thread
 
 from aiokvm.boot import acpi
+from aiokvm.boot.layout import RESET_VECTOR
 from aiokvm.boot.plan import GuestInfo, Segment
+from aiokvm.boot.resetvector import reset_vector
+from aiokvm.hw.resetports import RESET_VECTOR_PORT
 from aiokvm.machine.files import read_files
 from aiokvm.machine.hardware import Hardware
 from aiokvm.machine.platform import acpi_platform
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
     from aiokvm.machine.config import Config
     from aiokvm.machine.virtio import Place
 
+# A copy that takes a fraction of a millisecond.
+PIECE_BYTES = 1 << 20
+
 
 def poll_ns(config: Config) -> int:
     """How long the machine may poll."""
@@ -34,7 +41,7 @@ def poll_ns(config: Config) -> int:
 
 def acpi_tables(config: Config, virtio: Iterable[Place]) -> acpi.Tables:
     """The tables of a machine with virtio devices at these places."""
-    return acpi.build(acpi_platform(config, described(virtio)))
+    return acpi.build(acpi_platform(config, described(virtio)), limit=RESET_VECTOR)
 
 
 async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
@@ -48,7 +55,18 @@ async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
         virtio_mmio=tuple((base, VIRTIO_SIZE, gsi) for base, gsi in virtio),
     )
     booted = config.boot.plan(files, guest)
-    return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data)))
+    vector = reset_vector(RESET_VECTOR_PORT)
+    return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data), vector))
+
+
+async def load(hardware: Hardware, plan: BootPlan) -> None:
+    """Put what is booted into RAM and registers, a piece at a time: the loop has other machines."""
+    for segment in plan.segments:
+        data = memoryview(segment.data)
+        for start in range(0, len(data), PIECE_BYTES):
+            hardware.memory.write(segment.gpa + start, data[start : start + PIECE_BYTES])
+            await anyio.lowlevel.checkpoint()
+    hardware.set_cpu_state(plan.cpu)
 
 
 async def build_hardware(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from aiokvm.errors import ConfigError
 from aiokvm.memory import PAGE_SIZE
@@ -42,6 +42,7 @@ class Config:
     hugepage_bytes: int | None = None
     shared_memory: bool = False
     overcommit: bool = False
+    on_reset: Literal["exit", "reboot"] = "exit"
     poll_ns: int = POLL_NS
     console: tuple[str, ...] | None = None
     rng: RngConfig | None = None
@@ -59,6 +60,8 @@ class Config:
                 f"memory is {self.memory_bytes} bytes: it has to be a multiple of {PAGE_SIZE}, "
                 f"at least {MIN_MEMORY_BYTES >> 20}M"
             )
+        if self.on_reset not in ("exit", "reboot"):
+            raise ConfigError(f'on_reset is {self.on_reset!r}: say "exit" or "reboot"')
         if not isinstance(self.poll_ns, int) or not 0 <= self.poll_ns <= MAX_POLL_NS:
             raise ConfigError(f"poll_ns is {self.poll_ns!r}: 0 to {MAX_POLL_NS} nanoseconds")
         if not 1 <= self.serial_ports <= MAX_SERIAL_PORTS:

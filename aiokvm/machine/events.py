@@ -23,11 +23,11 @@ class ExitReason(enum.Enum):
     SHUTDOWN = "shutdown"
     """The guest turned the machine off."""
     RESET = "reset"
-    """The guest asked for a reset."""
+    """The guest reset the machine; ``detail`` says by what: a device's register, or a triple fault."""
     DEBUG_EXIT = "debug-exit"
     """The guest wrote a code to the debug-exit port."""
     CRASH = "crash"
-    """The guest cannot go on: a triple fault."""
+    """The guest said that it cannot go on (KVM_SYSTEM_EVENT_CRASH)."""
     KILLED = "killed"
     """The program ended it."""
     ERROR = "error"
@@ -39,7 +39,8 @@ class Exit:
     """How a machine ended.
 
     ``code`` is what the guest wrote to the debug-exit port, None for all other reasons. ``detail`` is for
-    people: for ERROR and CRASH it has the registers and the instruction bytes.
+    people: for RESET what caused it; for ERROR, CRASH and a triple fault it has the registers and the
+    instruction bytes, as far as the host can tell them.
     """
 
     reason: ExitReason
@@ -71,7 +72,9 @@ class Resumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class WasReset(Event):
-    """The machine began anew, with `VM.reset`."""
+    """The machine began anew, with `VM.reset`, or because its guest reset it: ``cause`` says by what."""
+
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

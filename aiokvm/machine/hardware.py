@@ -98,19 +98,36 @@ class Hardware:
         """The boot processor's registers that a boot protocol asks for; other general registers are zero."""
         _set_cpu_state(self.vcpus[0], state)
 
-    def reset(self) -> None:
-        """Chips and vCPUs are as they were when they were created."""
+    def reset(self, zero: Iterable[tuple[int, int]] | None) -> tuple[int, ...]:
+        """Chips, clock and vCPUs are as they were when they were created, and RAM reads as zeros.
+
+        Of RAM only what ``zero`` says, (gpa, size in bytes), unless that is None. Returns the MSRs that the
+        guest has changed and KVM does not change back. Takes the kernel a while.
+        """
+        from aiokvm.machine import vcpu_state
+
+        if zero is None:
+            self.memory.clear()
+        for gpa, size in zero or ():
+            self.memory.fill(gpa, size)
+        refused: dict[int, None] = {}
         # KVM has no reset of a vCPU, so take the state of one that was just made.
         with kvm.System() as system, _create_vm(system, self._config, None) as vm:
             # First, for a timer that still runs interrupts.
             self.vm.set_pit2(vm.get_pit2())
             for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
                 self.vm.set_irqchip(chip, vm.get_irqchip(chip))
-            saved = system.get_msr_index_list()
+            msrs: tuple[int, ...] = ()
             fresh = _create_vcpus(system, vm, self._config)
             for vcpu, pristine in zip(self.vcpus, fresh, strict=True):
                 with pristine:
-                    _copy_vcpu(pristine, vcpu, saved)
+                    # The same for all.
+                    msrs = msrs or vcpu_state.msr_indices(system, pristine)
+                    state = vcpu_state.save(pristine, msrs)
+                refused |= dict.fromkeys(vcpu_state.restore(vcpu, state))
+            # Last, as the TSC is a part of it.
+            self.vm.set_clock(replace(vm.get_clock(), flags=0))
+        return tuple(refused)
 
 
 def _check_limits(system: kvm.System, config: Config) -> None:
@@ -201,21 +218,3 @@ def _like(struct: type[T], value: Any) -> T:
     """A structure with the fields of ``value``, which are a part of its own."""
     # As asdict, which would copy every number deeply.
     return struct(**{field.name: getattr(value, field.name) for field in fields(value)})
-
-
-def _copy_vcpu(source: kvm.Vcpu, target: kvm.Vcpu, msrs: Iterable[int]) -> None:
-    target.set_mp_state(source.get_mp_state())
-    target.set_sregs(source.get_sregs())
-    target.set_regs(source.get_regs())
-    target.set_fpu(source.get_fpu())
-    target.set_debugregs(source.get_debugregs())
-    target.set_vcpu_events(source.get_vcpu_events())
-    for index in msrs:
-        # Among them KVM's own, by which the kernel writes into guest RAM: clock, steal time, async faults.
-        try:
-            values = source.get_msrs([index])
-        except KvmError:
-            continue
-        for entry in values:
-            _set_msr(target, entry.index, entry.data)
-    target.set_lapic(source.get_lapic())

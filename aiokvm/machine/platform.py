@@ -1,7 +1,7 @@
 """The devices that every machine has, where they lie, and how they are wired.
 
 In the kernel: the two PICs, the I/O APIC, the local APICs and the PIT. Here: serial ports, keyboard
-controller, clock, ACPI power management and the debug-exit port, at the addresses of a PC.
+controller, clock, ACPI power management, ports that reset and the debug-exit port, at the addresses of a PC.
 """
 
 from __future__ import annotations
@@ -14,6 +14,14 @@ from aiokvm.hw.acpipm import PM_SIZE, AcpiPm
 from aiokvm.hw.cmos import CMOS_SIZE, Cmos
 from aiokvm.hw.debugexit import DEBUG_EXIT_PORT, DEBUG_EXIT_SIZE, DebugExit
 from aiokvm.hw.i8042 import I8042, I8042_COMMAND_PORT, I8042_DATA_PORT
+from aiokvm.hw.resetports import (
+    RESET_CONTROL_PORT,
+    RESET_VECTOR_PORT,
+    SYSTEM_CONTROL_PORT,
+    ResetControl,
+    ResetVector,
+    SystemControl,
+)
 from aiokvm.hw.serial import SERIAL_SIZE, Serial
 from aiokvm.machine.console import SerialConsole
 
@@ -46,8 +54,8 @@ class Guest(Protocol):
     def on_shutdown(self) -> None:
         """The guest turned itself off."""
 
-    def on_reset_request(self) -> None:
-        """The guest asked for a reset."""
+    def on_reset_request(self, cause: str) -> None:
+        """The guest asked for a reset, by ``cause``."""
 
     def on_debug_exit(self, code: int) -> None:
         """The guest wrote to the debug-exit port."""
@@ -93,7 +101,7 @@ class Platform:
         self._inputs: list[_Input] = []
         self.devices: list[BusDevice] = []
         self.consoles = tuple(self._serial(*place) for place in SERIAL_PORTS[: config.serial_ports])
-        self.i8042 = I8042(self._line(I8042_GSI), guest.on_reset_request)
+        self.i8042 = I8042(self._line(I8042_GSI), self._reset_by("keyboard controller"))
         self._attach(self.i8042.data, I8042_DATA_PORT, 1)
         self._attach(self.i8042.command, I8042_COMMAND_PORT, 1)
         low, *high = (region.size for region in memory.regions)
@@ -102,8 +110,11 @@ class Platform:
         )
         self._attach(self.cmos, CMOS_PORT, CMOS_SIZE)
         self._attach(DebugExit(guest.on_debug_exit), DEBUG_EXIT_PORT, DEBUG_EXIT_SIZE)
-        self.pm = AcpiPm(self._line(SCI_GSI), guest.on_shutdown, guest.on_reset_request)
+        self.pm = AcpiPm(self._line(SCI_GSI), guest.on_shutdown, self._reset_by("ACPI reset register"))
         self._attach(self.pm, PM_PORT, PM_SIZE)
+        self._attach(ResetControl(self._reset_by("port 0xcf9")), RESET_CONTROL_PORT, 1)
+        self._attach(SystemControl(self._reset_by("port 0x92")), SYSTEM_CONTROL_PORT, 1)
+        self._attach(ResetVector(self._reset_by("jump to the reset vector")), RESET_VECTOR_PORT, 1)
 
     def reset(self) -> None:
         """A system reset of every device."""
@@ -123,6 +134,9 @@ class Platform:
     def _attach(self, device: BusDevice, port: int, size: int) -> None:
         self._pio.attach(device, port, size)
         self.devices.append(device)
+
+    def _reset_by(self, cause: str) -> Callable[[], None]:
+        return lambda: self._guest.on_reset_request(cause)
 
     def _line(self, gsi: int) -> Callable[[bool], None]:
         def drive(level: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from aiokvm.boot.cpu import CR0_PE
 from aiokvm.errors import AiokvmError
 from aiokvm.kvm import KvmExit
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from aiokvm.memory import GuestMemory
 
 INSTRUCTION_BYTES = 15
+# Where a processor begins after INIT (Intel SDM volume 3, section 10.1.1).
+_RESET_CS, _RESET_IP = 0xF000, 0xFFF0
 
 
 def explain(run: kvm.RunState, reason: int, error: int) -> str:
@@ -40,6 +43,9 @@ def describe(what: str, vcpu: kvm.Vcpu, memory: GuestMemory) -> str:
     control = ("cr0", "cr2", "cr3", "cr4", "efer")
     parts.append(" ".join(f"{name}={getattr(sregs, name):#x}" for name in control))
     parts.append(f"cs={sregs.cs.selector:#x} base={sregs.cs.base:#x}")
+    if (regs.rip, sregs.cs.selector, sregs.cr0 & CR0_PE) == (_RESET_IP, _RESET_CS, 0):
+        # AMD-V leaves the state of a shutdown undefined, and KVM initializes the vCPU.
+        parts.append("these are of a processor that was reset: this host does not tell those of before")
     parts.append(f"code: {_code(vcpu, memory, sregs.cs.base + regs.rip)}")
     return "; ".join(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import time
 import warnings
 import weakref
@@ -151,9 +152,20 @@ class VirtualCpu:
 
     def resume(self) -> None:
         """Let it run."""
+        if self.state is VcpuState.PAUSED:
+            self._tell_watchdogs()
         check(lib.aiokvm_vcpu_resume(self.core), "resuming a vCPU")
         self.state = VcpuState.RUNNING
         self.to_pause = False
+
+    def _tell_watchdogs(self) -> None:
+        """The guest's watchdogs are not to take the pause for a CPU that hangs (KVM API, 4.72)."""
+        try:
+            self._vcpu.kvmclock_ctrl()
+        except KvmError as error:
+            # EINVAL: the guest uses no kvmclock, so it cannot be told.
+            if error.errno != errno.EINVAL:
+                raise
 
     def pause(self) -> None:
         """Tell it to stand still; it says when it does."""

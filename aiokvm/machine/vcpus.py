@@ -57,11 +57,15 @@ class Vcpus:
         for vcpu in self.all[:-1]:
             vcpu.resume()
 
+    def hold(self) -> None:
+        """Have all stand still, with nobody waiting for it: `pause` has to follow."""
+        for vcpu in self.all:
+            vcpu.pause()
+
     async def pause(self) -> None:
         """Until all stand still, or `stop` is called. If cancelled, they may: `resume` them."""
         self._parked = anyio.Event()
-        for vcpu in self.all:
-            vcpu.pause()
+        self.hold()
         self._kick_again_later(KICK_AGAIN_NS)
         await self._parked.wait()
 

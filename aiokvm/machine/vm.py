@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.lowlevel
@@ -14,11 +15,9 @@ from anyio import to_thread
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
 from aiokvm.errors import AiokvmError, ConfigError, KvmError, StateError
-from aiokvm.kvm import KvmExit
-from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
-from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, poll_ns
+from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, load, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, RngConfig
 from aiokvm.machine.device import ErrorPolicy, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
@@ -31,7 +30,7 @@ from aiokvm.machine.log import machine_logger
 from aiokvm.machine.peripherals import Peripherals, port_names
 from aiokvm.machine.peripherals import count as peripherals_count
 from aiokvm.machine.platform import Platform
-from aiokvm.machine.postmortem import describe, explain
+from aiokvm.machine.power import Power
 from aiokvm.machine.vcpus import Vcpus
 from aiokvm.machine.virtio import DRAIN_SECONDS, VirtioDevices, places
 from aiokvm.size import parse_size
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from aiokvm import kvm
-    from aiokvm.aio import Loop
+    from aiokvm.aio import Loop, Task
     from aiokvm.block import BlockBackend
     from aiokvm.boot import BootPlan, BootProtocol
     from aiokvm.hw.bus import BusDevice
@@ -102,12 +101,15 @@ class VM:
         self._disks: Disks | None = None
         self._nets: Nets | None = None
         self._kvm_stats: kvm.Stats | None = None
+        self._rebooting: Task | None = None
         self._hardware = hardware
         undo: list[Callable[[], None]] = []
         try:
             self._exits = Exits(loop, self, config.name, poll_ns(config))
             undo.append(self._exits.close)
-            self._platform = Platform(loop, self, config, self._hardware.memory, self._exits.pio)
+            reboot = self._reboot if config.on_reset == "reboot" else None
+            self._power = Power(config.name, hardware, self._logger, self._end, reboot)
+            self._platform = Platform(loop, self._power, config, self._hardware.memory, self._exits.pio)
             undo.append(self._platform.close)
             self._exits.publish()
             self._vcpus = Vcpus(loop, self._exits, hardware.vcpus, config.name)
@@ -144,6 +146,7 @@ class VM:
         hugepages: int | str | None = None,
         shared_memory: bool = False,
         overcommit: bool = False,
+        on_reset: Literal["exit", "reboot"] = "exit",
         disks: Iterable[BlockBackend | Disk] = (),
         nets: Iterable[NetBackend | Nic] = (),
         devices: Iterable[Placement] = (),
@@ -160,11 +163,12 @@ class VM:
         T. ``name`` is what its threads and log records carry; one is made up if it is empty. ``hugepages``
         ("2M" or "1G") takes the RAM from the host's reserved huge pages; ``shared_memory`` makes it a memfd,
         ``vm.memory.fd``, which another process can map. ``overcommit`` allows more ``memory`` than the host
-        has. ``disks`` are what the guest has as
-        virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which has
-        options; they are opened here and closed with the machine. ``nets`` are its network adapters in the
-        same way: a backend of `aiokvm.net`, as it is or as a `net.Nic`. ``devices`` are the program's own, as
-        `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them.
+        has. ``on_reset`` says what follows when the guest resets itself: the machine ends ("exit"), or it
+        begins anew ("reboot"), its RAM as after power-on, its disks as they are. ``disks`` are what the guest
+        has as virtio disks, in this order: `block.Raw` and other backends, as they are or as a `Disk`, which
+        has options; they are opened here and closed with the machine. ``nets`` are its network adapters in
+        the same way: a backend of `aiokvm.net`, as it is or as a `net.Nic`. ``devices`` are the program's
+        own, as `Device.at` places them, ``virtio`` its virtio devices, as `attach_virtio` takes them.
 
         ``console`` gives the guest a virtio console: a terminal, hvc0, and a port of each name that is
         listed. ``rng`` gives it randomness of the host's, ``balloon`` lets it lend memory to the host.
@@ -185,6 +189,7 @@ class VM:
             hugepage_bytes=None if hugepages is None else parse_size(hugepages),
             shared_memory=shared_memory,
             overcommit=overcommit,
+            on_reset=on_reset,
             poll_ns=poll_ns,
             console=port_names(console),
             rng=RngConfig() if rng is True else rng or None,
@@ -231,7 +236,7 @@ class VM:
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
             vm._exits.ask_unclaimed(log_unclaimed)
-            await vm._load(plan)
+            await load(hardware, plan)
             undo.pop_all()
         return vm
 
@@ -436,14 +441,7 @@ class VM:
         BootError, ConfigError, and StateError if the machine has not started or ends meanwhile. A reset that
         is cancelled has happened wholly or not at all.
         """
-        plan = await boot_plan(self._config, self._virtio.places)
-        async with self._changing:
-            self._require(VmState.RUNNING, VmState.PAUSED)
-            was_running = self._state is VmState.RUNNING
-            if was_running:
-                await self._park()
-                self._state = VmState.PAUSED
-            await self._loop.uncancelled(lambda: self._reset(plan, was_running))
+        await self._reset_by("", power_cycle=False)
 
     async def stop(self, timeout: float = 30.0) -> Exit:
         """Press the power button and give the guest ``timeout`` seconds to turn itself off; then kill it.
@@ -505,20 +503,8 @@ class VM:
 
     def on_exit(self, index: int, reason: int, error: int) -> None:
         """A vCPU's KVM_RUN came back with what no device can answer."""
-        if self.exit is not None:
-            return
-        vcpu = self._hardware.vcpus[index]
-        if reason == KvmExit.KVM_EXIT_SYSTEM_EVENT and not error:
-            kind = vcpu.run_state.system_event.type
-            if kind in (KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_RESET):
-                shutdown = kind == KVM_SYSTEM_EVENT_SHUTDOWN
-                self._end(Exit(ExitReason.SHUTDOWN if shutdown else ExitReason.RESET))
-                return
-        crash = reason == KvmExit.KVM_EXIT_SHUTDOWN and not error
-        what = f"vCPU {index}: " + ("triple fault" if crash else explain(vcpu.run_state, reason, error))
-        detail = describe(what, vcpu, self.memory)
-        self._logger.error("%s: %s", self.name, detail)
-        self._end(Exit(ExitReason.CRASH if crash else ExitReason.ERROR, detail=detail))
+        if self.exit is None:
+            self._power.on_exit(index, reason, error)
 
     def on_unclaimed(self, index: int, bus: int, address: int, size: int, value: int | None) -> None:
         """A vCPU found nothing where it read, or wrote ``value``."""
@@ -530,22 +516,6 @@ class VM:
         """A device raised."""
         if not self._attachments.failed(device, access, error):
             self._failures.on_failed(device_name(device), access, error)
-
-    def set_irq_line(self, gsi: int, level: bool) -> None:
-        """A device drives its interrupt."""
-        self._hardware.vm.irq_line(gsi, level)
-
-    def on_shutdown(self) -> None:
-        """The guest turned itself off."""
-        self._end(Exit(ExitReason.SHUTDOWN))
-
-    def on_reset_request(self) -> None:
-        """The guest asked for a reset."""
-        self._end(Exit(ExitReason.RESET))
-
-    def on_debug_exit(self, code: int) -> None:
-        """The guest wrote to the debug-exit port."""
-        self._end(Exit(ExitReason.DEBUG_EXIT, code=code))
 
     # The machine's own.
 
@@ -567,34 +537,55 @@ class VM:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"machine {self.name} is {self._state.value}; this needs one that is {wanted}")
 
-    async def _load(self, plan: BootPlan) -> None:
-        """As `Hardware.load`, a piece at a time: the loop has other machines."""
-        piece = 1 << 20
-        for segment in plan.segments:
-            data = memoryview(segment.data)
-            for start in range(0, len(data), piece):
-                self.memory.write(segment.gpa + start, data[start : start + piece])
-                await anyio.lowlevel.checkpoint()
-        self._hardware.set_cpu_state(plan.cpu)
+    def _reboot(self, cause: str) -> None:
+        """The guest has reset the machine."""
+        # At once: what follows a reset is not to be executed.
+        self._vcpus.hold()
+        self._rebooting = self._loop.spawn(partial(self._reboot_by, cause), f"{self.name}: reboot")
 
-    async def _reset(self, plan: BootPlan, then_run: bool) -> None:
+    async def _reboot_by(self, cause: str) -> None:
+        try:
+            await self._reset_by(cause, power_cycle=True)
+        except StateError:
+            pass  # it has ended meanwhile
+        except Exception as error:
+            self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
+        finally:
+            self._power.rebooted()
+
+    async def _reset_by(self, cause: str, *, power_cycle: bool) -> None:
+        plan = await boot_plan(self._config, self._virtio.places)
+        zero = None if power_cycle else plan.zero
+        async with self._changing:
+            self._require(VmState.RUNNING, VmState.PAUSED)
+            was_running = self._state is VmState.RUNNING
+            if was_running:
+                await self._park()
+                self._state = VmState.PAUSED
+            await self._loop.uncancelled(lambda: self._reset(plan, zero, cause, then_run=was_running))
+
+    async def _reset(
+        self, plan: BootPlan, zero: Iterable[tuple[int, int]] | None, cause: str, *, then_run: bool
+    ) -> None:
         try:
             # First: it ends what still writes to the guest's memory.
             await self._virtio.reset()
-            await to_thread.run_sync(self._hardware.reset)
+            kept = await to_thread.run_sync(self._hardware.reset, zero)
             self._platform.reset()
             self._peripherals.reset()
             self._attachments.reset()
-            for gpa, size in plan.zero:
-                # Gigabytes of zeros take long.
-                await to_thread.run_sync(self.memory.fill, gpa, size)
-            await self._load(plan)
+            await load(self._hardware, plan)
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
             raise
+        if kept:
+            names = ", ".join(f"{index:#x}" for index in kept)
+            self._logger.warning("%s: a reset cannot change MSRs back on this host: %s", self.name, names)
         # It may have been ended while the loop had others to serve.
         self._require(VmState.PAUSED)
-        self._hub.emit(events.WasReset(self.name))
+        self._hub.emit(events.WasReset(self.name, cause))
+        # Before the guest runs, for it may reset itself at once.
+        self._power.rebooted()
         if then_run:
             self._unpark()
 
@@ -643,6 +634,8 @@ class VM:
         self._closing = True
         try:
             await self.kill()
+            if self._rebooting:
+                await self._rebooting.wait()
             # A reset under way writes to what is freed here, until it sees that the machine has ended.
             async with self._changing:
                 await self._devices_finished()

@@ -41,7 +41,7 @@ ECHO = "66bafd03 ec a801 74f7 66baf803 ec ee 3c71 75ed b007 e6f4 f4"
     [
         (HI + EXIT_42, 42, b""),
         (HI + RESET, 75, b"aiokvm: the guest has asked for a reset\n"),
-        (HI + TRIPLE_FAULT, 134, b"triple fault"),
+        (HI + TRIPLE_FAULT, 75, b"triple fault"),
     ],
 )
 def test_status_is_how_the_guest_ended(
@@ -183,7 +183,7 @@ def test_second_signal_kills(kernel: Kernel) -> None:
 @pytest.mark.kvm
 def test_guest_that_ends_gives_the_terminal_back(kernel: Kernel) -> None:
     with terminal(kernel(HI + TRIPLE_FAULT)) as there:
-        assert there.process.wait(60) == 134
+        assert there.process.wait(60) == 75
         assert termios.tcgetattr(there.fd) == there.before
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from aiokvm import Exit, ExitReason, VcpuState, VmState
 from aiokvm.kvm import KvmExit
-from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
+from aiokvm.kvm.constants import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 
 if TYPE_CHECKING:
     from tests.machine.conftest import Guest
@@ -42,7 +42,7 @@ EXEC_FROM_NOWHERE = bytes.fromhex(
                 "eb fe"  # jmp .
             ),
             "real",
-            Exit(ExitReason.RESET),
+            Exit(ExitReason.RESET, detail="keyboard controller"),
             id="i8042",
         ),
         pytest.param(
@@ -53,8 +53,71 @@ EXEC_FROM_NOWHERE = bytes.fromhex(
                 "eb fe"  # jmp .
             ),
             "real",
-            Exit(ExitReason.RESET),
+            Exit(ExitReason.RESET, detail="ACPI reset register"),
             id="ACPI reset register",
+        ),
+        pytest.param(
+            bytes.fromhex(
+                "ba f9 0c"  # mov dx, 0xcf9
+                "b0 02"  # mov al, 2: a hard one, to come
+                "ee"  # out dx, al
+                "b0 06"  # mov al, 6
+                "ee"  # out dx, al
+                "f4"  # hlt
+            ),
+            "real",
+            Exit(ExitReason.RESET, detail="port 0xcf9"),
+            id="reset control register",
+        ),
+        pytest.param(
+            bytes.fromhex(
+                "b0 01"  # mov al, 1
+                "e6 92"  # out 0x92, al
+                "f4"  # hlt
+            ),
+            "real",
+            Exit(ExitReason.RESET, detail="port 0x92"),
+            id="system control port A",
+        ),
+        pytest.param(
+            bytes.fromhex("ea 00 00 ff ff"),  # jmp 0xffff:0
+            "real",
+            Exit(ExitReason.RESET, detail="jump to the reset vector"),
+            id="reset vector, ffff:0",
+        ),
+        pytest.param(
+            bytes.fromhex("ea f0 ff 00 f0"),  # jmp 0xf000:0xfff0
+            "real",
+            Exit(ExitReason.RESET, detail="jump to the reset vector"),
+            id="reset vector, f000:fff0",
+        ),
+        pytest.param(
+            bytes.fromhex(
+                "b8 f0 ff 0f 00"  # mov eax, 0xffff0
+                "ff e0"  # jmp rax
+            ),
+            "long",
+            Exit(ExitReason.RESET, detail="jump to the reset vector"),
+            id="reset vector, 64 bits",
+        ),
+        pytest.param(
+            bytes.fromhex(
+                "b8 f0 ff ff ff"  # mov eax, 0xfffffff0
+                "ff e0"  # jmp eax
+            ),
+            "protected",
+            Exit(ExitReason.RESET, detail="vCPU 0: jump to the reset vector"),
+            id="reset vector, below 4 GiB",
+        ),
+        pytest.param(
+            bytes.fromhex(
+                "bb 00 03 e0 fe"  # mov ebx, 0xfee00300: ICR
+                "c7 03 00 45 04 00"  # mov dword [ebx], INIT to itself
+                "eb fe"  # jmp .
+            ),
+            "protected",
+            Exit(ExitReason.RESET, detail="vCPU 0: jump to the reset vector"),
+            id="INIT",
         ),
         pytest.param(
             bytes.fromhex(
@@ -100,12 +163,12 @@ async def test_the_guest_ends_its_machine(guest: Guest, code: bytes, mode: str, 
 
 
 @pytest.mark.parametrize("mode", ["protected", "long"])
-async def test_a_triple_fault_is_a_crash_with_registers(
+async def test_a_triple_fault_is_a_reset_with_registers(
     guest: Guest, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with guest(UD2, mode=mode, name="sad") as vm:
         exit_ = await vm.wait()
-    assert exit_.reason is ExitReason.CRASH
+    assert exit_.reason is ExitReason.RESET
     assert exit_.code is None
     assert exit_.detail.startswith("vCPU 0: triple fault; rip=0x1000 ")
     assert "code: 0f 0b" in exit_.detail
@@ -134,7 +197,7 @@ async def test_what_kvm_cannot_run_is_an_error_with_registers(guest: Guest) -> N
         (KvmExit.KVM_EXIT_HLT, 0, ExitReason.ERROR, "exit_reason 5, which this machine has no use for; rip="),
         (999, 0, ExitReason.ERROR, "exit_reason 999, which this machine has no use for; rip="),
         (KvmExit.KVM_EXIT_SHUTDOWN, errno.EIO, ExitReason.ERROR, "KVM_RUN failed: Input/output error"),
-        (KvmExit.KVM_EXIT_SHUTDOWN, 0, ExitReason.CRASH, "triple fault; rip="),
+        (KvmExit.KVM_EXIT_SHUTDOWN, 0, ExitReason.RESET, "triple fault; rip="),
     ],
 )
 async def test_exits_that_a_guest_cannot_be_made_to_cause(
@@ -151,7 +214,7 @@ async def test_exits_that_a_guest_cannot_be_made_to_cause(
     ("event", "expected"),
     [
         (KVM_SYSTEM_EVENT_SHUTDOWN, Exit(ExitReason.SHUTDOWN)),
-        (KVM_SYSTEM_EVENT_RESET, Exit(ExitReason.RESET)),
+        (KVM_SYSTEM_EVENT_RESET, Exit(ExitReason.RESET, detail="vCPU 0: KVM_SYSTEM_EVENT_RESET")),
     ],
 )
 async def test_what_the_kernels_own_devices_ask_for(guest: Guest, event: int, expected: Exit) -> None:
@@ -159,6 +222,24 @@ async def test_what_the_kernels_own_devices_ask_for(guest: Guest, event: int, ex
         vm.vcpus[0].kvm_vcpu.run_pointer.system_event.type = event
         vm.on_exit(0, KvmExit.KVM_EXIT_SYSTEM_EVENT, 0)
         assert await vm.wait() == expected
+
+
+@pytest.mark.parametrize(
+    ("event", "reason", "detail"),
+    [
+        (KVM_SYSTEM_EVENT_CRASH, ExitReason.CRASH, "vCPU 0: KVM_SYSTEM_EVENT_CRASH; rip=0x1000 "),
+        (99, ExitReason.ERROR, "vCPU 0: system event 99, which is unknown here; rip=0x1000 "),
+    ],
+)
+async def test_a_crash_that_the_guest_tells(
+    guest: Guest, event: int, reason: ExitReason, detail: str
+) -> None:
+    async with guest(HALT, start=False) as vm:
+        vm.vcpus[0].kvm_vcpu.run_pointer.system_event.type = event
+        vm.on_exit(0, KvmExit.KVM_EXIT_SYSTEM_EVENT, 0)
+        exit_ = await vm.wait()
+    assert exit_.reason is reason
+    assert exit_.detail.startswith(detail)
 
 
 async def test_stop_presses_the_power_button(guest: Guest) -> None:

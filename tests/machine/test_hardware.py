@@ -189,7 +189,7 @@ def test_the_timer_is_still_before_the_chips_are_reset(monkeypatch: pytest.Monke
     disturb(hardware)
     assert hardware.vm.get_pit2().channels[0].mode == 2
     monkeypatch.setattr(kvm.Vm, "set_irqchip", look_at_the_timer)
-    hardware.reset()
+    hardware.reset(())
     hardware.close()
     assert modes
     assert 2 not in modes

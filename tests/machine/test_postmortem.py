@@ -61,6 +61,15 @@ def test_an_address_that_wraps_is_no_error(hardware: Hardware) -> None:
     assert "code: " in describe("", hardware.vcpus[0], hardware.memory)
 
 
+def test_registers_that_are_not_of_before_are_told_as_such(hardware: Hardware) -> None:
+    vcpu = hardware.vcpus[0]
+    assert "was reset" not in describe("", vcpu, hardware.memory)
+    sregs = vcpu.get_sregs()
+    vcpu.set_sregs(replace(sregs, cs=replace(sregs.cs, base=0xFFFF_0000, selector=0xF000)))
+    go(hardware, 0xFFF0)
+    assert "; these are of a processor that was reset: " in describe("", vcpu, hardware.memory)
+
+
 def test_a_vcpu_without_registers_is_described_all_the_same(hardware: Hardware) -> None:
     vcpu, memory = hardware.vcpus[0], hardware.memory
     vcpu.close()

@@ -110,7 +110,7 @@ async def test_an_exit_that_is_no_access_is_recorded(guest: Guest) -> None:
     code = bytes.fromhex("0f 0b")  # ud2
     async with guest(code, mode="protected", start=False) as vm, vm.trace(chunks.append):
         await vm.start()
-        assert (await vm.wait()).reason is ExitReason.CRASH
+        assert (await vm.wait()).reason is ExitReason.RESET
     assert untimed(decode(chunks)[1]) == [Record(0, 0, int(KvmExit.KVM_EXIT_SHUTDOWN))]
 
 
