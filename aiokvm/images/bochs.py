@@ -100,8 +100,12 @@ async def build(
         raise ImageError(
             f"Bochs was not built within {LIMIT_S:.0f} s: try again on a quiet machine"
         ) from None
-    (tree / "bochs").chmod(0o755)
-    return tree / "bochs"
+    program = tree / "bochs"
+    try:
+        program.chmod(0o755)
+    except FileNotFoundError:
+        raise ImageError(f"building Bochs {source.version} has left no program") from None
+    return program
 
 
 def correct(tree: Path, version: str) -> None:

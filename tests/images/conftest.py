@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import subprocess
+import tarfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ class Repository:
 
     root: Path
     index: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, version: str, files: Mapping[str, bytes], depends: str = "") -> Path:
         tree = self.root / "tree"
@@ -53,8 +56,26 @@ class Repository:
         self.add("linux-image-cloud-amd64", version, {}, f"linux-image-{release} (= {version}), other")
         return self.add(f"linux-image-{release}", version, files)
 
+    def add_source(self, name: str, version: str, files: Mapping[str, str]) -> Path:
+        """Add the source package of a program: its upstream tarball, with everything in one folder."""
+        tarball = self.root / f"{name}_{version}.orig.tar.xz"
+        with tarfile.open(tarball, "w:xz") as archive:
+            for path, text in files.items():
+                member = tarfile.TarInfo(f"{name}-{version}/{path}")
+                member.size = len(text.encode())
+                archive.addfile(member, io.BytesIO(text.encode()))
+        digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
+        listed = f"{digest} {tarball.stat().st_size} {tarball.name}"
+        md5 = f"{hashlib.md5(tarball.read_bytes()).hexdigest()} {tarball.stat().st_size} {tarball.name}"
+        self.sources[f"{name}_{version}"] = (
+            f"Package: {name}\nBinary: {name}\nVersion: {version}-1\nMaintainer: t <t@t>\nArchitecture: any\n"
+            f"Format: 3.0 (quilt)\nDirectory: .\nFiles:\n {md5}\nChecksums-Sha256:\n {listed}\n"
+        )
+        return tarball
+
     def publish(self) -> None:
         (self.root / "Packages").write_text("\n".join(self.index.values()))
+        (self.root / "Sources").write_text("\n".join(self.sources.values()))
 
 
 @pytest.fixture

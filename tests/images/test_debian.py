@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from aiokvm.errors import ImageError
 from aiokvm.images import debian
-from aiokvm.images.debian import Package, kernel_dependency, parse_package, pick, verify
+from aiokvm.images.debian import (
+    Package,
+    Source,
+    kernel_dependency,
+    mirror_lines,
+    parse_package,
+    parse_source,
+    pick,
+    verify,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,3 +152,65 @@ bookworm-backports http://mirror/debian/ bookworm-backports main
     ]
     assert debian.source_lines("bookworm-updates http://x bookworm-updates main\n", "bookworm") == []
     assert debian.source_lines("", "sid") == []
+
+
+SOURCE = """\
+Package: bochs
+Binary: bochs, bochsbios
+Version: 3.0+dfsg-1
+Files:
+ aa 2554 bochs_3.0+dfsg-1.dsc
+ bb 38 bochs_3.0+dfsg.orig.tar.xz
+Checksums-Sha256:
+ 01 2554 bochs_3.0+dfsg-1.dsc
+ 0A 38 bochs_3.0+dfsg.orig.tar.xz
+ 03 30 bochs_3.0+dfsg-1.debian.tar.xz
+Homepage: x
+
+Package: bochs
+Version: 2
+"""
+
+
+def test_source_is_parsed() -> None:
+    assert parse_source(SOURCE) == Source("bochs", "3.0+dfsg-1", "bochs_3.0+dfsg.orig.tar.xz", 38, "0a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        SOURCE.replace("Checksums-Sha256", "Checksums-Sha1"),
+        SOURCE.replace("Version", "X"),
+        SOURCE.replace(".orig.tar.xz", ".tar.xz"),
+        SOURCE.replace("bochs_3.0+dfsg.orig", "../bochs_3.0+dfsg.orig"),
+        SOURCE.replace("0A 38", "0A many"),
+        SOURCE.replace(" 03 30 bochs_3.0+dfsg-1.debian.tar.xz", " 03 30 bochs_3.0.orig.tar.xz"),
+    ],
+)
+def test_source_without_its_one_tarball_is_refused(text: str) -> None:
+    with pytest.raises(ImageError, match="does not name one upstream tarball"):
+        parse_source(text)
+
+
+@given(st.text())
+def test_any_text_is_a_source_or_a_typed_error(text: str) -> None:
+    with pytest.raises(ImageError):
+        parse_source(text)
+
+
+def test_a_suites_sources_are_looked_for_on_the_mirror_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = """
+bookworm-security http://mirror/security/ bookworm-security main
+bookworm http://mirror/debian/ stable contrib
+bookworm http://mirror/debian/ stable main
+"""
+    monkeypatch.setattr(debian, "_KEYRING", tmp_path / "keys")
+    assert mirror_lines(text, "trixie") == ["deb-src http://mirror/debian/ trixie main"]
+    (tmp_path / "keys").touch()
+    assert mirror_lines(text, "trixie") == [
+        f"deb-src [signed-by={tmp_path}/keys] http://mirror/debian/ trixie main"
+    ]
+    assert mirror_lines("bookworm-updates http://x bookworm-updates main\n", "trixie") == []
