@@ -6,11 +6,12 @@ BIN := .venv/bin
 SOURCES := $(shell find aiokvm -type f -not -name '*.pyc') meson.build pyproject.toml
 IMAGES := cloud cloud-elf generic i386 i386-pae initramfs initramfs-generic initramfs-i386 initramfs-i386-pae
 
-.PHONY: help setup demo test bench lint docs clean core-tests fuzz
+.PHONY: help setup demo test acceptance bench lint docs clean core-tests fuzz
 
 help:
 	@echo "make demo    check this machine, boot Debian's kernel and show it working"
 	@echo "make test    lint, types, the C core under sanitizers, all tests; real guests run in the lab"
+	@echo "make acceptance  the tests with a KVM of both vendors, and Linux there: hours, once before a release"
 	@echo "make fuzz    the C core's parsers under libFuzzer, for an hour each"
 	@echo "make bench   measure, against QEMU where it is the peer"
 	@echo "make lint    ruff and mypy"
@@ -57,6 +58,9 @@ test: build/installed lint core-tests
 	$(BIN)/pytest -m "not linux"
 	$(BIN)/python tools/newest-python
 	$(BIN)/python tools/linux-tests
+
+acceptance: build/installed
+	$(BIN)/python tools/acceptance
 
 bench: build/installed
 	$(BIN)/pip install -q --disable-pip-version-check 'matplotlib>=3.8'

@@ -188,3 +188,31 @@ async def test_files_are_where_they_are_on_the_host(tmp_path: Path) -> None:
     listing = await anyio.run_process(["unsquashfs", "-lc", str(tmp_path / "image")])
     assert listing.stdout.decode().split("squashfs-root/")[-1].strip() == str(kept / "a.py").lstrip("/")
     assert "lib.a" not in listing.stdout.decode()
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(
+    "LAB" in os.environ or images.path("bochs") is None, reason="in the lab, or Bochs is not compiled yet"
+)
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_command_runs_in_a_machine_with_kvm_intel(tmp_path: Path) -> None:
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried" / "file").write_text("here\n")
+    script = (
+        'printf "\\r\\n\\377\\0"; echo hi >&2; test -c /dev/kvm && test "$LAB$x" = "1it\'s" || exit 9; pwd; '
+    )
+    script += (
+        "read -r line && exit 8; cat file /sys/module/kvm_intel/parameters/ple_gap; sleep 1000 & exit 200"
+    )
+    got = bytearray()
+    config = lab.LabConfig(
+        cpu="intel",
+        memory_bytes=1 << 30,
+        timeout=600,
+        workdir=tmp_path / "carried",
+        env={"x": "it's"},
+        kvm={"ple_gap": "64"},
+    )
+    status = await lab.run(["sh", "-c", script], config, output=got.extend)
+    assert got == b"\r\n\xff\0hi\n" + os.fsencode(tmp_path) + b"/carried\nhere\n64\n"
+    assert status == 200
