@@ -81,7 +81,8 @@ class Image(NbdClient):
         if shutil.which(PROGRAM) is None:
             raise ImageError(f"the program {PROGRAM} is missing: install the Debian package {PACKAGE}")
         self._failure = None
-        self._directory = Folder()
+        # Also removes what killed processes have left.
+        self._directory = await in_thread(Folder)
         try:
             await super().open()
         except BaseException as error:
@@ -100,9 +101,10 @@ class Image(NbdClient):
     async def _locate(self) -> Address:
         """Starts a server; one that is there has lost its clients, or was given up."""
         await current_loop().uncancelled(self._end_process)
-        options = await in_thread(self._options)
         assert self._directory is not None
+        options = await in_thread(self._options)
         self._servers += 1
+        folder = self._directory.path
         path = self._directory.socket_path(f"nbd{self._servers}.sock")
         arguments = [f"--shared={CONNECTIONS_MAX}", "--discard=unmap", "--cache=writeback"]
         if self._wanted_readonly:
@@ -118,6 +120,7 @@ class Image(NbdClient):
                     stdin=listener.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
+                    cwd=folder,
                     env={"LC_ALL": "C"},
                     grace_s=END_TIMEOUT_S,
                 )
@@ -169,7 +172,7 @@ class Image(NbdClient):
         finally:
             os.close(fd)
         driver = "host_device" if stat.S_ISBLK(mode) else "file"
-        file: dict[str, Any] = {"driver": driver, "filename": str(path)}
+        file: dict[str, Any] = {"driver": driver, "filename": self._name_for_qemu(path)}
         discard = {"discard": "unmap"} if writes else {}
         if wanted == "raw":  # only ever a backing file, by its image's word
             return {"driver": "raw", "file": file, "read-only": True}
@@ -183,6 +186,18 @@ class Image(NbdClient):
         node = {"driver": header.format, "file": file | discard, "read-only": not writes} | discard
         node["backing"] = self._backing_node(path, header, depth) if header.backing else None
         return node
+
+    def _name_for_qemu(self, path: Path) -> str:
+        """The path, or, as JSON is UTF-8, another name of it, in the directory that qemu-nbd runs in."""
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            assert self._directory is not None
+            folder = self._directory.path
+            other = folder / f"image{len(list(folder.iterdir()))}"
+            other.symlink_to(path)
+            return other.name
+        return str(path)
 
     def _backing_node(self, path: Path, header: proto.Header, depth: int) -> dict[str, Any]:
         name = header.backing

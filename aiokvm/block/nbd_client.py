@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from aiokvm.proto import nbd as proto
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from anyio.abc import SocketStream
 
     from aiokvm.aio import Task
@@ -29,7 +31,7 @@ logger = get_logger("aiokvm.block")
 
 CONNECTIONS_MAX = 16
 CONNECT_TIMEOUT_S = 10.0
-"""For the connection and the negotiation together."""
+"""For all connections and their negotiations together."""
 BACKOFF_S = (0.05, 5.0)
 """Shortest and longest pause before the server is tried again."""
 IN_FLIGHT_MAX = 64
@@ -41,8 +43,10 @@ ZEROES_REQUEST_BYTES = 64 << 20
 """The longest discard or write_zeroes that is one request: a server may have to write it out."""
 UNFLUSHED_MAX_BYTES = 64 << 20
 """Writes that are kept because no flush has covered them; beyond it the client flushes by itself."""
-JOB_BYTES = 512
+JOB_BYTES = 1024
 """What a kept request counts beside its data."""
+DROP_BYTES = 1 << 20
+"""Of them that are let go of before the loop has a turn."""
 
 _CHANGES = (proto.NBD_CMD_WRITE, proto.NBD_CMD_WRITE_ZEROES, proto.NBD_CMD_TRIM)
 # What sockets raise, on each loop, when a connection is over.
@@ -215,17 +219,37 @@ class NbdClient(BlockBackend):
             return
         covered = self._kept
         job = _Job(proto.NBD_CMD_FLUSH)
-        try:
-            await self._request(job)
-        except OSError:
-            if job.error is not None and not isinstance(job.error, NbdError):  # the server's own answer
-                self._flush_error = job.error
-            raise
-        while self._dropped < covered:
+        with self._busy():
+            try:
+                await self._request(job)
+            except OSError:
+                if job.error is not None and not isinstance(job.error, NbdError):  # the server's own answer
+                    self._flush_error = job.error
+                raise
+            self._drop_some(covered)
+            while self._dropped < covered:
+                await current_loop().turn()
+                self._drop_some(covered)
+
+    def _drop_some(self, covered: int) -> None:
+        """Some of the writes that are safe now: a hundred thousand of them at once take long."""
+        end_bytes = self._unflushed_bytes - DROP_BYTES
+        while self._dropped < covered and self._unflushed_bytes > end_bytes:
             self._unflushed_bytes -= self._unflushed.popleft().kept_bytes
             self._dropped += 1
 
     # Requests.
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """What `close` waits for."""
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     def _most(self) -> int:
         """The longest read or write that the server takes."""
@@ -250,22 +274,19 @@ class NbdClient(BlockBackend):
 
     async def _request(self, job: _Job) -> _Job:
         self._check_open()
-        self._running += 1
         self._waiting.append(job)
         self._wake()
-        try:
-            with anyio.move_on_after(self.timeout):
-                await job.ended.wait()
-            if not job.ended.is_set():
-                self._time_out(job)
-        finally:
-            job.abandoned = True
-            # By asking, as the error of a remove in vain would show all of the job's data.
-            if job in self._waiting:
-                self._waiting.remove(job)
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+        with self._busy():
+            try:
+                with anyio.move_on_after(self.timeout):
+                    await job.ended.wait()
+                if not job.ended.is_set():
+                    self._time_out(job)
+            finally:
+                job.abandoned = True
+                # By asking, as the error of a remove in vain would show all of the job's data.
+                if job in self._waiting:
+                    self._waiting.remove(job)
         if job.error is not None:
             raise job.error
         return job
@@ -316,9 +337,14 @@ class NbdClient(BlockBackend):
             try:
                 while True:
                     data = await connection.stream.receive(RECEIVE_BYTES)
-                    for reply in connection.transmission.feed(data):
-                        self._ended(connection.take(reply), reply)
-                        answered = True
+                    while True:
+                        for reply in connection.transmission.feed(data):
+                            self._ended(connection.take(reply), reply)
+                            answered = True
+                        if not connection.transmission.more:
+                            break
+                        data = b""
+                        await current_loop().turn()
             except _GONE as error:
                 self._last_error = error
                 if isinstance(error, NbdError):
@@ -399,38 +425,51 @@ class NbdClient(BlockBackend):
 
     async def _connect_all(self) -> list[_Connection]:
         address = await self._locate()
-        live = [await self._connect(address)]
-        try:
-            several = live[0].export.flags & proto.NBD_FLAG_CAN_MULTI_CONN
-            while several and len(live) < self.connections:
+        live: list[_Connection] = []
+        failures: list[OSError | AiokvmError] = []
+
+        async def connect() -> None:
+            try:
                 live.append(await self._connect(address))
-        except (OSError, AiokvmError) as error:
-            logger.info("%s: %d connections, not %d: %s", self._name, len(live), self.connections, error)
+            except (OSError, AiokvmError) as error:
+                failures.append(error)
+
+        try:
+            with anyio.move_on_after(CONNECT_TIMEOUT_S) as scope:
+                await connect()
+                # What the first has been told says whether there may be more.
+                if live and live[0].export.flags & proto.NBD_FLAG_CAN_MULTI_CONN:
+                    async with anyio.create_task_group() as tasks:
+                        for _ in range(self.connections - 1):
+                            tasks.start_soon(connect)
+            if scope.cancelled_caught:
+                failures.append(OSError(errno.ETIMEDOUT, f"{self._name} does not answer"))
+            if not live:
+                raise failures[0]
         except BaseException:
             await _close_all(live)
             raise
+        for error in failures[:1]:
+            logger.info("%s: %d connections, not %d: %s", self._name, len(live), self.connections, error)
         return live
 
     async def _connect(self, address: Address) -> _Connection:
         stream: SocketStream | None = None
         try:
-            with anyio.fail_after(CONNECT_TIMEOUT_S):
-                if address.socket:
-                    stream = await anyio.connect_unix(address.socket)
-                else:
-                    stream = await anyio.connect_tcp(address.host, address.port)
-                    self._configure(stream.extra(SocketAttribute.raw_socket))
-                handshake = proto.Handshake(address.export)
-                while handshake.result is None:
-                    if out := handshake.feed(await stream.receive(RECEIVE_BYTES)):
-                        await stream.send(out)
-                self._check_export(handshake.result)
-                return _Connection(stream, handshake.result)
+            if address.socket:
+                stream = await anyio.connect_unix(address.socket)
+            else:
+                stream = await anyio.connect_tcp(address.host, address.port)
+                self._configure(stream.extra(SocketAttribute.raw_socket))
+            handshake = proto.Handshake(address.export)
+            while handshake.result is None:
+                if out := handshake.feed(await stream.receive(RECEIVE_BYTES)):
+                    await stream.send(out)
+            self._check_export(handshake.result)
+            return _Connection(stream, handshake.result)
         except BaseException as error:
             if stream is not None:
                 await anyio.aclose_forcefully(stream)
-            if isinstance(error, TimeoutError):
-                raise OSError(errno.ETIMEDOUT, f"{self._name} does not answer") from error
             if isinstance(error, _GONE) and not isinstance(error, NbdError):
                 code = getattr(error, "errno", None) or errno.ECONNREFUSED
                 why = str(error) or type(error).__name__

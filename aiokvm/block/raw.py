@@ -29,6 +29,11 @@ ENGINES = ("auto", "io_uring", "threads")
 MAX_THREADS = 64
 
 _SECTOR = 512
+_FLOCK = struct.Struct("hhqqi4x")
+# QEMU's protocol (block/file-posix.c): a read lock of a byte from 100 on says what one does with a file, from
+# 200 on what one does not let others do. Bit 0 is to read what nobody changes, bit 1 to write.
+_READER_HOLDS = (100, 201)
+_READER_REFUSES = (200, 101)
 _BLKSSZGET = 0x1268
 _BLKPBSZGET = 0x127B
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -44,8 +49,9 @@ class Raw(BlockBackend):
     ``discard`` lets the guest's discards punch holes.
 
     While it is open the file is locked: two cannot write it, and none reads what another writes; any number
-    may read. The lock is an OFD lock, which QEMU's tools see, too. ``lock=False`` is for file systems that
-    have none.
+    may read. The lock is an OFD lock, which QEMU's tools see, too, and theirs are respected. A program that
+    takes no lock is not noticed: what it changes under a disk that is read is read by the guest as it comes.
+    ``lock=False`` is for file systems that have none.
 
     `open` raises ImageError if the file is locked, is of the wrong kind or size, or takes no direct I/O, and
     OSError as `os.open` does. A write past the end of a file that somebody has made shorter is EIO, and so
@@ -224,19 +230,25 @@ class Raw(BlockBackend):
         raise ImageError(f"{self.path}: its file system takes no direct I/O of 512 or 4096 bytes")
 
     def _take_lock(self, fd: int) -> None:
-        kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind))
+            if not self.readonly:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
+                return
+            for byte in _READER_HOLDS:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
+            locked = any(_is_locked(fd, byte) for byte in _READER_REFUSES)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                how = "writes" if self.readonly else "uses"
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise ImageError(
-                    f"{self.path} is locked: another machine or program {how} it; a disk may have one writer "
-                    "or many readers (readonly=True)"
+                    f"{self.path} cannot be locked: {error.strerror}; lock=False goes without"
                 ) from error
+            locked = True
+        if locked:
+            how = "writes" if self.readonly else "uses"
             raise ImageError(
-                f"{self.path} cannot be locked: {error.strerror}; lock=False goes without"
-            ) from error
+                f"{self.path} is locked: another machine or program {how} it; a disk may have one writer "
+                "or many readers (readonly=True)"
+            )
 
     def _size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)
@@ -284,9 +296,15 @@ class Raw(BlockBackend):
             raise OSError(-code, os.strerror(-code), self.path)
 
 
-def _flock(kind: int) -> bytes:
-    """A struct flock for the whole file."""
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+def _flock(kind: int, byte: int | None = None) -> bytes:
+    """A struct flock, for one byte or the whole file."""
+    return _FLOCK.pack(kind, os.SEEK_SET, byte or 0, byte is not None, 0)
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    """Whether another has any lock there."""
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
 def _int_ioctl(fd: int, request: int) -> int:

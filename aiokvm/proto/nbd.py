@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from aiokvm.errors import ConfigError, NbdError
+from aiokvm.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -63,6 +64,10 @@ OPTION_REPLIES_MAX = 64
 """A server that tells more about one export than this is not asked on."""
 PIECES_MAX = 1024
 """Of a read's reply, how many pieces may lie apart from each other before the gaps are filled."""
+ERRORS_MAX = 64
+"""Of one reply: other chunks bring some of the data, and so come to an end."""
+STEPS_AT_ONCE = 1024
+"""Headers, messages and pieces of what a server has sent that are looked at in one go: a millisecond."""
 DEFAULT_MAX_REQUEST_BYTES = 32 << 20
 """What a server takes that does not say what it takes."""
 
@@ -159,17 +164,27 @@ class Export:
 
 
 class _Parser:
-    """Feeds a generator of `Steps`."""
+    """Feeds a generator of `Steps`, so many of them at a time; ``more``: what was fed has more to look at."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._pending = bytearray()
         self._want: int | memoryview = next(steps)
+        self._rest: bytes | memoryview = b""
+        self.more = False
         self.done = False
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
+        if self._rest:
+            data = b"".join((self._rest, data)) if data else self._rest
         view = memoryview(data)
+        self._rest, self.more = b"", False
+        left = STEPS_AT_ONCE
         while not self.done:
+            if not left:
+                self._rest, self.more = view, True
+                return
+            left -= 1
             want = self._want
             if isinstance(want, memoryview):
                 count = min(len(want), len(view))
@@ -308,6 +323,7 @@ class _Request:
     data: bytearray | None = None
     error: int = 0
     message: str = ""
+    errors: int = 0
     # The ranges that have come, apart from each other and sorted: their starts, and their ends.
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -361,12 +377,20 @@ class Transmission:
     def feed(self, data: bytes) -> list[Reply]:
         """What the server has sent, in pieces of any size; returns which requests have ended.
 
+        A server may send many tiny chunks: when enough of them have been looked at, `more` says so, and the
+        next call goes on, with nothing new if need be.
+
         NbdError if the server breaks the protocol: what had ended before is lost with the connection.
         """
         self._parser.feed(data)
         replies = list(self._replies)
         self._replies.clear()
         return replies
+
+    @property
+    def more(self) -> bool:
+        """Whether `feed` has not looked at all of what it was given yet."""
+        return self._parser.more
 
     def _run(self) -> Steps:
         while True:
@@ -433,6 +457,9 @@ class Transmission:
             self._end(cookie, request)
 
     def _error(self, kind: int, length: int, request: _Request) -> Steps:
+        request.errors += 1
+        if request.errors > ERRORS_MAX:
+            raise _broken(f"more than {ERRORS_MAX} errors in one reply")
         at_offset = _OFFSET.size if kind == NBD_REPLY_TYPE_ERROR_OFFSET else 0
         if not _ERROR.size + at_offset <= length <= _ERROR.size + STRING_MAX_BYTES + _OFFSET.size:
             raise _broken(f"an error described by {length} bytes")
@@ -452,6 +479,5 @@ def _errno(error: int) -> int:
 
 
 def _text(data: bytes) -> str:
-    """What a server says, fit for a log."""
-    text = data[:STRING_MAX_BYTES].decode(errors="replace")
-    return "".join(char if char.isprintable() else "?" for char in text)
+    """What a server says, fit for an error of any kind."""
+    return printable(data[:STRING_MAX_BYTES].decode(errors="replace"))

@@ -18,7 +18,7 @@ import anyio.lowlevel
 import pytest
 
 from aiokvm import ConfigError, ImageError
-from aiokvm.block import Image
+from aiokvm.block import Image, Raw
 from aiokvm.process import Folder
 
 if TYPE_CHECKING:
@@ -256,3 +256,38 @@ async def test_what_an_image_has_qemu_nbd_say_is_printable(tmp_path: Path) -> No
     with pytest.raises(ImageError, match=r"Unsupported qcow2 feature.*All is well") as caught:
         await Image(path).open()
     assert str(caught.value).isprintable()
+
+
+async def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \x01"))
+    os.mkdir(folder)
+    (folder / "base.raw").write_bytes(b"raw!" * (MIB // 4))
+    name = os.fsdecode(b"d\xefsk.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", folder / name)
+    for _ in range(2):
+        async with Image(folder / name, backing=True) as disk:
+            assert await disk.read(0, 512) == b"raw!" * 128
+            assert disk._process is not None
+            os.kill(disk._process.pid, signal.SIGKILL)
+            await disk.write(512, memoryview(b"new!" * 128))
+            assert await disk.read(512, 512) == b"new!" * 128
+    with pytest.raises(ImageError, match="not vdi") as caught:
+        await Image(folder / name, format="vdi").open()
+    assert str(caught.value).isprintable()
+
+
+async def test_a_raw_disk_is_not_read_while_qemu_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    os.truncate(path, MIB)  # whole blocks
+    async with Image(path):
+        for readonly in (True, False):
+            with pytest.raises(ImageError, match="locked"):
+                await Raw(path, readonly=readonly).open()
+        async with Raw(path, readonly=True, lock=False):
+            pass
+    async with Raw(path, readonly=True), Raw(path, readonly=True):
+        async with Image(path, readonly=True), Raw(path, readonly=True):
+            pass
+        with pytest.raises(ImageError, match="lock"):
+            await Image(path).open()

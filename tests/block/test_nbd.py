@@ -335,6 +335,45 @@ async def test_a_server_that_breaks_the_protocol_is_left_with_a_typed_error(
         assert server.connections == 2
 
 
+async def test_a_server_that_goes_on_with_tiny_chunks_is_left(tmp_path: Path) -> None:
+    server = FakeServer(MIB)
+    error = struct.pack(">IH", errno.EIO, 0)
+
+    async def misbehave(stream: SocketStream, command: int, cookie: int, offset: int, length: int) -> bool:
+        chunk = struct.pack(">IHHQI", proto.NBD_STRUCTURED_REPLY_MAGIC, 0, 1 << 15 | 1, cookie, 6) + error
+        while True:
+            await stream.send(chunk * 10000)
+
+    server.misbehave = misbehave
+    async with server.at(tmp_path / "s") as uri, Nbd(uri, connections=1) as disk:
+        with pytest.raises(NbdError, match="more than"):
+            await disk.read(0, MIB)
+        server.misbehave = None
+        with anyio.fail_after(20):
+            assert await disk.read(0, 512) == bytes(512)
+
+
+async def test_connections_are_opened_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what has not come in time is done without."""
+    server = FakeServer(4 * MIB)
+    waiting = anyio.Event()
+
+    async def serve(stream: SocketStream, real: Any = server._serve) -> None:
+        if server.connections > 1:
+            if server.connections == 4:
+                waiting.set()
+            if server.connections > 2:
+                await anyio.sleep_forever()
+            await waiting.wait()
+        await real(stream)
+
+    monkeypatch.setattr(server, "_serve", serve)
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.5)
+    async with server.at(tmp_path / "s") as uri, Nbd(uri, connections=4) as disk:
+        assert (len(disk._live), server.connections) == (2, 4)
+        await exercise(disk)
+
+
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0" * 100])
 async def test_a_server_that_is_none_cannot_be_opened(greeting: bytes, tmp_path: Path) -> None:
     async with FakeServer(MIB, greeting=greeting).at(tmp_path / "s") as uri:

@@ -17,6 +17,8 @@ from aiokvm.proto.nbd import Address, Export, Handshake, Reply, Transmission, pa
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.holdups import Step
+
 GREETING = struct.pack(">QQH", nbd.NBDMAGIC, nbd.IHAVEOPT, 3)
 FLAGS = nbd.NBD_FLAG_HAS_FLAGS | nbd.NBD_FLAG_SEND_FLUSH
 
@@ -124,7 +126,7 @@ def test_a_server_that_negotiates_wrongly_is_left(stream: bytes, message: str) -
 @pytest.mark.parametrize(
     ("reply", "code", "message"),
     [
-        (nbd.NBD_REP_ERR_UNKNOWN, errno.ENOENT, "'disk' has no such export \\(no \\?\\[31mdisk\\)"),
+        (nbd.NBD_REP_ERR_UNKNOWN, errno.ENOENT, "'disk' has no such export \\(no \\\\x1b\\[31mdisk\\)"),
         (nbd.NBD_REP_ERR_TLS_REQD, errno.ENOTSUP, "wants TLS"),
         (nbd.NBD_REP_ERR_SHUTDOWN, errno.ESHUTDOWN, "shutting down"),
         (nbd.NBD_REP_FLAG_ERROR | 77, errno.EPROTO, "refuses with 0x8000004d"),
@@ -206,7 +208,7 @@ def test_simple_replies_come_in_any_order() -> None:
 def test_an_error_ends_a_read_that_has_partly_come() -> None:
     transmission = read_of(8)
     stream = data_chunk(1, 0, b"half", done=False) + error_chunk(1, errno.EIO, b"bad \x1bblock")
-    assert transmission.feed(stream) == [Reply(1, errno.EIO, "bad ?block")]
+    assert transmission.feed(stream) == [Reply(1, errno.EIO, "bad \\x1bblock")]
 
 
 def test_the_first_error_of_a_request_is_told_and_unknown_ones_are_eio() -> None:
@@ -219,6 +221,39 @@ def test_the_first_error_of_a_request_is_told_and_unknown_ones_are_eio() -> None
         + chunk(nbd.NBD_REPLY_TYPE_NONE, 1)
     )
     assert transmission.feed(stream) == [Reply(1, errno.EIO, "no")]
+
+
+def test_a_reply_in_many_chunks_is_looked_at_a_part_at_a_time(step: Step) -> None:
+    reads, blocks = 32, 256
+    transmission = Transmission(structured=True)
+    for _ in range(reads):
+        transmission.request(nbd.NBD_CMD_READ, 0, 512 * blocks)
+    data = b"".join(
+        data_chunk(cookie, 512 * at, b"x" * 512, done=at == blocks - 1)
+        for at in range(blocks)
+        for cookie in range(1, reads + 1)
+    )
+    replies, parts = [], 0
+    while data or transmission.more:
+        with step():
+            replies += transmission.feed(data)
+        data = b""
+        parts += 1
+    assert [bytes(reply.data or b"") for reply in replies] == [b"x" * 512 * blocks] * reads
+    assert parts > 32
+
+
+@pytest.mark.parametrize("command", [nbd.NBD_CMD_READ, nbd.NBD_CMD_WRITE, nbd.NBD_CMD_FLUSH])
+def test_chunks_without_an_end_are_no_reply(command: int, step: Step) -> None:
+    transmission = Transmission(structured=True)
+    cookies = [transmission.request(command, 0, 4096)[0] for _ in range(64)]
+    data = b"".join(error_chunk(cookie, errno.EIO, done=False) for _ in range(1000) for cookie in cookies)
+    with pytest.raises(NbdError, match="more than 64 errors"):  # noqa: PT012  a part at a time
+        with step():
+            transmission.feed(data)
+        while transmission.more:
+            with step():
+                transmission.feed(b"")
 
 
 @pytest.mark.parametrize(
@@ -261,8 +296,10 @@ def test_a_server_that_replies_wrongly_is_left(stream: bytes, message: str) -> N
 def test_a_read_in_countless_pieces_is_bounded() -> None:
     transmission = read_of(1 << 20)
     stream = b"".join(data_chunk(1, at, b"x", done=False) for at in range(0, 1 << 12, 2))
-    with pytest.raises(NbdError, match="too many pieces"):
+    with pytest.raises(NbdError, match="too many pieces"):  # noqa: PT012  a part at a time
         transmission.feed(stream)
+        while transmission.more:
+            transmission.feed(b"")
 
 
 def test_pieces_that_meet_are_no_longer_counted() -> None:
