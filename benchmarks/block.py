@@ -1,8 +1,9 @@
 """Disks against QEMU's: fio in the same Debian guest, on the same kind of disk, with the same file behind it.
 
 The peer is QEMU's microvm with virtio-mmio, once with aio=threads and once with aio=io_uring; the ratio is to
-the better of the two. All use the host's page cache (cache=writeback). A figure is the median of the rounds,
-in each of which every monitor boots its guest anew. Where ring 0 has no hardware all of it runs in the lab.
+the one that is faster at the job. All use the host's page cache (cache=writeback). The three guests run at
+once, and do each job in turns while the others are idle (bench/pairs.py). Where ring 0 has no hardware
+all of it runs in the lab.
 
 While the guest keeps the disk busy a task of aiokvm's loop sleeps for 5 ms again and again; how late it wakes
 up is the loop's lag.
@@ -15,7 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from aiokvm import VM, Disk, block, boot, images
+from bench import pairs
 from bench.guest import CMDLINE, MEMORY_MIB, Shell, has_hardware, in_the_lab, lags, qemu
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from bench.pairs import Measure, Measured
 
 RESULTS = Path(__file__).with_name("results")
 DATA_BYTES = 128 << 20
@@ -85,61 +89,66 @@ async def fio(shell: Shell, disk: str, options: str, field: int, seconds: float,
     return float(output)
 
 
-async def run(monitor: str, debian: images.DebianDisk, queues: int, seconds: float) -> dict[str, float]:
-    """One guest, all jobs."""
-    figures: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "data")
-        # Written, so that neither monitor reads a hole.
-        await anyio.Path(data).write_bytes(b"\x5a" * DATA_BYTES)
-        if monitor == "aiokvm":
-            made = aiokvm_guest(debian, data, queues)
-        else:
-            made = qemu_guest(debian, data, queues, monitor.split()[1])
-        async with made as shell:
-            await shell.login()
-            disk = await find_disk(shell)
-            for name, (options, field, _) in JOBS.items():
-                late: list[float] = []
-                async with anyio.create_task_group() as group:
-                    group.start_soon(lags, late)
-                    figures[name] = await fio(shell, disk, options, field, seconds, queues)
-                    group.cancel_scope.cancel()
-                figures[f"{name}, lag p99"] = sorted(late)[int(0.99 * len(late))]
-                print(f"{monitor}, {queues} queues: {name}: {figures[name]:.0f}/s", flush=True)
-    return figures
+def job(
+    monitor: str, shell: Shell, disk: str, options: str, field: int, seconds: float, jobs: int
+) -> Measure:
+    async def measure() -> dict[str, float]:
+        late: list[float] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(lags, late)
+            speed = await fio(shell, disk, options, field, seconds, jobs)
+            group.cancel_scope.cancel()
+        print(f"{monitor}: {options} with {jobs} jobs: {speed:.0f}/s", flush=True)
+        return {"speed": speed, "lag p99": sorted(late)[int(0.99 * len(late))]}
+
+    return measure
 
 
-async def measure(
-    debian: images.DebianDisk, rounds: int, seconds: float
-) -> dict[str, dict[str, list[float]]]:
-    """By queues and monitor, by job, a value a round."""
-    figures: dict[str, dict[str, list[float]]] = {}
-    for _ in range(rounds):
-        for queues in QUEUES:
-            for monitor in MONITORS:
-                values = figures.setdefault(f"{monitor}, {queues}", {})
-                for name, value in (await run(monitor, debian, queues, seconds)).items():
-                    values.setdefault(name, []).append(value)
-    return figures
-
-
-def show(figures: dict[str, dict[str, list[float]]], rounds: int) -> None:
-    table = Table("queues", "job", "aiokvm /s", "QEMU threads", "QEMU io_uring", "ratio", "aim", "lag p99 ms")
+async def measure(debian: images.DebianDisk, count: int, seconds: float) -> dict[str, Measured]:
+    """What was measured, as "QUEUES, JOB": by monitor and figure, a value a pair."""
+    figures: dict[str, Measured] = {}
     for queues in QUEUES:
-        for name, (_, _, aim) in JOBS.items():
-            values = [statistics.median(figures[f"{monitor}, {queues}"][name]) for monitor in MONITORS]
-            lag = statistics.median(figures[f"aiokvm, {queues}"][f"{name}, lag p99"])
-            ratio = values[0] / max(values[1:])
-            table.add_row(
-                str(queues),
-                name,
-                *(f"{value:.0f}" for value in values),
-                f"{ratio:.2f}",
-                f"{aim}",
-                f"{lag:.1f}",
-            )
-    Console(width=130).print(table, f"medians of {rounds}")
+        with tempfile.TemporaryDirectory() as folder:
+            async with AsyncExitStack() as guests:
+                shells: dict[str, tuple[Shell, str]] = {}
+                for monitor in MONITORS:
+                    data = Path(folder, monitor.replace(" ", "-"))
+                    # Written, so that no monitor reads a hole.
+                    await anyio.Path(data).write_bytes(b"\x5a" * DATA_BYTES)
+                    if monitor == "aiokvm":
+                        made = aiokvm_guest(debian, data, queues)
+                    else:
+                        made = qemu_guest(debian, data, queues, monitor.split()[1])
+                    shell = await guests.enter_async_context(made)
+                    await shell.login()
+                    shells[monitor] = (shell, await find_disk(shell))
+                for name, (options, field, _) in JOBS.items():
+                    contenders = {
+                        monitor: job(monitor, shell, disk, options, field, seconds, queues)
+                        for monitor, (shell, disk) in shells.items()
+                    }
+                    figures[f"{queues}, {name}"] = await pairs.alternate(contenders, count)
+    return figures
+
+
+def show(figures: dict[str, Measured], count: int) -> None:
+    columns = (*("queues", "job", "aiokvm /s", "QEMU threads", "QEMU io_uring"), *("ratio", "aim", "drift"))
+    table = Table(*columns, "lag p99 ms")
+    for name, measured in figures.items():
+        queues, what = name.split(", ", 1)
+        speeds = {monitor: measured[monitor]["speed"] for monitor in MONITORS}
+        medians = {monitor: statistics.median(values) for monitor, values in speeds.items()}
+        peer = max(MONITORS[1:], key=medians.__getitem__)
+        table.add_row(
+            queues,
+            what,
+            *(f"{value:.0f}" for value in medians.values()),
+            str(pairs.compare(speeds["aiokvm"], speeds[peer])),
+            f"{JOBS[what][2]}",
+            " ".join(f"{pairs.drift(speeds[monitor]):.2f}" for monitor in ("aiokvm", peer)),
+            f"{statistics.median(measured['aiokvm']['lag p99']):.1f}",
+        )
+    Console(width=140).print(table, pairs.caption(count))
 
 
 async def main(arguments: Any) -> int:
@@ -150,18 +159,18 @@ async def main(arguments: Any) -> int:
         debian = await images.build_debian(packages=("fio",))
     if not arguments.here and not has_hardware():
         Console().print("ring 0 has no hardware here: measuring in the lab")
-        options = ["--disk", str(debian.disk), "--rounds", str(arguments.rounds)]
+        options = ["--disk", str(debian.disk), "--pairs", str(arguments.pairs)]
         options += ["--seconds", str(arguments.seconds)]
         return await in_the_lab(__file__, results, options)
-    figures = await measure(debian, arguments.rounds, arguments.seconds)
-    show(figures, arguments.rounds)
+    figures = await measure(debian, arguments.pairs, arguments.seconds)
+    show(figures, arguments.pairs)
     (results / "block.json").write_text(json.dumps(figures, indent=1))
     return 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--seconds", type=float, default=3, help="how long each job runs")
     parser.add_argument("--disk", type=Path, help="a disk of `aiokvm images build debian --packages fio`")
     parser.add_argument("--here", action="store_true", help="not in the lab")

@@ -26,6 +26,8 @@ struct blk_engine *blk_uring_new(struct aiokvm_blk *blk, int *error)
 #define COMPLETIONS 1024
 /* The control eventfd and each queue's. */
 #define WATCHED_MAX (AIOKVM_BLK_QUEUES * 2)
+/* Operations that the kernel has at a time: were there no room for a completion, it would take no more of them. */
+#define IN_RING_MAX (COMPLETIONS - 2 * WATCHED_MAX)
 
 struct uring {
     struct blk_engine engine;
@@ -33,6 +35,8 @@ struct uring {
     bool disabled; /* made so, to belong to the thread that enables it */
     int watched[WATCHED_MAX];
     uint32_t watched_count;
+    uint32_t in_ring;
+    struct blk_op *todo, **todo_last; /* what has to wait for others to complete */
 };
 
 static struct uring *uring_of(struct blk_engine *engine)
@@ -78,11 +82,11 @@ static int watch(struct blk_engine *engine, int fd)
     return 0;
 }
 
-static void submit(struct blk_engine *engine, struct blk_op *op)
+static void start(struct uring *uring, struct blk_op *op)
 {
-    struct uring *uring = uring_of(engine);
     struct io_uring_sqe *sqe = get_sqe(uring);
-    int fd = engine->blk->config.fd;
+    int fd = uring->engine.blk->config.fd;
+    uring->in_ring++;
     switch (op->kind) {
     case BLK_OP_READ:
         if (op->count == 1)
@@ -107,6 +111,20 @@ static void submit(struct blk_engine *engine, struct blk_op *op)
     io_uring_sqe_set_data(sqe, op);
 }
 
+static void submit(struct blk_engine *engine, struct blk_op *op)
+{
+    struct uring *uring = uring_of(engine);
+    if (!uring->todo && uring->in_ring < IN_RING_MAX) {
+        start(uring, op);
+        return;
+    }
+    if (!uring->todo)
+        uring->todo_last = &uring->todo;
+    op->next = NULL;
+    *uring->todo_last = op;
+    uring->todo_last = &op->next;
+}
+
 static void take(struct uring *uring)
 {
     struct io_uring_cqe *cqe;
@@ -118,6 +136,7 @@ static void take(struct uring *uring)
             count++;
             if (!(cqe->user_data & 1)) {
                 struct blk_op *op = io_uring_cqe_get_data(cqe);
+                uring->in_ring--;
                 op->result = cqe->res;
                 aiokvm_blk_done(uring->engine.blk, op);
             } else if (!(cqe->flags & IORING_CQE_F_MORE) && cqe->res >= 0) {
@@ -125,6 +144,11 @@ static void take(struct uring *uring)
             }
         }
         io_uring_cq_advance(&uring->ring, count);
+        while (uring->todo && uring->in_ring < IN_RING_MAX) {
+            struct blk_op *op = uring->todo;
+            uring->todo = op->next;
+            start(uring, op);
+        }
     } while (count);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 from collections import deque
@@ -16,6 +17,7 @@ from anyio.abc import SocketAttribute
 from aiokvm.aio import current_loop
 from aiokvm.block.backend import BlockBackend, Data
 from aiokvm.errors import AiokvmError, ConfigError, NbdError
+from aiokvm.logs import SeldomLogger
 from aiokvm.proto import nbd as proto
 from aiokvm.text import get_logger
 
@@ -39,6 +41,8 @@ IN_FLIGHT_MAX = 64
 RECEIVE_BYTES = 1 << 18
 COPY_BYTES = 1 << 16
 """Up to here it is cheaper to copy a write's data behind its header than to send twice."""
+REQUEST_BYTES = 4 << 20
+"""The longest read or write that is one request, if the server takes that: memory for more takes long."""
 ZEROES_REQUEST_BYTES = 64 << 20
 """The longest discard or write_zeroes that is one request: a server may have to write it out."""
 UNFLUSHED_MAX_BYTES = 64 << 20
@@ -132,6 +136,7 @@ class NbdClient(BlockBackend):
         self.connections = connections
         self.timeout = timeout
         self._name = name
+        self._log = SeldomLogger(logger)  # a server may come and go as often as it likes
         self._wanted_readonly = readonly
         self._task: Task | None = None
 
@@ -252,8 +257,8 @@ class NbdClient(BlockBackend):
                 self._idle.set()
 
     def _most(self) -> int:
-        """The longest read or write that the server takes."""
-        most = self._export.max_request_bytes if self._export else self.block_size
+        """The longest read or write that is one request."""
+        most = min(self._export.max_request_bytes, REQUEST_BYTES) if self._export else self.block_size
         return max(most // self.block_size, 1) * self.block_size
 
     def _check_open(self) -> None:
@@ -313,7 +318,7 @@ class NbdClient(BlockBackend):
                     delay = BACKOFF_S[0]
                 if self._closing:
                     return
-                logger.warning("%s: the connection is lost: %s", self._name, self._last_error)
+                self._log.warning("%s: the connection is lost: %s", self._name, self._last_error)
                 while not self._live:
                     await anyio.sleep(delay)
                     delay = min(2 * delay, BACKOFF_S[1])
@@ -322,7 +327,7 @@ class NbdClient(BlockBackend):
                     except (OSError, AiokvmError) as error:
                         self._last_error = error
                         logger.debug("%s: %s", self._name, error)
-                logger.warning("%s: connected again", self._name)
+                self._log.warning("%s: connected again", self._name)
         finally:
             await _close_all(self._live)
             self._live = []
@@ -352,7 +357,7 @@ class NbdClient(BlockBackend):
                         job.error = NbdError(error.errno, error.strerror)
                         job.ended.set()
             except Exception as error:
-                logger.exception("%s: a bug in the NBD client", self._name)
+                self._log.exception("%s: a bug in the NBD client", self._name)
                 self._last_error = error
             self._break()
 
@@ -450,7 +455,11 @@ class NbdClient(BlockBackend):
             await _close_all(live)
             raise
         for error in failures[:1]:
-            logger.info("%s: %d connections, not %d: %s", self._name, len(live), self.connections, error)
+            self._log.log(
+                logging.INFO,
+                "%s: %d connections, not %d: %s",
+                *(self._name, len(live), self.connections, error),
+            )
         return live
 
     async def _connect(self, address: Address) -> _Connection:

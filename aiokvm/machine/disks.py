@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from aiokvm.block import BlockBackend, Raw
 from aiokvm.errors import ConfigError, StateError
+from aiokvm.logs import SeldomLogger
 from aiokvm.machine import events
 from aiokvm.machine.disk_core import CoreData
 from aiokvm.machine.disk_loop import LoopData
-from aiokvm.machine.failures import is_logged
 from aiokvm.virtio.blk import (
     VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
@@ -166,8 +166,8 @@ class Disks:
         self._machine = machine
         self._hub = hub
         self._logger = logger
+        self._failures = SeldomLogger(logger)
         self._pausing: Task | None = None
-        self._failed = 0
         self._pause_machine = pause
         self.all: tuple[VmDisk, ...] = ()
 
@@ -204,7 +204,7 @@ class Disks:
             self._on_failed(disk, type_, offset, length, error)
 
         def on_bug(error: Exception) -> None:
-            self._log("%s: %r raised", disk.name, backend, exc_info=error)
+            self._failures.error("%s: %r raised", disk.name, backend, exc_info=error)
 
         data: CoreData | LoopData
         if type(backend) is Raw:
@@ -249,7 +249,7 @@ class Disks:
         operation = _OPERATIONS.get(type_, str(type_))
         paused = disk.config.on_error is DiskErrorPolicy.PAUSE
         failure = OSError(error, os.strerror(error))
-        self._log("%s: %s of %d bytes at %d: %s", disk.name, operation, length, offset, failure)
+        self._failures.error("%s: %s of %d bytes at %d: %s", disk.name, operation, length, offset, failure)
         self._hub.emit(
             events.DiskFailed(self._machine, disk.name, operation, offset, length, failure, paused)
         )
@@ -263,9 +263,3 @@ class Disks:
             pass  # it has ended
         finally:
             self._pausing = None
-
-    def _log(self, message: str, *args: object, exc_info: Exception | None = None) -> None:
-        # A guest can have a disk fail as often as it likes: its log must not grow as fast.
-        self._failed = count = self._failed + 1
-        if is_logged(count):
-            self._logger.error(message, *args, exc_info=exc_info)

@@ -148,7 +148,7 @@ async def test_failures_are_told_a_few_at_a_time(
     async with rig(Disk(backend(engine, image), queues=2)) as r:
         with image.open("r+b") as file:
             file.truncate(0)
-        monkeypatch.setattr(r.disks, "_log", slow)
+        monkeypatch.setattr(r.disks._failures, "error", slow)
         table = write_table(r, VIRTIO_BLK_T_IN, [(DATA, 512)])
         await served(r, 2, 40, table)
         with anyio.fail_after(20):
