@@ -19,7 +19,7 @@ class Limit:
     Those that share one share its rates. 0 is no limit; a burst of 0 is a tenth of a second's worth. Of a
     disk an operation is a read, a write, a flush, a discard, and bytes are those read and written, zeroes
     included. Of a network an operation is a frame, and bytes are those of its frames, Ethernet headers
-    included. Raises ConfigError for negative numbers and absurd ones.
+    included; a frame that is still to be cut counts as the frames that it becomes. Raises ConfigError for negative numbers and absurd ones.
     """
 
     def __init__(
@@ -46,4 +46,4 @@ class Limit:
 
     def take(self, now_ns: int, size_bytes: int) -> int:
         """One operation of so many bytes: 0 if it may begin, else how many ns to wait and ask again."""
-        return int(lib.aiokvm_ratelimit_take(self.core, now_ns, size_bytes))
+        return int(lib.aiokvm_ratelimit_take(self.core, now_ns, size_bytes, 1))

@@ -14,7 +14,7 @@
 static bool try_start(struct blk_request *request, uint64_t now_ns)
 {
     struct aiokvm_blk *blk = request->queue->blk;
-    uint64_t wait_ns = aiokvm_ratelimit_take(blk->config.limit, now_ns, request->total);
+    uint64_t wait_ns = aiokvm_ratelimit_take(blk->config.limit, now_ns, request->total, 1);
     if (wait_ns) {
         blk->throttle_ns = now_ns + wait_ns;
         return false;

@@ -189,7 +189,8 @@ void aiokvm_share_give(struct aiokvm_share *share, uint64_t amount);
 struct aiokvm_ratelimit *aiokvm_ratelimit_new(uint64_t bytes_per_second, uint64_t burst_bytes,
                                               uint64_t operations_per_second, uint64_t burst_operations);
 void aiokvm_ratelimit_free(struct aiokvm_ratelimit *limit);
-uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes);
+uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes,
+                               uint64_t operations);
 
 #define AIOKVM_BLK_AUTO ...
 #define AIOKVM_BLK_IO_URING ...

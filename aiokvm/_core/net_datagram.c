@@ -53,6 +53,7 @@ static bool is_absence(int error)
 static void lose(struct datagram *datagram, int error)
 {
     net_unwatch(&datagram->watch);
+    datagram->end.stats.dropped_down += datagram->in_count - datagram->in_next + datagram->out_count - datagram->out_next;
     datagram->in_next = datagram->in_count = 0;
     datagram->out_next = datagram->out_count = datagram->out_bytes = 0;
     datagram->is_full = false;
@@ -91,10 +92,10 @@ static bool fill(struct datagram *datagram)
     return true;
 }
 
-static enum net_result send_frame(struct datagram *datagram)
+static enum net_result send_frame(struct datagram *datagram, const struct mmsghdr *message)
 {
-    const struct mmsghdr *message = &datagram->in[datagram->in_next];
     if (!message->msg_len && datagram->is_seqpacket) {
+        datagram->in_next = datagram->in_count; /* the end of it is no frame */
         lose(datagram, 0);
         return NET_TAKEN;
     }
@@ -128,9 +129,13 @@ static bool read_frames(struct datagram *datagram)
             }
         }
         /* The peer may have answered at once, and that have ended it. */
-        if (send_frame(datagram) == NET_BLOCKED || datagram->watch.fd < 0)
+        enum net_result result = send_frame(datagram, &datagram->in[datagram->in_next++]);
+        if (datagram->watch.fd < 0)
             return false;
-        datagram->in_next++;
+        if (result == NET_BLOCKED) {
+            datagram->in_next--;
+            return false;
+        }
     }
     return true;
 }
@@ -156,7 +161,6 @@ static void on_error(struct datagram *datagram, int error)
     if (error == EAGAIN) {
         wait_for_room(datagram);
     } else if (is_final(datagram, error)) {
-        stats->dropped_down += datagram->out_count - datagram->out_next;
         lose(datagram, error);
     } else if (is_absence(error)) {
         /* Of UDP it was said about an earlier one. */
@@ -238,7 +242,7 @@ static void flush(struct aiokvm_net_end *end)
 static bool serve(struct aiokvm_net_end *end)
 {
     struct datagram *datagram = (struct datagram *)end;
-    if (datagram->remote_size)
+    if (datagram->remote_size && !end->deadline_ns)
         datagram->watch.events |= EPOLLOUT; /* so it is tried */
     if (datagram->watch.fd >= 0)
         write_out(datagram);
@@ -291,7 +295,8 @@ static int set_up(struct datagram *datagram, int fd, const void *remote, uint32_
             .msg_name = datagram->remote_size ? &datagram->remote : NULL, .msg_namelen = datagram->remote_size,
             .msg_iov = &datagram->out_iov[i], .msg_iovlen = 1,
         };
-    int error = net_watch(&datagram->watch, &datagram->end, fd, EPOLLIN | EPOLLOUT);
+    /* A named socket that is full says that there is room whenever it was tried. */
+    int error = net_watch(&datagram->watch, &datagram->end, fd, EPOLLIN | (datagram->remote_size ? 0 : EPOLLOUT));
     datagram->watch.events = EPOLLIN | EPOLLOUT;
     net_ready(&datagram->end);
     return -error;

@@ -18,14 +18,15 @@ static bool passes_filters(struct aiokvm_net_end *from, struct aiokvm_net_end *t
            (!to->filter || net_filter_passes(to->filter, to, frame, false, now_ns));
 }
 
-/* What the frame comes to in the end: each segment that is to be cut has headers of its own. */
-static uint64_t bytes_of(const struct net_frame *frame)
+/* Takes what the frame comes to in the end: each segment that is to be cut is a frame with headers of its own. Returns
+ * how long to wait, in ns. */
+static uint64_t take(struct aiokvm_ratelimit *limit, uint64_t now_ns, const struct net_frame *frame)
 {
     const struct virtio_net_hdr_v1 *hdr = &frame->hdr;
-    if (hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE || !hdr->gso_size || hdr->hdr_len >= frame->size)
-        return frame->size;
-    uint64_t segments = (frame->size - hdr->hdr_len + hdr->gso_size - 1u) / hdr->gso_size;
-    return frame->size + (segments - 1) * hdr->hdr_len;
+    uint64_t frames = 1;
+    if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE && hdr->gso_size && hdr->hdr_len < frame->size)
+        frames = (frame->size - hdr->hdr_len + hdr->gso_size - 1u) / hdr->gso_size;
+    return aiokvm_ratelimit_take(limit, now_ns, frame->size + (frames - 1) * hdr->hdr_len, frames);
 }
 
 /* How long to wait, in ns. */
@@ -35,12 +36,12 @@ static uint64_t passes_limits(struct aiokvm_net_end *from, struct aiokvm_net_end
     uint64_t wait_ns;
     uint32_t *passed = &frame->progress.passed;
     if (from->sent_limit && !(*passed & NET_PASSED_SENT_LIMIT)) {
-        if ((wait_ns = aiokvm_ratelimit_take(from->sent_limit, now_ns, bytes_of(frame))))
+        if ((wait_ns = take(from->sent_limit, now_ns, frame)))
             return wait_ns;
         *passed |= NET_PASSED_SENT_LIMIT;
     }
     if (to->received_limit && !(*passed & NET_PASSED_RECEIVED_LIMIT)) {
-        if ((wait_ns = aiokvm_ratelimit_take(to->received_limit, now_ns, bytes_of(frame))))
+        if ((wait_ns = take(to->received_limit, now_ns, frame)))
             return wait_ns;
         *passed |= NET_PASSED_RECEIVED_LIMIT;
     }

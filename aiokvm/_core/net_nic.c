@@ -296,8 +296,10 @@ static struct nic_queue *queue_new(uint32_t index, struct aiokvm_vring *vring, u
 static void queue_free(struct nic *nic, struct nic_queue *queue)
 {
     net_unwatch(&queue->kick);
-    if (queue->chain)
+    if (queue->chain) {
         aiokvm_vring_drop(queue->vring, queue->chain);
+        nic->end.stats.dropped_down++;
+    }
     for (; queue->count; queue->count--, queue->first++)
         aiokvm_vring_drop(queue->vring, queue->stash[queue->first % AIOKVM_VRING_MAX_SIZE]);
     free(queue);

@@ -25,19 +25,40 @@ struct stream {
     uint8_t *in, *out;
     uint32_t in_start, in_end;   /* what has come and was not sent to the peer */
     uint32_t out_start, out_end; /* what was received from the peer and not written */
+    uint32_t out_frame;          /* where the frame begins of which out_start is a part */
     bool is_full;                /* the peer was told NET_BLOCKED */
     struct net_progress progress; /* of the frame at in_start, when that was blocked */
 };
 
 static void reset(struct stream *stream)
 {
-    stream->in_start = stream->in_end = stream->out_start = stream->out_end = 0;
+    stream->in_start = stream->in_end = stream->out_start = stream->out_end = stream->out_frame = 0;
     stream->progress = (struct net_progress){ 0 };
+}
+
+static uint32_t load_length(const uint8_t *at)
+{
+    uint32_t length;
+    memcpy(&length, at, PREFIX);
+    return ntohl(length);
+}
+
+/* Past the frames that were written completely. */
+static void follow_out(struct stream *stream)
+{
+    for (uint32_t next; stream->out_frame < stream->out_start; stream->out_frame = next) {
+        next = stream->out_frame + PREFIX + load_length(stream->out + stream->out_frame);
+        if (next > stream->out_start)
+            return;
+    }
 }
 
 static void lose(struct stream *stream, int error, uint32_t detail)
 {
     net_unwatch(&stream->watch);
+    follow_out(stream);
+    for (; stream->out_frame < stream->out_end; stream->end.stats.dropped_down++)
+        stream->out_frame += PREFIX + load_length(stream->out + stream->out_frame);
     reset(stream);
     stream->is_full = false;
     net_tell(&stream->end, AIOKVM_NET_NEWS_CLOSED, error, detail);
@@ -79,11 +100,10 @@ static bool fill(struct stream *stream)
 /* The length of the frame at in_start if all of it is there, else 0. */
 static uint32_t next_length(struct stream *stream)
 {
-    uint32_t held = stream->in_end - stream->in_start, length;
+    uint32_t held = stream->in_end - stream->in_start;
     if (held < PREFIX)
         return 0;
-    memcpy(&length, stream->in + stream->in_start, PREFIX);
-    length = ntohl(length);
+    uint32_t length = load_length(stream->in + stream->in_start);
     if (!length || length > AIOKVM_NET_MAX_FRAME) {
         lose(stream, EMSGSIZE, length);
         return 0;
@@ -143,7 +163,7 @@ static void write_out(struct stream *stream)
         }
     }
     if (stream->out_start == stream->out_end)
-        stream->out_start = stream->out_end = 0;
+        stream->out_start = stream->out_end = stream->out_frame = 0;
     if (stream->is_full && (stream->out_start >= HALF || !stream->out_end)) {
         stream->is_full = false;
         net_resume(&stream->end);
@@ -153,9 +173,11 @@ static void write_out(struct stream *stream)
 static bool make_room(struct stream *stream, uint32_t size)
 {
     if (stream->out_end + size > BUFFER && stream->out_start >= HALF) {
-        memmove(stream->out, stream->out + stream->out_start, stream->out_end - stream->out_start);
-        stream->out_end -= stream->out_start;
-        stream->out_start = 0;
+        follow_out(stream);
+        memmove(stream->out, stream->out + stream->out_frame, stream->out_end - stream->out_frame);
+        stream->out_end -= stream->out_frame;
+        stream->out_start -= stream->out_frame;
+        stream->out_frame = 0;
     }
     return stream->out_end + size <= BUFFER;
 }

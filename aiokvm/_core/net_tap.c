@@ -12,6 +12,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "net_priv.h"
 
 /* The headers of 6.2 and later have them; the kernel wants both or none. */
@@ -23,6 +24,8 @@
 enum { HEADER = sizeof(struct virtio_net_hdr_v1) };
 /* One byte more than the longest: what does not fit is seen to be too long. */
 enum { BUFFER = HEADER + AIOKVM_NET_MAX_FRAME + 1 };
+/* How soon the device is told again what the peer takes: the kernel's lock for it is that of all interfaces. */
+static const uint64_t TELL_NS = 100000000;
 /* How much of one queue is read before the next has its turn. */
 enum { SLICE = 16 };
 
@@ -38,7 +41,8 @@ struct tap_queue {
 struct tap {
     struct aiokvm_net_end end;
     bool is_lost;
-    uint32_t told; /* AIOKVM_NET_OFFLOAD_*: what the device may give us */
+    uint32_t told;    /* AIOKVM_NET_OFFLOAD_*: what the device may give us */
+    uint64_t told_ns; /* when it was told */
     uint32_t first; /* the queue whose turn it is */
     uint32_t count;
     int fds[AIOKVM_NET_TAP_QUEUES];
@@ -50,6 +54,7 @@ static void lose(struct tap *tap, int error)
 {
     for (uint32_t i = 0; i < tap->count; i++) {
         net_unwatch(&tap->queues[i].watch);
+        tap->end.stats.dropped_down += tap->queues[i].is_held;
         tap->queues[i].is_held = false;
     }
     tap->is_lost = true;
@@ -84,14 +89,20 @@ static bool set_offloads(const int *fds, uint32_t count, uint32_t offloads)
     return true;
 }
 
-/* What the device may give us is what the peer takes: the kernel cuts better than we do. */
+/* What the device may give us is what the peer takes: the kernel cuts better than we do. A guest may change its mind as
+ * often as it likes: meanwhile what is too much is cut on the way, also if telling fails. */
 static void follow_peer(struct tap *tap)
 {
     uint32_t wanted = tap->end.peer ? tap->end.peer->offloads & tap->end.offloads : 0;
     if (wanted == tap->told)
         return;
+    uint64_t now_ns = aiokvm_now_ns();
+    if (tap->told_ns && now_ns - tap->told_ns < TELL_NS) {
+        net_at(&tap->end, tap->told_ns + TELL_NS);
+        return;
+    }
     tap->told = wanted;
-    /* If it fails, what is too much is cut on the way. */
+    tap->told_ns = now_ns;
     set_offloads(tap->fds, tap->count, wanted);
 }
 

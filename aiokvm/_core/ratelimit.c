@@ -64,7 +64,8 @@ void aiokvm_ratelimit_free(struct aiokvm_ratelimit *limit)
     free(limit);
 }
 
-uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes)
+uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes,
+                               uint64_t operations)
 {
     pthread_mutex_lock(&limit->lock);
     uint64_t wait = wait_ns(&limit->bytes, now_ns);
@@ -73,7 +74,7 @@ uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, 
         wait = other;
     if (!wait) {
         take(&limit->bytes, bytes);
-        take(&limit->operations, 1);
+        take(&limit->operations, operations);
     }
     pthread_mutex_unlock(&limit->lock);
     return wait;

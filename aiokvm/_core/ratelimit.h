@@ -14,6 +14,7 @@ void aiokvm_ratelimit_free(struct aiokvm_ratelimit *limit);
 /* Takes tokens for one operation of so many bytes (at most 2^33) at now_ns, and returns 0; or takes none and
  * returns how many ns to wait before asking again. An operation may be larger than the burst: the bucket then
  * is in debt, and whoever comes next waits for it. */
-uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes);
+uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes,
+                               uint64_t operations);
 
 #endif

@@ -228,12 +228,28 @@ static int run(struct fake *fake, const sigset_t *mask)
     return run_guest(fake, mask);
 }
 
+static atomic_ulong counted;
+static atomic_uint count;
+
+void fake_count(unsigned long request)
+{
+    atomic_store(&counted, request);
+    atomic_store(&count, 0);
+}
+
+uint32_t fake_counted(void)
+{
+    return atomic_load(&count);
+}
+
 int __wrap_ioctl(int fd, unsigned long request, ...)
 {
     va_list arguments;
     va_start(arguments, request);
     void *argument = va_arg(arguments, void *);
     va_end(arguments);
+    if (request == atomic_load(&counted))
+        atomic_fetch_add(&count, 1);
     if (fd < FIRST_FD || fd >= FIRST_FD + FAKES)
         return __real_ioctl(fd, request, argument);
     struct fake *fake = atomic_load(&fakes[fd - FIRST_FD]);

@@ -87,4 +87,8 @@ void fake_gate_init(struct fake_gate *gate);
 void fake_gate_wait(struct fake_gate *gate);
 void fake_gate_open(struct fake_gate *gate);
 
+/* Have all ioctls of this kind counted from now on, of whatever descriptor; and how many there were. */
+void fake_count(unsigned long request);
+uint32_t fake_counted(void);
+
 #endif

@@ -138,6 +138,29 @@ TEST(a_rate_limit_holds_back_and_lets_go)
     aiokvm_net_free(net);
 }
 
+/* What is to be cut is as many frames as it becomes, whoever cuts it. */
+TEST(a_rate_limit_counts_the_pieces_of_a_frame)
+{
+    struct aiokvm_net *net = plane(NULL);
+    struct fake_end *ends[2];
+    pair(net, ends);
+    ends[1]->end.offloads = 31;
+    struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(0, 0, 1, 1);
+    aiokvm_net_set_policy(&ends[0]->end, NULL, NULL, limit, NULL);
+    struct virtio_net_hdr_v1 hdr = {
+        .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .gso_type = VIRTIO_NET_HDR_GSO_TCPV4, .gso_size = 100, .hdr_len = 54,
+        .csum_start = 34, .csum_offset = 16,
+    };
+    uint64_t before_ns = aiokvm_now_ns();
+    CHECK_EQ(fake_end_send(ends[0], &hdr, FRAME, 54 + 1000), NET_TAKEN);
+    CHECK_EQ(fake_end_send(ends[0], NULL, FRAME, 60), NET_BLOCKED);
+    /* One a second, of which one was there. */
+    CHECK(ends[0]->end.throttled_ns >= before_ns + UINT64_C(9000000000) - UINT64_C(1000000000));
+    aiokvm_net_set_policy(&ends[0]->end, NULL, NULL, NULL, NULL);
+    aiokvm_ratelimit_free(limit);
+    aiokvm_net_free(net);
+}
+
 TEST(a_limit_that_is_gone_holds_nothing_back)
 {
     struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(1, 1, 0, 0);
@@ -328,8 +351,8 @@ TEST(a_frame_that_has_to_wait_keeps_what_it_has_passed)
     CHECK(net_queue_put(&queue, &frame));
     ends[1]->blocks = false;
     CHECK_EQ(net_queue_send(&queue, &ends[0]->end, 1), NET_TAKEN);
-    CHECK(aiokvm_ratelimit_take(limit, aiokvm_now_ns(), 60) == 0);
-    CHECK(aiokvm_ratelimit_take(limit, aiokvm_now_ns(), 60) != 0);
+    CHECK(aiokvm_ratelimit_take(limit, aiokvm_now_ns(), 60, 1) == 0);
+    CHECK(aiokvm_ratelimit_take(limit, aiokvm_now_ns(), 60, 1) != 0);
     net_queue_clear(&queue);
     net_leave(net);
     aiokvm_net_set_policy(&ends[0]->end, NULL, NULL, NULL, NULL);

@@ -147,6 +147,7 @@ TEST(what_the_peer_does_not_take_waits_in_its_queue)
     nic_driver_kick(&rig.nic, 1, true);
     fake_end_serve(rig.net);
     nic_driver_detach(&rig.nic);
+    CHECK_EQ(nic_rig_stats(&rig).dropped_down, 1);
     fake_end_unblock(rig.peer);
     fake_end_serve(rig.net);
     CHECK_EQ(rig.peer->received, 10);
