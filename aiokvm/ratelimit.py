@@ -19,7 +19,8 @@ class Limit:
     Those that share one share its rates. 0 is no limit; a burst of 0 is a tenth of a second's worth. Of a
     disk an operation is a read, a write, a flush, a discard, and bytes are those read and written, zeroes
     included. Of a network an operation is a frame, and bytes are those of its frames, Ethernet headers
-    included; a frame that is still to be cut counts as the frames that it becomes. Raises ConfigError for negative numbers and absurd ones.
+    included; a frame that is still to be cut counts as the frames that it becomes. Raises ConfigError for
+    negative numbers and absurd ones.
     """
 
     def __init__(

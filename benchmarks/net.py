@@ -76,7 +76,7 @@ async def host_side(backend: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def aiokvm_guest(debian: images.DebianDisk, backend: str, dataplane: str) -> AsyncIterator[Shell]:
+async def aiokvm_guest(debian: images.DebianDisk, backend: str, dataplane: Any) -> AsyncIterator[Shell]:
     root = block.Overlay(block.Raw(debian.disk, readonly=True))
     linux = boot.Linux(debian.kernel, debian.initrd, CMDLINE + " aiokvm.nodhcp")
     leads = net.Tap(TAP) if backend == "tap" else net.User(allow_host_loopback=True)

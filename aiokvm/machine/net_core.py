@@ -9,7 +9,7 @@ import anyio
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError, StateError
-from aiokvm.net.plane import NetStats, Plane
+from aiokvm.net.plane import NetStats, make_plane
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop
     from aiokvm.net.backend import NetBackend
-    from aiokvm.net.plane import End
+    from aiokvm.net.plane import End, Plane
     from aiokvm.virtio.device import VirtioHost
     from aiokvm.virtio.net_control import ReceiveFilter
     from aiokvm.virtio.queue import Virtqueue
@@ -30,16 +30,23 @@ _BROKEN = {
 class NicData:
     """`aiokvm.virtio.net.NetData` of an adapter, and its link to a backend; ``dataplane`` is `Nic`'s.
 
-    ``on_lost(backend, why)`` is told when a backend has nothing more to give.
+    ``on_lost(backend, why)`` is told when a backend has nothing more to give, ``on_carrier(backend)`` when
+    its `NetBackend.carrier` has changed.
     """
 
     def __init__(
-        self, loop: Loop, name: str, dataplane: str, on_lost: Callable[[NetBackend, str], None]
+        self,
+        loop: Loop,
+        name: str,
+        dataplane: str,
+        on_lost: Callable[[NetBackend, str], None],
+        on_carrier: Callable[[NetBackend], None],
     ) -> None:
         self._loop = loop
         self._name = name
         self._dataplane = dataplane
         self._on_lost = on_lost
+        self._on_carrier = on_carrier
         self._backend: NetBackend | None = None
         self._own_plane: Plane | None = None
         self._end: End | None = None
@@ -71,35 +78,33 @@ class NicData:
     async def connect(
         self,
         backend: NetBackend,
+        opened: Callable[[], None] = lambda: None,
         swap: Callable[[], None] = lambda: None,
         swapped: Callable[[], None] = lambda: None,
     ) -> None:
         """Open a backend and link the adapter to it; the one before is closed.
 
-        ``swap`` is called before the link changes, and ``swapped`` after it. Nothing has changed if opening
-        raises: StateError when the machine has ended, and what `NetBackend.open` raises.
+        ``opened`` is called when it is open and may refuse it by raising, ``swap`` before the link changes,
+        and ``swapped`` after it. Nothing has changed if opening raises: StateError when the machine has
+        ended, and what `NetBackend.open` raises.
         """
         async with self._connecting:
             self._require_open()
             if backend.plane and self._dataplane == "thread":
                 raise ConfigError(
-                    f"{self._name}: {backend!r} has a data plane already; leave the adapter's at 'loop'"
+                    f"{self._name}: {backend!r} has a data plane already; leave the adapter's at 'auto'"
                 )
-            plane = backend.plane or self._plane()
+            own = None if backend.plane else self._plane(backend)
+            plane = backend.plane or own
+            assert plane
             try:
-                with anyio.CancelScope() as self._opening:
-                    await backend.open(plane, lambda why: self._on_lost(backend, why), self._name)
-            finally:
-                self._opening = None
-            peer = backend.end
-            try:
-                self._require_open()
-                assert peer is not None
-                old = self._link(plane, peer, swap)
+                old = await self._open(backend, plane, opened, swap)
             except BaseException:
-                await self._loop.uncancelled(backend.close)
+                if own is not self._own_plane:
+                    plane.close()
                 raise
             before, self._backend = self._backend, backend
+            plane_before, self._own_plane = self._own_plane, own
             if old:
                 self._before = _sum([self._before, old.stats()])
                 old.close()
@@ -107,15 +112,45 @@ class NicData:
             swapped()
             if before:
                 await self._loop.uncancelled(before.close)
+            if plane_before and plane_before is not own:
+                plane_before.close()
+
+    async def _open(
+        self, backend: NetBackend, plane: Plane, opened: Callable[[], None], swap: Callable[[], None]
+    ) -> End | None:
+        try:
+            with anyio.CancelScope() as self._opening:
+                await backend.open(
+                    plane,
+                    lambda why: self._on_lost(backend, why),
+                    self._name,
+                    lambda: self._on_carrier(backend),
+                )
+        finally:
+            self._opening = None
+        peer = backend.end
+        try:
+            self._require_open()
+            assert peer is not None
+            opened()
+            return self._link(plane, peer, swap)
+        except BaseException:
+            await self._loop.uncancelled(backend.close)
+            raise
 
     def _require_open(self) -> None:
         if self._closing:
             raise StateError(f"{self._name}: the machine has ended")
 
-    def _plane(self) -> Plane:
-        if self._own_plane is None:
-            self._own_plane = Plane(self._loop, self._name if self._dataplane == "thread" else None)
-        return self._own_plane
+    def _plane(self, backend: NetBackend) -> Plane:
+        """The one that there is, or another if it is not where this backend's frames are to be moved."""
+        dataplane = self._dataplane
+        if dataplane == "auto" and backend.needs_loop:
+            dataplane = "loop"
+        plane = self._own_plane
+        if plane and bool(plane.tid) == (dataplane != "loop"):
+            return plane
+        return make_plane(self._loop, self._name, dataplane)
 
     def _link(self, plane: Plane, peer: End, swap: Callable[[], None]) -> End | None:
         """An end in this plane that has what the one before had, which is given back."""

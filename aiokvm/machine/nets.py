@@ -38,7 +38,7 @@ class VmNic:
         self._nets = nets
         self._up = config.up
         self._rounds: list[Handle] = []
-        self._data = NicData(nets.loop, name, config.dataplane, self._on_lost)
+        self._data = NicData(nets.loop, name, config.dataplane, self._on_lost, self._on_carrier)
         self._data.set_up(config.up)
         self.device: VirtioNet
         """What its driver sees, from `open` on."""
@@ -53,7 +53,7 @@ class VmNic:
             pairs=config.queues,
             queue_size=config.queue_size,
             mtu=self.backend.mtu if config.mtu is None else config.mtu,
-            up=self._up and self.lost is None,
+            up=self._has_link,
             offload=config.offload,
             speed_mbps=config.speed_mbps,
         )
@@ -73,7 +73,7 @@ class VmNic:
         return self._data.stats()
 
     async def set_link(self, up: bool) -> None:
-        """Plug the cable in, or pull it; the guest is told.
+        """Plug the cable in, or pull it; the guest is told. A backend whose peer is not there has no link.
 
         Raises StateError if the backend is lost, or the machine has ended.
         """
@@ -81,7 +81,7 @@ class VmNic:
         if up and self.lost is not None:
             raise StateError(f"{self.name} has lost {self.backend!r} ({self.lost}): replace it first")
         self._up = up
-        self._set_link(up)
+        self._follow()
 
     async def replace(self, backend: NetBackend) -> None:
         """Lead somewhere else while the guest runs: its link goes down and up, and it is to announce itself.
@@ -92,9 +92,13 @@ class VmNic:
         self._require_open()
         if not isinstance(backend, NetBackend):
             raise ConfigError(f"{backend!r} is no network: give a net.User or another NetBackend")
-        mtu = self.device.layout.mtu
-        if mtu is not None and backend.mtu is not None and backend.mtu < mtu:
-            raise ConfigError(f"{self.name} was given an MTU of {mtu}, and {backend!r} carries {backend.mtu}")
+
+        def check_mtu() -> None:
+            mtu = self.device.layout.mtu
+            if mtu is not None and backend.mtu is not None and backend.mtu < mtu:
+                raise ConfigError(
+                    f"{self.name} was given an MTU of {mtu}, and {backend!r} carries {backend.mtu}"
+                )
 
         def swap() -> None:
             # The guest alone is told: what it sends meanwhile waits for the new one.
@@ -105,11 +109,13 @@ class VmNic:
 
         def swapped() -> None:
             # It may be lost already.
-            if self.lost is None and self._up:
-                self._set_link(True)
+            self._follow()
+            if self.is_up:
                 self._announce()
 
-        await self._data.connect(backend, swap, swapped)
+        check_mtu()
+        # Of a TAP it is known when it is open.
+        await self._data.connect(backend, check_mtu, swap, swapped)
 
     async def open(self) -> None:
         """Open the backend, and make the device, which may have its MTU."""
@@ -126,6 +132,17 @@ class VmNic:
     def _require_open(self) -> None:
         if self._nets.ended:
             raise StateError(f"{self.name}: the machine has ended")
+
+    @property
+    def _has_link(self) -> bool:
+        return self._up and self.lost is None and self.backend.carrier
+
+    def _follow(self) -> None:
+        self._set_link(self._has_link)
+
+    def _on_carrier(self, backend: NetBackend) -> None:
+        if backend is self.backend and not self._nets.ended:
+            self._follow()
 
     def _set_link(self, up: bool) -> None:
         if self not in self._nets.all or up == self.is_up:
@@ -157,7 +174,7 @@ class VmNic:
         self.lost = why
         self._nets.logger.warning("%s: %r is lost: %s", self.name, backend, why)
         self._nets.hub.emit(events.NicLost(self._nets.machine, self.name, why))
-        self._set_link(False)
+        self._follow()
 
 
 class Nets:
@@ -183,6 +200,7 @@ class Nets:
             undo.push_async_callback(self.loop.uncancelled, nic.close)
             await nic.open()
             self.all += (nic,)
+            nic._follow()
             self.logger.info("%s: %r, %s", nic.name, nic.backend, nic.mac)
 
     def stop(self) -> None:

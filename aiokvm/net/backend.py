@@ -57,6 +57,9 @@ class NetBackend(ABC):
         """Its end of the link, while it is open."""
         self.label = ""
         """What it is called in captures; empty: the adapter that leads here, its own name, or what it is."""
+        self.carrier = True
+        """Whether somebody is at the other end now, where that can be told."""
+        self._on_carrier: Callable[[], None] = _nothing
         self._opening = False
         self._closing = False
         self._last_stats: NetStats | None = None
@@ -67,6 +70,15 @@ class NetBackend(ABC):
     def plane(self) -> Plane | None:
         """The plane that it has to be in; None: any, it is made where its peer is."""
         return None
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether the program takes part in what passes, so that frames are best moved on its loop."""
+        if not self.filters:
+            return False
+        from aiokvm.net.hook import Hook
+
+        return any(isinstance(item, Hook) for item in self.filters)
 
     @abstractmethod
     async def _open(self, plane: Plane, on_lost: Callable[[str], None]) -> End:
@@ -80,14 +92,24 @@ class NetBackend(ABC):
     async def _close(self) -> None:
         """Gives back what `_open` got; the end has been closed."""
 
-    async def open(self, plane: Plane, on_lost: Callable[[str], None], adapter: str = "") -> End:
+    async def open(
+        self,
+        plane: Plane,
+        on_lost: Callable[[str], None],
+        adapter: str = "",
+        on_carrier: Callable[[], None] | None = None,
+    ) -> End:
         """An end in this plane, with the policy in force. ``adapter`` is what a machine calls its own end.
+
+        ``on_carrier()`` is called on the loop when `carrier` has changed, also while it is being opened.
 
         Raises ConfigError if it is in use, OSError and AiokvmError for what cannot be had.
         """
         if self.end or self._opening or self._closing:
             raise ConfigError(f"{self!r} is in use already: every adapter needs a backend of its own")
         self._opening = True
+        self.carrier = True
+        self._on_carrier = on_carrier or _nothing
         try:
             end = await self._open(plane, on_lost)
             self.end = end
@@ -105,6 +127,7 @@ class NetBackend(ABC):
         end, self.end = self.end, None
         if end is None:
             return
+        self._on_carrier = _nothing
         self._last_stats = end.stats()
         end.close()
         if self._filter:
@@ -126,6 +149,12 @@ class NetBackend(ABC):
         if self._last_stats is None:
             raise StateError(f"{self!r} was never in use")
         return self._last_stats
+
+    def _set_carrier(self, carrier: bool) -> None:
+        """For a backend whose peer comes and goes."""
+        if carrier != self.carrier:
+            self.carrier = carrier
+            self._on_carrier()
 
     async def set_filters(self, filters: Iterable[Rule | Hook]) -> None:
         """Have other filters from now on, also while it is in use.
@@ -164,6 +193,10 @@ class NetBackend(ABC):
             received=received,
             keep=(*limits, self._filter, self._capture),
         )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _checked(filters: Iterable[Rule | Hook]) -> tuple[Rule | Hook, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from aiokvm.errors import ConfigError
 from aiokvm.net.backend import NetBackend
@@ -24,8 +25,10 @@ class Nic:
     each; a guest uses as many as it has processors. ``mtu`` in bytes (68 to 65535) is told to the guest, and
     defaults to the backend's; a guest that is told nothing takes 1500. ``up`` says whether there is a link
     at first. ``offload=False`` has the guest compute checksums and cut segments by itself. ``dataplane`` is
-    "loop", where the loop moves the frames, or "thread", where a thread of the adapter's own does; one in a
-    switch is moved where the switch is. ``speed_mbps`` is what the guest shows, and limits nothing.
+    "loop", where the loop moves the frames, "thread", where a thread of the adapter's own does, or "auto": a
+    thread, but the loop where the program takes part in it, by a `Port` or a `Hook`, or no thread is to be
+    had. Frames of one in a switch are moved where the switch is. ``speed_mbps`` is what the guest shows, and
+    limits nothing.
 
     Raises ConfigError for what cannot be.
     """
@@ -37,7 +40,7 @@ class Nic:
     mtu: int | None = None
     up: bool = True
     offload: bool = True
-    dataplane: str = "loop"
+    dataplane: Literal["auto", "loop", "thread"] = "auto"
     speed_mbps: int | None = None
 
     def __post_init__(self) -> None:

@@ -237,7 +237,18 @@ class Plane:
                 return
 
 
+def make_plane(loop: Loop, name: str, dataplane: str) -> Plane:
+    """With a thread of this name for "thread", none for "loop"; for "auto" with one if it can be had."""
+    if dataplane != "loop":
+        try:
+            return Plane(loop, name)
+        except AiokvmError:
+            if dataplane == "thread":
+                raise
+    return Plane(loop)
+
+
 def check_dataplane(dataplane: str) -> None:
-    """ConfigError unless it is "loop" or "thread"."""
-    if dataplane not in ("loop", "thread"):
-        raise ConfigError(f"dataplane {dataplane!r} is neither 'loop' nor 'thread'")
+    """ConfigError unless it is "auto", "loop" or "thread"."""
+    if dataplane not in ("auto", "loop", "thread"):
+        raise ConfigError(f"dataplane {dataplane!r} is neither 'auto', 'loop' nor 'thread'")

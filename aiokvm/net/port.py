@@ -213,6 +213,11 @@ class Port(NetBackend):
     def __repr__(self) -> str:
         return f"<net.Port {'open' if self.end else 'closed' if self._closed else 'not connected'}>"
 
+    @property
+    def needs_loop(self) -> bool:
+        """The program takes all frames."""
+        return True
+
     # ---- from the guest ----
 
     def __aiter__(self) -> Port:

@@ -40,8 +40,8 @@ class Stream(NetBackend):
     listens there for one peer at a time and does not wait for it. While there is no peer the link is down.
 
     When the peer closes, or sends what is no frame, that is the end; but with ``reconnect`` the link is
-    down until there is a peer again: a client tries every so many seconds, a server listens on. The first
-    peer need not be there yet, then.
+    down until there is a peer again, and the guest sees that: a client tries every so many seconds, a server
+    listens on. The first peer need not be there yet, then.
 
     Opening raises OSError if the address cannot be had, or nobody answers there. Frames have at most 65,550
     bytes; up to 256 KiB wait for a peer that reads slowly, then the sender waits.
@@ -133,6 +133,7 @@ class Stream(NetBackend):
     def _set_up(self, up: bool) -> None:
         if self._end and self._end.is_open:
             self._end.set_up(up)
+            self._set_carrier(up)
 
     def _attach(self, peer: socket.socket) -> None:
         assert self._end

@@ -10,7 +10,7 @@ from aiokvm._core import ffi, lib
 from aiokvm.aio import current_loop
 from aiokvm.errors import AiokvmError, ConfigError, StateError
 from aiokvm.net.backend import NetBackend
-from aiokvm.net.plane import Plane, check_dataplane
+from aiokvm.net.plane import Plane, check_dataplane, make_plane
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ class SwitchPort(NetBackend):
 class Switch:
     """A learning switch, IEEE 802.1Q without spanning tree, whose ports are used by machines of one loop.
 
-    ``dataplane="thread"`` moves frames by a thread of its own, "loop" on the event loop. An address that is
-    not heard of for ``ageing`` seconds is forgotten. ``beside`` is another switch: this one shares its plane,
-    so that the two can be connected, and is closed with it.
+    ``dataplane="thread"`` moves frames by a thread of its own, "loop" on the event loop, "auto" by a thread
+    if one can be had. An address that is not heard of for ``ageing`` seconds is forgotten. ``beside`` is
+    another switch: this one shares its plane, so that the two can be connected, and is closed with it.
 
     It keeps 8,192 addresses, of which one port may teach it 1,024: no guest can push out others'. Frames wait
     for a port that is blocked, 256 of them or 1 MiB; no other port waits for it.
@@ -149,7 +149,7 @@ class Switch:
         self,
         name: str = "",
         *,
-        dataplane: Literal["loop", "thread"] = "loop",
+        dataplane: Literal["auto", "loop", "thread"] = "auto",
         ageing: float = 300.0,
         beside: Switch | None = None,
     ) -> None:
@@ -178,8 +178,7 @@ class Switch:
         if self._beside:
             plane = self._beside._check_loop()
         else:
-            thread = f"net-{self.name or 'switch'}" if self.dataplane == "thread" else None
-            plane = Plane(current_loop(), thread)
+            plane = make_plane(current_loop(), f"net-{self.name or 'switch'}", self.dataplane)
         error = ffi.new("int *")
         config = ffi.new("struct aiokvm_net_switch_config *", {"ageing_ns": self._ageing_ns})
         core = lib.aiokvm_net_switch_new(plane.core, config, error)

@@ -12,8 +12,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from aiokvm import ConfigError, LinkChanged, NicLost, StateError, net
+from aiokvm import AiokvmError, ConfigError, LinkChanged, NicLost, StateError, net
 from aiokvm.aio import current_loop
+from aiokvm.net import plane as planes
 from aiokvm.net.plane import Plane
 from aiokvm.virtio.net_control import (
     MAX_MACS,
@@ -479,6 +480,108 @@ async def test_a_backend_that_is_lost_takes_the_link_down() -> None:
         await r.cable.receive()
 
 
+async def test_a_backend_whose_peer_is_away_has_no_link() -> None:
+    async with rig(nic()) as r:
+        r.cable._set_carrier(False)
+        assert await anext(r.events) == LinkChanged("test", "test/net0", False)
+        assert not r.nic.is_up
+        await r.nic.set_link(False)
+        await r.nic.set_link(True)
+        assert not r.nic.is_up
+        r.cable._set_carrier(True)
+        assert await anext(r.events) == LinkChanged("test", "test/net0", True)
+        await r.nic.set_link(False)
+        assert await anext(r.events) == LinkChanged("test", "test/net0", False)
+        r.cable._set_carrier(False)
+        r.cable._set_carrier(True)
+        assert not r.nic.is_up
+        before = r.cable
+        await r.nic.set_link(True)
+        await r.nic.replace(Cable())
+        before._set_carrier(False)
+        assert r.nic.is_up
+
+
+@pytest.mark.parametrize("server", [True, False])
+async def test_the_guest_sees_that_a_stream_connects_again(tmp_path: Path, server: bool) -> None:
+    path, other = tmp_path / "s", tmp_path / "other"
+    stream = net.Stream(path, server=server, reconnect=0.01)
+    async with rig(nic(backend=stream)) as r:
+        assert not r.nic.is_up
+        assert r.device.config[6] == 0
+        for _ in range(3):
+            peer = net.Stream(path, server=not server)
+            plane = Plane(current_loop())
+            # A server is there before its peers.
+            await peer.open(plane, lambda _: None)
+            assert await anext(r.events) == LinkChanged("test", "test/net0", True)
+            assert r.device.config[6] == 1
+            await peer.close()
+            plane.close()
+            assert await anext(r.events) == LinkChanged("test", "test/net0", False)
+            assert r.device.config[6] == 0
+        await r.nic.replace(net.Stream(other, server=True))
+        assert not r.nic.is_up
+
+
+async def test_frames_are_moved_where_no_python_stands_in_the_way() -> None:
+    async with rig(nic()) as r:
+        assert r.nic.tid
+        assert not (await moved_to(r, Cable(filters=[net.Hook(lambda _: True)])))
+        assert not (await moved_to(r, Cable(filters=[net.Hook(lambda _: True)])))
+        assert await moved_to(r, Cable(filters=[net.allow()]))
+        await r.nic.replace(net.Port())
+        assert not r.nic.tid
+    for dataplane in ("loop", "thread"):
+        async with rig(nic(dataplane=dataplane)) as r:
+            for filters in ([], [net.Hook(lambda _: True)]):
+                assert bool(await moved_to(r, Cable(filters=filters))) == (dataplane == "thread")
+
+
+async def moved_to(r: Any, backend: Cable) -> int:
+    """The thread's id, after frames have gone both ways."""
+    await r.nic.replace(backend)
+    r.send(frame(61))
+    assert len((await backend.receive()).frame) == 61
+    backend.send(frame(62))
+    await r.receive()
+    tid: int = r.nic.tid
+    return tid
+
+
+async def test_without_a_thread_the_loop_moves_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(loop: Any, thread: str | None = None) -> Plane:
+        if thread:
+            raise AiokvmError("no plane for frames: Resource temporarily unavailable")
+        return Plane(loop)
+
+    monkeypatch.setattr(planes, "Plane", no_thread)
+    async with rig(nic()) as r:
+        assert not r.nic.tid
+        r.send(frame(61))
+        await r.cable.receive()
+    with pytest.raises(AiokvmError, match="unavailable"):
+        async with rig(nic(dataplane="thread")):
+            pass
+
+
+async def test_an_mtu_that_is_known_when_it_is_open_counts_too() -> None:
+    class Tap(Cable):
+        async def _open(self, plane: Plane, on_lost: Any) -> Any:
+            end = await super()._open(plane, on_lost)
+            self.mtu = 1400
+            return end
+
+    async with rig(nic(backend=Cable(mtu=1500))) as r:
+        before, narrow = r.cable, Tap()
+        with pytest.raises(ConfigError, match="was given an MTU of 1500"):
+            await r.nic.replace(narrow)
+        assert narrow.end is None
+        assert r.cable is before
+        r.send(frame(61))
+        await before.receive()
+
+
 async def test_the_mtu_is_the_backends_unless_it_is_given() -> None:
     async with rig(nic(backend=Cable(mtu=9000))) as r:
         assert r.device.layout.mtu == 9000
@@ -496,7 +599,7 @@ async def test_an_adapter_goes_where_the_plane_of_its_backend_is(dataplane: str)
             return plane
 
     try:
-        async with rig(Elsewhere()) as r:
+        async with rig(net.Nic(Elsewhere(), dataplane="loop")) as r:
             assert r.nic.tid == plane.tid
             r.send(frame(61))
             await r.cable.receive()
