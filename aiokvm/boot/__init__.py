@@ -5,7 +5,8 @@ from __future__ import annotations
 from aiokvm.boot.cpu import CpuState, DescriptorTable, SegmentRegister
 from aiokvm.boot.flat import Flat
 from aiokvm.boot.linux import Linux
-from aiokvm.boot.plan import BootPlan, BootProtocol, GuestInfo, Segment
+from aiokvm.boot.multiboot import Multiboot
+from aiokvm.boot.plan import BootPlan, BootProtocol, GuestInfo, PlanBuilder, Segment, check_plan
 
 __all__ = [
     "BootPlan",
@@ -15,6 +16,9 @@ __all__ = [
     "Flat",
     "GuestInfo",
     "Linux",
+    "Multiboot",
+    "PlanBuilder",
     "Segment",
     "SegmentRegister",
+    "check_plan",
 ]

@@ -10,6 +10,7 @@ from aiokvm.boot.layout import FOUR_GIB, HIGH_MEMORY
 from aiokvm.errors import BootError
 
 _SECTOR = 512
+_PARAGRAPH = 16
 # The 64-bit entry, from the start of the protected-mode code.
 _ENTRY_64 = 0x200
 # The last field that each protocol version has, and which is needed here.
@@ -117,18 +118,22 @@ def _protected_mode_code(data: bytes, version: int) -> memoryview:
     # A setup_sects of 0 means 4, and the boot sector is not counted.
     start = ((data[zp.SETUP_SECTS] or 4) + 1) * _SECTOR
     (syssize,) = struct.unpack_from("<I", data, zp.SYSSIZE)
-    size = syssize * 16
+    size = syssize * _PARAGRAPH
     if not size:
         raise BootError("bzImage: syssize is 0, there is no kernel in the file")
-    if start + size > len(data):
+    # The file may end within the last paragraph: the rest of it is padding.
+    if start + size - (_PARAGRAPH - 1) > len(data):
         raise BootError(
             f"bzImage: truncated: setup_sects and syssize say {start} + {size} bytes, "
             f"the file has {len(data)}"
         )
+    there = min(size, len(data) - start)
     if version >= 0x0208:
         offset, length = struct.unpack_from("<II", data, zp.PAYLOAD_OFFSET)
-        if offset + length > size:
+        if offset + length > there:
             raise BootError(
-                f"bzImage: the payload ({length} bytes at {offset}) goes beyond the kernel's {size} bytes"
+                f"bzImage: the payload ({length} bytes at {offset}) goes beyond the kernel's {there} bytes"
             )
+    if there < size:
+        return memoryview(data[start:] + bytes(size - there))
     return memoryview(data)[start : start + size]

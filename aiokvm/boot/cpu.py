@@ -40,12 +40,25 @@ class DescriptorTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuState:
-    """The registers that a boot protocol sets; every general register that is not here is zero."""
+    """The boot processor's registers, all general ones among them, before its first instruction."""
 
     rip: int
     rsp: int
+    rax: int = 0
     rbx: int = 0
+    rcx: int = 0
+    rdx: int = 0
     rsi: int = 0
+    rdi: int = 0
+    rbp: int = 0
+    r8: int = 0
+    r9: int = 0
+    r10: int = 0
+    r11: int = 0
+    r12: int = 0
+    r13: int = 0
+    r14: int = 0
+    r15: int = 0
     rflags: int = 2
     cr0: int
     cr3: int = 0

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from aiokvm.boot.layout import ACPI, HIGH_MEMORY, PAGE_SIZE
+from aiokvm.errors import BootError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from aiokvm.boot.cpu import CpuState
-    from aiokvm.errors import BootError, ConfigError
+    from aiokvm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,23 @@ class BootProtocol(Protocol):
         ...
 
 
+def check_plan(plan: BootPlan, guest: GuestInfo) -> None:
+    """Check that a plan can be carried out on the machine, as `VM.create` does with every plan.
+
+    What is copied and what is zeroed lies in RAM, not over the ACPI tables, and nothing over something else.
+    Raises BootError.
+    """
+    checker = PlanBuilder(guest, BootError)
+    for number, segment in enumerate(plan.segments):
+        checker.claim(f"segment {number} of the boot plan", segment.gpa, memoryview(segment.data).nbytes)
+    for number, (gpa, size) in enumerate(plan.zero):
+        checker.claim(f"zero range {number} of the boot plan", gpa, size)
+
+
 class PlanBuilder:
     """Collects a plan, and refuses with ``error`` whatever is outside RAM or overlaps something else."""
 
-    def __init__(self, guest: GuestInfo, error: type[BootError | ConfigError]) -> None:
+    def __init__(self, guest: GuestInfo, error: type[BootError | ConfigError] = BootError) -> None:
         self._ram = guest.ram
         self._error = error
         self._claims: list[tuple[int, int, str]] = []
@@ -82,6 +96,8 @@ class PlanBuilder:
 
     def claim(self, what: str, gpa: int, size: int) -> None:
         """Take ``size`` bytes at ``gpa``, for which nothing is planned yet; ``what`` names them in errors."""
+        if size < 0:
+            raise self._error(f"{what} has {size} bytes")
         end = gpa + size
         if not any(start <= gpa and end <= start + length for start, length in self._ram):
             raise self._error(

@@ -240,8 +240,11 @@ def run(ctx: click.Context, /, **given: object) -> None:
         logging.getLogger("aiokvm").removeHandler(warnings)
     if options.as_json:
         click.echo(json.dumps(asdict(report)))
-    elif report.status == common.STATUS_TIMEOUT or report.reason == ExitReason.RESET.value:
-        common.say(report.detail or "the guest has asked for a reset")
+    elif report.status == common.STATUS_TIMEOUT:
+        common.say(report.detail)
+    elif report.reason == ExitReason.RESET.value:
+        # The registers of a triple fault have been logged.
+        common.say(f"the guest has asked for a reset: {report.detail.partition(';')[0]}")
     ctx.exit(report.status)
 
 

@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from aiokvm.boot import acpi
 from aiokvm.boot.layout import RESET_VECTOR
-from aiokvm.boot.plan import GuestInfo, Segment
+from aiokvm.boot.plan import GuestInfo, Segment, check_plan
 from aiokvm.boot.resetvector import reset_vector
 from aiokvm.hw.resetports import RESET_VECTOR_PORT
 from aiokvm.machine.files import read_files
@@ -55,6 +55,7 @@ async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
         virtio_mmio=tuple((base, VIRTIO_SIZE, gsi) for base, gsi in virtio),
     )
     booted = config.boot.plan(files, guest)
+    check_plan(booted, guest)
     vector = reset_vector(RESET_VECTOR_PORT)
     return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data), vector))
 
@@ -62,7 +63,7 @@ async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
 async def load(hardware: Hardware, plan: BootPlan) -> None:
     """Put what is booted into RAM and registers, a piece at a time: the loop has other machines."""
     for segment in plan.segments:
-        data = memoryview(segment.data)
+        data = memoryview(segment.data).cast("B")
         for start in range(0, len(data), PIECE_BYTES):
             hardware.memory.write(segment.gpa + start, data[start : start + PIECE_BYTES])
             await anyio.lowlevel.checkpoint()

@@ -95,7 +95,7 @@ class Hardware:
         self._stack.close()
 
     def set_cpu_state(self, state: CpuState) -> None:
-        """The boot processor's registers that a boot protocol asks for; other general registers are zero."""
+        """The boot processor's registers that a boot protocol asks for."""
         _set_cpu_state(self.vcpus[0], state)
 
     def reset(self, zero: Iterable[tuple[int, int]] | None) -> tuple[int, ...]:
@@ -204,14 +204,13 @@ def _set_msr(vcpu: kvm.Vcpu, index: int, value: int) -> None:
 
 
 def _set_cpu_state(vcpu: kvm.Vcpu, state: CpuState) -> None:
-    """The registers that a boot protocol asks for; all other general registers become zero."""
+    """The registers that a boot protocol asks for."""
     sregs = vcpu.get_sregs()
     changes: dict[str, Any] = {name: getattr(state, name) for name in ("cr0", "cr3", "cr4", "efer")}
     changes |= {name: _like(kvm.Segment, getattr(state, name)) for name in _SEGMENTS}
     changes |= {name: _like(kvm.DTable, getattr(state, name)) for name in ("gdt", "idt")}
     vcpu.set_sregs(replace(sregs, **changes))
-    general = ("rip", "rsp", "rbx", "rsi", "rflags")
-    vcpu.set_regs(kvm.Regs(**{name: getattr(state, name) for name in general}))
+    vcpu.set_regs(kvm.Regs(**{field.name: getattr(state, field.name) for field in fields(kvm.Regs)}))
 
 
 def _like(struct: type[T], value: Any) -> T:

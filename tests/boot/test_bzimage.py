@@ -176,10 +176,23 @@ def test_code_too_short_for_the_64_bit_entry() -> None:
 
 def test_every_truncation_is_refused() -> None:
     data = bzimage()
-    for size in [*range(0x300), *range(0x300, len(data), 101), len(data) - 1]:
+    for size in [*range(0x300), *range(0x300, len(data) - 16, 101), len(data) - 16]:
         with pytest.raises(BootError):
             plan(data[:size])
     plan(data)
+
+
+def test_the_last_paragraph_may_be_short() -> None:
+    data = bzimage()
+    for missing in range(16):
+        assert by_gpa(plan(data[: len(data) - missing]))[16 * MIB] == CODE[: len(CODE) - missing] + bytes(
+            missing
+        )
+    with pytest.raises(BootError, match="truncated"):
+        plan(data[:-16])
+    # What is compressed in it has to be there.
+    with pytest.raises(BootError, match="the payload"):
+        plan(bzimage(payload_offset=0, payload_length=len(CODE))[:-1])
 
 
 @pytest.mark.parametrize(("size", "limit"), [(2047, 2047), (100, 100), (1 << 20, 4095), (0, 0)])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from aiokvm.boot.entry import long_mode, protected_mode, real_mode
 from aiokvm.boot.layout import FOUR_GIB, HIGH_MEMORY, PAGE_SIZE
-from aiokvm.boot.plan import GuestInfo, PlanBuilder, Segment
+from aiokvm.boot.plan import BootPlan, GuestInfo, PlanBuilder, Segment, check_plan
 from aiokvm.errors import BootError, ConfigError
 
 MIB = 1 << 20
@@ -125,3 +125,37 @@ def test_the_structures_of_all_modes_fit_beside_each_other_and_acpi() -> None:
     for mode in (real_mode, protected_mode, long_mode):
         b = PlanBuilder(guest, ConfigError)
         b.build(mode(b, 0x1000))
+
+
+# The checker, for plans that nobody's builder has checked.
+
+
+def a_plan(*segments: tuple[int, bytes | memoryview], zero: tuple[tuple[int, int], ...] = ()) -> BootPlan:
+    cpu = builder().build(protected_mode(builder(), 0)).cpu
+    return BootPlan(tuple(Segment(*segment) for segment in segments), cpu, zero)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (a_plan((16 * MIB - 1, b"ab")), r"segment 0 of the boot plan \(.*\) is not inside RAM"),
+        (a_plan((0, b"a"), (-1, b"ab")), r"segment 1 of the boot plan \(.*\) is not inside RAM"),
+        (a_plan((1 << 64, b"ab")), r"is not inside RAM"),
+        (a_plan((0xF_FFFF, b"ab")), "segment 0 of the boot plan .* overlaps the ACPI tables"),
+        (a_plan((0xE_0000, b"ab")), "overlaps the ACPI tables"),
+        (a_plan((MIB, b"abc"), (MIB + 2, b"d")), "segment 1 of .* overlaps segment 0 of"),
+        (a_plan((MIB, b"abc"), zero=((MIB + 2, 8),)), "zero range 0 of .* overlaps segment 0 of"),
+        (a_plan(zero=((8 * MIB, 9 * MIB),)), "zero range 0 .* is not inside RAM"),
+        (a_plan(zero=((8 * MIB, -1),)), "zero range 0 of the boot plan has -1 bytes"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(plan: BootPlan, message: str) -> None:
+    with pytest.raises(BootError, match=message):
+        check_plan(plan, GuestInfo(GUEST.ram, rsdp=0xE_0000))
+
+
+def test_a_plan_that_can_be_carried_out_is_taken() -> None:
+    words = memoryview(bytes(32)).cast("Q")
+    check_plan(a_plan((MIB, b"abc"), (MIB + 3, words), (2 * MIB, b""), zero=((MIB + 35, 1),)), GUEST)
+    # Without tables there is nothing in their place.
+    check_plan(a_plan((0xE_0000, b"ab")), GUEST)

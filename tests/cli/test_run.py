@@ -40,7 +40,7 @@ ECHO = "66bafd03 ec a801 74f7 66baf803 ec ee 3c71 75ed b007 e6f4 f4"
     ("code", "status", "message"),
     [
         (HI + EXIT_42, 42, b""),
-        (HI + RESET, 75, b"aiokvm: the guest has asked for a reset\n"),
+        (HI + RESET, 75, b"aiokvm: the guest has asked for a reset: keyboard controller\n"),
         (HI + TRIPLE_FAULT, 75, b"triple fault"),
     ],
 )
