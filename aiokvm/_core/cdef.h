@@ -1081,6 +1081,7 @@ struct aiokvm_net_slirp_config {
 struct aiokvm_net_slirp_connection {
     uint32_t address;
     uint16_t port;
+    uint32_t id;
 };
 
 int aiokvm_net_slirp_built(void);
@@ -1094,6 +1095,8 @@ int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, u
 int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service);
 int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
                             struct aiokvm_net_slirp_connection *connection);
+int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
+int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection);
 
 /* ---- net_port.h: the program as the peer ---- */
 

@@ -31,6 +31,8 @@ enum {
 static const uint64_t HOLD_NS = 1000000000;
 /* Without a need to do so earlier, libslirp's clock is set so often. */
 static const uint64_t TICK_NS = 100000000;
+/* How often connections are looked for that have been silent for too long. */
+static const uint64_t REAP_NS = 1000000000;
 
 static struct slirp_end *self_of(struct aiokvm_net_end *end)
 {
@@ -143,8 +145,10 @@ static ssize_t send_packet(const void *data, size_t size, void *opaque)
         return (ssize_t)size;
     net_dirty(&self->end);
     net_spend(self->end.net, NET_COST_CALL + (uint32_t)size);
-    slirp_guard_heard(&self->guard, data, size, aiokvm_now_ns());
+    uint64_t now_ns = aiokvm_now_ns();
+    slirp_guard_heard(&self->guard, data, size, now_ns);
     slirp_order_heard(&self->order, data, size);
+    slirp_sockets_told(&self->sockets, data, size, now_ns);
     /* It has made the frame for this call, and does not look at it again. */
     uint8_t *frame = (uint8_t *)(uintptr_t)data;
     if (slirp_neighbours_fill(&self->neighbours, frame, size))
@@ -253,6 +257,34 @@ static void leave(struct slirp_end *self)
     }
 }
 
+void slirp_cut(struct slirp_end *self, struct slirp_socket *socket)
+{
+    uint8_t to_guest[SLIRP_RESET6_SIZE], to_slirp[SLIRP_RESET6_SIZE];
+    struct slirp_flow flow = socket->flow;
+    uint32_t to_guest_size = slirp_socket_reset(socket, true, to_guest);
+    uint32_t to_slirp_size = slirp_socket_reset(socket, false, to_slirp);
+    enter(self);
+    self->is_reset = true;
+    slirp_input(self->slirp, to_slirp, (int)to_slirp_size);
+    self->is_reset = false;
+    leave(self);
+    /* A connection that is still being made does not end so. */
+    if (!slirp_sockets_find(&self->sockets, &flow) &&
+        slirp_neighbours_fill(&self->neighbours, to_guest, to_guest_size))
+        deliver(self, to_guest, to_guest_size);
+}
+
+/* Connections that have been silent for too long end. */
+static void reap(struct slirp_end *self, uint64_t now_ns)
+{
+    if (now_ns - self->reaped_ns < REAP_NS)
+        return;
+    self->reaped_ns = now_ns;
+    struct slirp_socket *idle;
+    for (int i = 0; i < READY && (idle = slirp_sockets_idle(&self->sockets, now_ns, self->tcp >= self->max)); i++)
+        slirp_cut(self, idle);
+}
+
 static void run_timers(struct slirp_end *self, uint64_t now_ns)
 {
     for (struct slirp_timer *timer = self->timers; timer < self->timers + SLIRP_TIMERS; timer++)
@@ -288,6 +320,7 @@ static bool serve(struct aiokvm_net_end *end)
             self->watched[events[i].data.fd].ready = 0;
     }
     leave(self);
+    reap(self, now_ns);
     return count > 0;
 }
 
@@ -307,6 +340,30 @@ static bool may_connect(struct slirp_end *self, uint32_t size, uint64_t now_ns, 
         if (service->address == address && service->port == port)
             return slirp_begun_add(&self->begun, self->input, size, now_ns, reset, reset_size);
     return true;
+}
+
+/* Whether there is room for what a frame of the guest's opens. A connection that is closed at one side, and silent,
+ * makes room. */
+static struct slirp_load measure(struct slirp_end *self, uint32_t size, uint64_t now_ns)
+{
+    struct slirp_flow flow;
+    struct slirp_load load = { .now_ns = now_ns };
+    bool has_flow = slirp_flow_of(&flow, self->input, size, false);
+    if (has_flow && slirp_sockets_find(&self->sockets, &flow))
+        return load;
+    bool has_descriptor = aiokvm_share_fits(&self->descriptors, 1);
+    if (!has_flow || !flow.is_tcp) {
+        load.other_full = self->other >= self->max || !has_descriptor;
+        return load;
+    }
+    load.tcp_full = self->is_starved || self->tcp >= self->max || !has_descriptor ||
+                    !aiokvm_share_fits(&self->bytes, SLIRP_TCP_BYTES);
+    struct slirp_socket *idle;
+    if (load.tcp_full && !self->is_starved && (idle = slirp_sockets_idle(&self->sockets, now_ns, true))) {
+        slirp_cut(self, idle);
+        load.tcp_full = false;
+    }
+    return load;
 }
 
 /* After libslirp has got it: it has made the connection, or has been told to give it up, and is told so for sure. */
@@ -332,10 +389,8 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     if (self->is_starved)
         slirp_accept(self);
     uint64_t now_ns = aiokvm_now_ns();
-    struct slirp_load load = {
-        .tcp_full = self->tcp >= self->max || self->is_starved, .other_full = self->other >= self->max,
-        .now_ns = now_ns,
-    };
+    /* At first as if there was no room: what needs some is found so. */
+    struct slirp_load load = { .tcp_full = true, .other_full = true, .now_ns = now_ns };
     uint32_t size = frame->size;
     net_spend(end->net, NET_COST_CALL + size);
     net_frame_copy(frame, self->input);
@@ -346,6 +401,10 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         end->stats.dropped_invalid += is_invalid;
         if (!size)
             return NET_TAKEN;
+        verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
+    }
+    if (verdict == SLIRP_FULL) {
+        load = measure(self, size, now_ns);
         verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
     }
     switch (verdict) {
@@ -388,12 +447,17 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         slirp_input(self->slirp, reset, (int)reset_size);
     self->is_connected = false; /* by a forward's path, maybe */
     slirp_order_begin(&self->order, self->input, size);
+    self->input_size = size;
+    self->is_receiving = true;
+    self->is_reset = slirp_sockets_heard(&self->sockets, self->input, size, now_ns);
     slirp_input(self->slirp, self->input, (int)size);
     uint32_t given_up = slirp_order_end(&self->order, self->input, size);
     if (given_up) {
         end->stats.dropped_full++;
+        self->is_reset = true;
         slirp_input(self->slirp, self->input, (int)given_up);
     }
+    self->is_receiving = self->is_reset = false;
     check_begun(self, given_up ? given_up : size);
     leave(self);
     if (self->is_connected)
@@ -426,6 +490,13 @@ static void slirp_free(struct aiokvm_net_end *end)
         net_unwatch(&self->watch);
     if (self->epoll >= 0)
         close(self->epoll);
+    while (self->broken) {
+        struct slirp_broken *broken = self->broken;
+        self->broken = broken->next;
+        free(broken);
+    }
+    aiokvm_share_close(&self->descriptors);
+    aiokvm_share_close(&self->bytes);
     net_queue_clear(&self->queue);
     slirp_fragments_clear(&self->fragments);
     free(self->watched);
@@ -493,7 +564,9 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     memcpy(self->guard.nameserver6, config->nameserver6, 16);
     if (getrandom(&self->order.seed, sizeof(self->order.seed), GRND_NONBLOCK) < 0)
         self->order.seed = (uintptr_t)self;
-    self->neighbours.seed = self->order.seed;
+    self->neighbours.seed = self->sockets.seed = self->order.seed;
+    aiokvm_share_open(&self->descriptors, aiokvm_budget_of_process(AIOKVM_BUDGET_DESCRIPTORS));
+    aiokvm_share_open(&self->bytes, aiokvm_budget_of_process(AIOKVM_BUDGET_NET_BYTES));
     net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (self->epoll < 0) {

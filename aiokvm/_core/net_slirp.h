@@ -34,6 +34,7 @@ struct aiokvm_net_slirp_config {
 struct aiokvm_net_slirp_connection {
     uint32_t address; /* the guest's */
     uint16_t port;
+    uint32_t id; /* not 0, and given to no other before 2^32 more */
 };
 
 /* Whether this build has libslirp. */
@@ -59,5 +60,11 @@ int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service
  * the service. */
 int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
                             struct aiokvm_net_slirp_connection *connection);
+/* The guest gets a reset of the connection instead of an end, when the caller closes it: at once, without reading what
+ * it has got. -ENOENT: it has ended. */
+int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
+/* One that is broken: the guest has reset it, or it was given up. What reads it finds an end, as if it was an orderly
+ * one. 0: there is none, 1: *connection is one. AIOKVM_NET_NEWS_READABLE tells. */
+int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection);
 
 #endif

@@ -42,7 +42,7 @@ static uint32_t make_reset(const struct slirp_connecting *of, const uint8_t *fra
     net_store32(ip + 12, of->guest);
     net_store32(ip + 16, of->service);
     net_store32(ip + IP_SIZE, of->ports);
-    return slirp_make_reset(reset, ETH_SIZE + IP_SIZE, of->next);
+    return slirp_make_reset(reset, ETH_SIZE + IP_SIZE, of->next, TCP_RST);
 }
 
 struct slirp_connecting *slirp_begun_find(struct slirp_begun *begun, const uint8_t *frame, size_t size)

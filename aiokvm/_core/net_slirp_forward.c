@@ -118,6 +118,14 @@ int aiokvm_net_slirp_remove_forward(struct aiokvm_net_end *end, int udp, const c
 
 /* ---- services ---- */
 
+static bool cut_connection(struct slirp_end *self, uint32_t id)
+{
+    struct slirp_socket *socket = slirp_sockets_by_id(&self->sockets, id);
+    if (socket)
+        slirp_cut(self, socket);
+    return socket;
+}
+
 /* False: one could not be accepted. */
 static bool accept_of(struct slirp_end *self, struct slirp_service *service)
 {
@@ -129,10 +137,11 @@ static bool accept_of(struct slirp_end *self, struct slirp_service *service)
         if (!waiting) {
             self->end.stats.dropped_full++;
             close(fd);
+            cut_connection(self, self->sender.id);
             continue;
         }
         *waiting = (struct slirp_waiting){ .fd = fd, .connection = self->sender };
-            *service->last = waiting;
+        *service->last = waiting;
         service->last = &waiting->next;
         service->count++;
         net_tell(&self->end, AIOKVM_NET_NEWS_READABLE, 0, 0);
@@ -226,6 +235,8 @@ int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t id)
             continue;
         slirp_remove_guestfwd(self->slirp, (struct in_addr){ htonl(service->address) }, service->port);
         *at = service->next;
+        for (struct slirp_waiting *waiting = service->first; waiting; waiting = waiting->next)
+            cut_connection(self, waiting->connection.id);
         free_service(service);
         result = 0;
         break;
@@ -255,6 +266,36 @@ int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t id, struct aiok
     }
     net_leave(end->net);
     return fd;
+}
+
+int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection)
+{
+    struct slirp_end *self = self_of(end);
+    if (!net_enter(end->net))
+        return -EOWNERDEAD;
+    struct slirp_socket *socket = slirp_sockets_by_id(&self->sockets, connection);
+    int result = socket ? 0 : -ENOENT;
+    /* A socket that is closed with something unread in it is reset, behind what was written to it. Where the guest has
+     * closed its side that cannot be, and what was written and not read yet is lost. */
+    if (socket && send(socket->fd, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno != EAGAIN)
+        slirp_cut(self, socket);
+    net_leave(end->net);
+    return result;
+}
+
+int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection)
+{
+    struct slirp_end *self = self_of(end);
+    if (!net_enter(end->net))
+        return -EOWNERDEAD;
+    struct slirp_broken *broken = self->broken;
+    if (broken) {
+        self->broken = broken->next;
+        *connection = broken->id;
+        free(broken);
+    }
+    net_leave(end->net);
+    return broken != NULL;
 }
 
 #endif

@@ -53,4 +53,16 @@ int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
     return -ENOSYS;
 }
 
+int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection)
+{
+    (void)end, (void)connection;
+    return -ENOSYS;
+}
+
+int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection)
+{
+    (void)end, (void)connection;
+    return -ENOSYS;
+}
+
 #endif

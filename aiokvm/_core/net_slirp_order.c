@@ -30,18 +30,6 @@ static uint32_t find_tcp(const uint8_t *frame, size_t size, uint32_t *rest)
     return at + *rest <= size && *rest >= (uint32_t)(frame[at + 12] >> 4) * 4 ? at : 0;
 }
 
-/* Addresses and ports as the guest sees them, its own first: of a frame to the guest they are the other way round. */
-static void name(struct slirp_flow *flow, const uint8_t *frame, uint32_t at, bool to_guest)
-{
-    uint32_t length = at == ETH_SIZE + IP_SIZE ? 4 : 16;
-    const uint8_t *from = frame + at - 2 * length, *to = from + length, *ports = frame + at;
-    memset(flow, 0, sizeof(*flow));
-    memcpy(flow->guest, to_guest ? to : from, length);
-    memcpy(flow->other, to_guest ? from : to, length);
-    memcpy(flow->guest_port, ports + (to_guest ? 2 : 0), 2);
-    memcpy(flow->other_port, ports + (to_guest ? 0 : 2), 2);
-}
-
 static struct slirp_gaps *bucket_of(struct slirp_order *order, const struct slirp_flow *flow)
 {
     uint64_t hash = order->seed;
@@ -60,7 +48,7 @@ static struct slirp_gaps *look(struct slirp_order *order, const struct slirp_flo
     return NULL;
 }
 
-uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq)
+uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq, uint8_t flags)
 {
     uint8_t *ip = frame + ETH_SIZE, *tcp = frame + at;
     bool is_ip = at == ETH_SIZE + IP_SIZE;
@@ -72,7 +60,7 @@ uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq)
     net_store16(tcp + 4, seq >> 16);
     net_store16(tcp + 6, seq);
     tcp[12] = TCP_SIZE / 4 << 4;
-    tcp[13] = TCP_RST;
+    tcp[13] = flags;
     memset(tcp + 16, 0, 4);
     uint8_t pseudo[4] = { 0, 6, 0, TCP_SIZE };
     uint32_t addresses = is_ip ? slirp_sum(ip + 12, 8, 0) : slirp_sum(ip + 8, 32, 0);
@@ -88,7 +76,7 @@ void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t s
         return;
     order->is_watching = true;
     order->end = net_load32(frame + at + 4) + rest - (uint32_t)(frame[at + 12] >> 4) * 4;
-    name(&order->flow, frame, at, false);
+    slirp_flow_of(&order->flow, frame, size, false);
 }
 
 void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t size)
@@ -98,7 +86,7 @@ void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t s
         return;
     struct slirp_flow flow;
     uint32_t next = net_load32(frame + at + 8);
-    name(&flow, frame, at, true);
+    slirp_flow_of(&flow, frame, size, true);
     if (order->is_watching && !memcmp(&flow, &order->flow, sizeof(flow))) {
         order->is_missing = (int32_t)(next - order->end) < 0;
         order->next = next;
@@ -133,5 +121,5 @@ uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size)
     }
     /* A reset in the name of the guest, at the place where it is believed: libslirp gives all of it up. */
     uint32_t rest;
-    return slirp_make_reset(frame, find_tcp(frame, size, &rest), order->next);
+    return slirp_make_reset(frame, find_tcp(frame, size, &rest), order->next, TCP_RST);
 }

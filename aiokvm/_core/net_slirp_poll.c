@@ -5,6 +5,7 @@
 
 #ifdef AIOKVM_HAVE_SLIRP
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,6 +47,16 @@ bool slirp_is_ours(const struct slirp_end *self)
 static void forget(struct slirp_end *self, int fd)
 {
     struct slirp_watched *watched = &self->watched[fd];
+    if (watched->socket) {
+        if (self->sockets.unnamed == watched->socket)
+            self->sockets.unnamed = NULL;
+        slirp_sockets_remove(&self->sockets, watched->socket);
+        free(watched->socket);
+    }
+    if (watched->is_counted)
+        aiokvm_share_give(&self->descriptors, 1);
+    if (watched->is_counted && watched->kind == SLIRP_TCP)
+        aiokvm_share_give(&self->bytes, SLIRP_TCP_BYTES);
     /* A copy that a child has would keep it in the epoll, were it only closed. */
     if (watched->in_epoll && slirp_is_ours(self))
         epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL);
@@ -88,15 +99,58 @@ void slirp_register(int fd, void *opaque)
         self->tcp++;
     else
         self->other++;
-    if (watched->kind == SLIRP_TCP && option_of(fd, SO_DOMAIN) == AF_UNIX && option_of(fd, SO_ACCEPTCONN) == 0)
+    aiokvm_share_add(&self->descriptors, 1);
+    if (watched->kind == SLIRP_TCP)
+        aiokvm_share_add(&self->bytes, SLIRP_TCP_BYTES);
+    struct slirp_socket *socket = watched->socket = calloc(1, sizeof(*socket));
+    if (socket) {
+        socket->fd = fd;
+        socket->heard_ns = aiokvm_now_ns();
+        if (self->is_receiving)
+            slirp_sockets_begin(&self->sockets, socket, self->input, self->input_size);
+        else if (!self->is_receiving && watched->kind == SLIRP_TCP)
+            self->sockets.unnamed = socket;
+    }
+    if (watched->kind == SLIRP_TCP && option_of(fd, SO_DOMAIN) == AF_UNIX && option_of(fd, SO_ACCEPTCONN) == 0) {
         self->is_connected = true;
+        self->sender.id = ++self->next_connection;
+        if (socket)
+            socket->id = self->sender.id;
+    }
+}
+
+void slirp_tell_broken(struct slirp_end *self, uint32_t id)
+{
+    struct slirp_broken *broken = self->is_closing ? NULL : malloc(sizeof(*broken));
+    if (!broken)
+        return;
+    *broken = (struct slirp_broken){ .next = self->broken, .id = id };
+    self->broken = broken;
+    net_tell(&self->end, AIOKVM_NET_NEWS_READABLE, 0, 0);
+}
+
+/* libslirp closes a connection. An orderly end is a shutdown before that: without it the other side gets a reset. */
+static void end_connection(struct slirp_end *self, int fd, const struct slirp_watched *watched)
+{
+    bool is_open = send(fd, "", 0, MSG_NOSIGNAL | MSG_DONTWAIT) == 0 || errno == EAGAIN;
+    if (!is_open && !self->is_reset)
+        return;
+    struct linger none = { .l_onoff = 1 };
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &none, sizeof(none));
+    if (watched->socket && watched->socket->id)
+        slirp_tell_broken(self, watched->socket->id);
 }
 
 void slirp_unregister(int fd, void *opaque)
 {
     struct slirp_end *self = opaque;
-    if (fd >= 0 && (uint32_t)fd < self->size)
-        forget(self, fd);
+    if (fd < 0 || (uint32_t)fd >= self->size)
+        return;
+    struct slirp_watched *watched = &self->watched[fd];
+    /* A child of fork shares the sockets of its parent. */
+    if (watched->is_counted && watched->kind == SLIRP_TCP && slirp_is_ours(self))
+        end_connection(self, fd, watched);
+    forget(self, fd);
 }
 
 /* What has no kind yet is a socket that listens, or that is there for a forwarded UDP port. */
@@ -124,6 +178,8 @@ static int add_poll(int fd, int events, void *opaque)
     /* Who connects waits until somebody has gone, or there are descriptors again. */
     bool is_listener = watched->kind == SLIRP_LISTENER || watched->kind == SLIRP_UNIX_LISTENER;
     if ((is_listener && self->tcp >= self->max) || (watched->kind == SLIRP_UNIX_LISTENER && self->unix_at_ns))
+        watched->events = 0;
+    if (watched->is_broken && !(watched->events & SLIRP_POLL_IN))
         watched->events = 0;
     /* Urgent data is taken for data. */
     uint32_t wanted = (watched->events & SLIRP_POLL_IN ? EPOLLIN : 0u) |
@@ -159,6 +215,12 @@ int slirp_get_revents(int index, void *opaque)
         return 0;
     }
     int events = 0;
+    /* A reset is found by who reads: who writes takes it for an end. */
+    if (ready & (EPOLLERR | EPOLLHUP) && watched->kind == SLIRP_TCP && watched->socket &&
+        watched->socket->is_connected) {
+        watched->is_broken = true;
+        return watched->events & SLIRP_POLL_IN ? SLIRP_POLL_IN : 0;
+    }
     if (watched->events & SLIRP_POLL_IN)
         events |= (ready & EPOLLIN ? SLIRP_POLL_IN : 0) | (ready & EPOLLHUP ? SLIRP_POLL_HUP : 0) |
                   (ready & EPOLLERR ? SLIRP_POLL_ERR : 0);

@@ -6,6 +6,7 @@
 #include <slirp/libslirp.h>
 #endif
 
+#include "budget.h"
 #include "net_priv.h"
 #include "net_slirp.h"
 
@@ -94,7 +95,8 @@ uint32_t slirp_neighbours_ask(const struct slirp_guard *guard, const uint8_t *fr
 enum { SLIRP_BUCKETS = 128, SLIRP_WAYS = 8 };
 
 struct slirp_flow {
-    uint8_t guest[16], other[16], guest_port[2], other_port[2];
+    uint8_t guest[16], other[16], guest_port[2], other_port[2]; /* IPv4 addresses are 4 bytes and zeroes */
+    uint32_t is_tcp;
 };
 
 struct slirp_gaps {
@@ -119,8 +121,49 @@ void slirp_order_begin(struct slirp_order *order, const uint8_t *frame, size_t s
 void slirp_order_heard(struct slirp_order *order, const uint8_t *frame, size_t size);
 /* After it has got it. Not 0: it keeps too many, and `frame` is now one of so many bytes that makes it stop. */
 uint32_t slirp_order_end(struct slirp_order *order, uint8_t *frame, size_t size);
-/* `frame`, of the guest's, with TCP's header at `at`, becomes a reset at this place. Its size. */
-uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq);
+/* `frame`, with TCP's header at `at`, becomes a reset with these flags at this place. Its size. */
+uint32_t slirp_make_reset(uint8_t *frame, uint32_t at, uint32_t seq, uint8_t flags);
+
+/* ---- net_slirp_sockets.c: what libslirp has a socket for ---- */
+
+enum { SLIRP_SOCKET_BUCKETS = 256, SLIRP_RESET6_SIZE = 74 };
+
+struct slirp_socket {
+    struct slirp_socket *next; /* of the bucket */
+    struct slirp_flow flow;
+    int fd;
+    uint32_t id;               /* of a connection to a service, else 0 */
+    bool is_connected;         /* TCP: the guest has been told of it, or was told to take it */
+    bool is_half;              /* one side has closed it */
+    uint32_t from_guest;       /* the sequence number that is expected of the guest, */
+    uint32_t to_guest;         /* and the one after all that was sent to it */
+    uint64_t heard_ns;         /* when one of them has last said something */
+};
+
+struct slirp_sockets {
+    uint64_t seed;
+    struct slirp_socket *buckets[SLIRP_SOCKET_BUCKETS];
+    struct slirp_socket *last;    /* that was found */
+    struct slirp_socket *unnamed; /* accepted: the guest is about to be told of it */
+};
+
+/* Who a frame of TCP or UDP is of; gives where the transport's header is, 0 if it is none. */
+uint32_t slirp_flow_of(struct slirp_flow *flow, const uint8_t *frame, size_t size, bool to_guest);
+struct slirp_socket *slirp_sockets_find(struct slirp_sockets *sockets, const struct slirp_flow *flow);
+struct slirp_socket *slirp_sockets_by_id(struct slirp_sockets *sockets, uint32_t id);
+/* The frame of the guest's is what the socket was made for. */
+void slirp_sockets_begin(struct slirp_sockets *sockets, struct slirp_socket *socket, const uint8_t *frame,
+                         size_t size);
+void slirp_sockets_remove(struct slirp_sockets *sockets, struct slirp_socket *socket);
+/* Of a frame of the guest's: whether it is a reset. */
+bool slirp_sockets_heard(struct slirp_sockets *sockets, const uint8_t *frame, size_t size, uint64_t now_ns);
+/* Of a frame to it. */
+void slirp_sockets_told(struct slirp_sockets *sockets, const uint8_t *frame, size_t size, uint64_t now_ns);
+/* A connection that has been silent for too long: the longest of them. If places are rare, one that is closed at one
+ * side has little time. */
+struct slirp_socket *slirp_sockets_idle(struct slirp_sockets *sockets, uint64_t now_ns, bool is_full);
+/* A reset of the connection to the guest, or in its name. Its size. */
+uint32_t slirp_socket_reset(const struct slirp_socket *socket, bool to_guest, uint8_t frame[SLIRP_RESET6_SIZE]);
 
 /* ---- net_slirp_begun.c: connections to services that libslirp has no descriptor of yet ---- */
 
@@ -181,6 +224,8 @@ struct slirp_watched {
     uint32_t asked; /* in which round */
     uint8_t kind;
     bool is_counted;
+    bool is_broken; /* it has an error for who reads it, for which libslirp has no room now */
+    struct slirp_socket *socket;
 };
 
 struct slirp_timer {
@@ -194,6 +239,12 @@ struct slirp_waiting {
     struct slirp_waiting *next;
     int fd;
     struct aiokvm_net_slirp_connection connection;
+};
+
+/* A connection to a service that the guest has reset, or that libslirp has given up. */
+struct slirp_broken {
+    struct slirp_broken *next;
+    uint32_t id;
 };
 
 struct slirp_service {
@@ -231,6 +282,14 @@ struct slirp_end {
     bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
     bool is_connected; /* it has made a connection to a service */
     bool is_starved;   /* which could not be accepted for want of descriptors */
+    bool is_receiving; /* libslirp has `input` of input_size bytes now */
+    bool is_reset;     /* and that is a reset */
+    uint32_t input_size;
+    uint32_t next_connection;
+    struct slirp_broken *broken;
+    struct slirp_sockets sockets;
+    uint64_t reaped_ns;
+    struct aiokvm_share descriptors, bytes;
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has, or had when it was starved */
     struct slirp_guard guard;
     struct slirp_neighbours neighbours;
@@ -249,7 +308,15 @@ struct slirp_end {
     uint8_t input[AIOKVM_NET_MAX_FRAME];
 };
 
+/* ---- net_slirp.c ---- */
+
+/* Ends a connection of the guest's by a reset to both sides. Not from inside of libslirp. */
+void slirp_cut(struct slirp_end *self, struct slirp_socket *socket);
+
 /* ---- net_slirp_poll.c ---- */
+
+/* Buffers that libslirp has for a TCP connection. */
+enum { SLIRP_TCP_BYTES = 256 << 10 };
 
 /* SlirpCb's and slirp_pollfds_poll's; opaque is the end. */
 void slirp_register(int fd, void *opaque);
@@ -259,6 +326,8 @@ int slirp_get_revents(int index, void *opaque);
 void slirp_ask(struct slirp_end *self);
 /* Else this is a child of fork, which has a copy. */
 bool slirp_is_ours(const struct slirp_end *self);
+/* A connection to a service was broken; not told if the end is closing. */
+void slirp_tell_broken(struct slirp_end *self, uint32_t id);
 
 /* ---- net_slirp_forward.c ---- */
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream, SocketAttribute
 
+from aiokvm._core import ffi, lib
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from aiokvm._core import Pointer
     from aiokvm.aio import Loop, Task
+    from aiokvm.logs import SeldomLogger
+    from aiokvm.net.plane import End
 
 logger = get_logger("aiokvm.net")
 
@@ -25,6 +31,9 @@ MAX_RUNNING = 256
 MAX_WAITING = 64
 # How long handlers that were cancelled may take to end.
 PATIENCE_S = 5.0
+
+# Connections that were reset and not closed since, of those that are running and waiting.
+MAX_BROKEN = 4096
 
 _CHUNK = 65536
 
@@ -35,11 +44,20 @@ class Connection(ByteStream):
     ``guest`` is the guest's address and port, ``service`` those that it has connected to.
     """
 
-    def __init__(self, raw: socket.socket, guest: tuple[str, int], service: tuple[str, int]) -> None:
+    def __init__(
+        self,
+        raw: socket.socket,
+        guest: tuple[str, int],
+        service: tuple[str, int],
+        connections: Connections | None = None,
+        number: int = 0,
+    ) -> None:
         raw.setblocking(False)
         self._socket = raw
         self.guest = guest
         self.service = service
+        self._connections = connections or Connections()
+        self._number = number
         self._is_closed = False
 
     @property
@@ -64,6 +82,9 @@ class Connection(ByteStream):
             except OSError as error:
                 raise anyio.BrokenResourceError from error
             if not data:
+                # To the socket, a reset is an end as well.
+                if self._connections.is_broken(self._number):
+                    raise anyio.BrokenResourceError
                 raise anyio.EndOfStream
             return data
 
@@ -100,20 +121,76 @@ class Connection(ByteStream):
             self._is_closed = True
             anyio.notify_closing(self._socket)
             self._socket.close()
+            self._connections.forget(self._number)
+
+    def abort(self) -> None:
+        """Close it with a reset: the guest does not take what it got for all there was. Idempotent."""
+        if not self._is_closed:
+            self._connections.abort(self._number)
+            self.close()
 
     def _check(self) -> None:
         if self._is_closed:
             raise anyio.ClosedResourceError
 
 
+class Connections:
+    """Connections of a guest to services, as the C core has them: each has a number."""
+
+    def __init__(self) -> None:
+        self.end: End | None = None
+        """The NAT's, while it is open."""
+        self._accepted = ffi.new("struct aiokvm_net_slirp_connection *")
+        self._number = ffi.new("uint32_t *")
+        self._broken: dict[int, None] = {}
+        """Those that the guest has reset, the oldest first."""
+
+    @property
+    def _core(self) -> Pointer | None:
+        return self.end.core if self.end and self.end.is_open else None
+
+    def accept(self, service: Service) -> Connection | None:
+        """The next one of a service; None: nobody waits."""
+        if not (core := self._core):
+            return None
+        fd = lib.aiokvm_net_slirp_accept(core, service.id, self._accepted)
+        if fd < 0:
+            return None
+        guest = (str(IPv4Address(self._accepted.address)), int(self._accepted.port))
+        return Connection(socket.socket(fileno=fd), guest, service.address, self, int(self._accepted.id))
+
+    def look(self) -> None:
+        """See which of them the guest has reset."""
+        while (core := self._core) and lib.aiokvm_net_slirp_take_broken(core, self._number) == 1:
+            self._broken[int(self._number[0])] = None
+            # Those that nobody has accepted, or will.
+            if len(self._broken) > MAX_BROKEN:
+                del self._broken[next(iter(self._broken))]
+
+    def is_broken(self, number: int) -> bool:
+        """Whether the guest has reset it."""
+        self.look()
+        return number in self._broken
+
+    def abort(self, number: int) -> None:
+        """Have the guest get a reset."""
+        if core := self._core:
+            lib.aiokvm_net_slirp_abort(core, number)
+
+    def forget(self, number: int) -> None:
+        """It is closed."""
+        self._broken.pop(number, None)
+
+
 Handler = Callable[[Connection], Awaitable[object]]
-"""What answers the connections of a service; when it returns the connection is closed."""
+"""What answers a connection of a service: when it returns that is closed, when it raises it is reset."""
 
 
 class Service:
     """A service that is there: its handlers, one a connection."""
 
-    def __init__(self, loop: Loop, address: tuple[str, int], handler: Handler) -> None:
+    def __init__(self, loop: Loop, address: tuple[str, int], handler: Handler, log: SeldomLogger) -> None:
+        self._log = log
         self.address = address
         self.handler = handler
         self.id = 0
@@ -133,9 +210,14 @@ class Service:
             try:
                 await self.handler(connection)
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                logger.debug("%s: the guest has gone: %r", name, error)
+                self._log.log(logging.DEBUG, "%s: the guest has gone: %r", name, error)
             except Exception:
-                logger.exception("exception in the handler of %s", name)
+                connection.abort()
+                self._log.exception("exception in the handler of %s", name)
+            except BaseException:
+                # It was cancelled in its middle.
+                connection.abort()
+                raise
             finally:
                 connection.close()
                 self._running.pop(connection, None)
@@ -153,6 +235,6 @@ class Service:
             for task in running.values():
                 await task.wait()
         for connection in running:
-            connection.close()
+            connection.abort()
         if scope.cancelled_caught:
             logger.warning("handlers of service %s:%d did not end when they were cancelled", *self.address)

@@ -7,17 +7,17 @@ import inspect
 import os
 import re
 import resource
-import socket
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import ConfigError, StateError
+from aiokvm.logs import SeldomLogger
 from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.forwards import Forward, parse_forward, parse_host
-from aiokvm.net.service import MAX_WAITING, Connection, Service
+from aiokvm.net.service import MAX_WAITING, Connections, Service
 from aiokvm.process import Folder
 from aiokvm.text import get_logger
 
@@ -136,7 +136,8 @@ class User(NetBackend):
         self._directory: Folder | None = None
         self._paths: dict[str, tuple[int, int]] = {}
         """Sockets that were made, with device and inode."""
-        self._connection = ffi.new("struct aiokvm_net_slirp_connection *")
+        self._connections = Connections()
+        self._log = SeldomLogger(logger)
         self._made = 0
 
     def __repr__(self) -> str:
@@ -278,7 +279,7 @@ class User(NetBackend):
         loop = self._plane.loop
         if isinstance(handler, Asgi):
             await handler.start(loop)
-        service = Service(loop, at, handler)
+        service = Service(loop, at, handler, self._log)
         try:
             if not self.end and not self._opening:
                 raise StateError(f"{self!r} was closed meanwhile")
@@ -299,16 +300,15 @@ class User(NetBackend):
         self._services[at] = service
 
     def _on_news(self, _news: int, _error: int, _detail: int) -> None:
+        self._connections.look()
         for service in tuple(self._services.values()):
             self._accept(service)
 
     def _accept(self, service: Service) -> None:
         while self.end and not service.is_busy and self._services.get(service.address) is service:
-            fd = lib.aiokvm_net_slirp_accept(self._core, service.id, self._connection)
-            if fd < 0:
+            connection = self._connections.accept(service)
+            if connection is None:
                 return
-            guest = (str(IPv4Address(self._connection.address)), int(self._connection.port))
-            connection = Connection(socket.socket(fileno=fd), guest, service.address)
             service.start(connection, lambda: self._accept(service))
 
     # ---- the end
@@ -324,6 +324,7 @@ class User(NetBackend):
             lib.aiokvm_net_slirp_new(plane.core, self._config(), error), error[0], self._on_news
         )
         self._plane, self._end = plane, end
+        self._connections.end = end
         try:
             for forward in self.forwards:
                 self._listen(forward)

@@ -218,6 +218,20 @@ void limit_descriptors(rlim_t limit)
     CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limits), 0);
 }
 
+/* libslirp forgets to free the path of a service that is removed. */
+__attribute__((weak)) void __lsan_disable(void);
+__attribute__((weak)) void __lsan_enable(void);
+
+int add_service_to_be_removed(struct nat *nat, uint32_t max)
+{
+    if (__lsan_disable)
+        __lsan_disable();
+    int service = aiokvm_net_slirp_add_service(nat->slirp, SERVICE, 80, path, max);
+    if (__lsan_enable)
+        __lsan_enable();
+    return service;
+}
+
 /* Without the guest's last word of a handshake; see open_connection. */
 uint32_t begin_connection(struct nat *nat, uint32_t port, uint32_t seq)
 {

@@ -49,6 +49,8 @@ void greet(struct nat *nat);
 extern char path[80];
 void make_path(void);
 void remove_path(void);
+/* At SERVICE, port 80. */
+int add_service_to_be_removed(struct nat *nat, uint32_t max);
 /* A connection of the guest's: gives the sequence number of the other side that comes next. */
 uint32_t open_connection(struct nat *nat, uint32_t port, uint32_t to, uint32_t to_port);
 /* Without the guest's last word of a handshake. */

@@ -11,20 +11,12 @@
 
 #ifdef AIOKVM_HAVE_SLIRP
 
-/* libslirp forgets to free the path of a service that is removed. */
-__attribute__((weak)) void __lsan_disable(void);
-__attribute__((weak)) void __lsan_enable(void);
-
 TEST(a_connection_to_a_service_is_a_stream)
 {
     make_path();
     struct nat nat = nat_new();
     struct aiokvm_net_slirp_connection connection;
-    if (__lsan_disable)
-        __lsan_disable();
-    int service = aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8);
-    if (__lsan_enable)
-        __lsan_enable();
+    int service = add_service_to_be_removed(&nat, 8);
     CHECK(service > 0);
     CHECK_EQ(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8), -EADDRINUSE);
     CHECK_EQ(aiokvm_net_slirp_add_service(nat.slirp, 0x08080808, 80, "/nowhere/else", 8), -ENOENT);

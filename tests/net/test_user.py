@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from aiokvm.net import Connection
+    from aiokvm.net.service import Handler
     from tests.net.namespace import Namespace
 
 LIMIT_S = 90
@@ -348,6 +349,64 @@ async def test_a_service_is_a_byte_stream(tmp_path: Path, caplog: pytest.LogCapt
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         f"exception in the handler of service 10.0.2.100:7 for 10.0.2.15:{seen[1][0][1]}"
     ]
+
+
+# Says half of what it has to say, and then closes or resets; or waits for what comes.
+PART = """
+import socket, struct, sys
+host, port, how = sys.argv[1:]
+with socket.create_connection((host, int(port)), timeout=10) as s:
+    if how == "wait":
+        s.sendall(b"go")
+        try:
+            while data := s.recv(100):
+                print(data.decode(), end=" ")
+            print("end")
+        except ConnectionResetError:
+            print("reset")
+    else:
+        s.sendall(b"half")
+        if how == "reset":
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+"""
+
+
+@needs()
+@pytest.mark.anyio
+async def test_a_reset_is_no_end(tmp_path: Path) -> None:
+    seen: list[tuple[bytes, str]] = []
+    changed = anyio.Event()
+
+    async def keep(stream: Connection) -> None:
+        data = b""
+        try:
+            while True:
+                data += await stream.receive()
+        except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
+            seen.append((data, type(error).__name__))
+            changed.set()
+
+    async def cut(stream: Connection) -> None:
+        await stream.receive()
+        await stream.send(b"part")
+        stream.abort()
+
+    async def whole(stream: Connection) -> None:
+        await stream.receive()
+        await stream.send(b"all")
+
+    services: dict[str, Handler] = {"10.0.2.100:7": keep, "10.0.2.100:8": cut, "10.0.2.100:9": whole}
+    async with guest_of(net.User(services=services), tmp_path) as guest:
+        for how, error in (("close", "EndOfStream"), ("reset", "BrokenResourceError")):
+            await guest.python(PART, "10.0.2.100", "7", how)
+            with anyio.fail_after(30):
+                await changed.wait()
+            # What was not read when the reset came may be gone.
+            assert seen[-1][1] == error
+            assert seen[-1][0] in (b"half", b"" if how == "reset" else b"half")
+            changed = anyio.Event()
+        assert (await guest.python(PART, "10.0.2.100", "8", "wait")).endswith("reset\n")
+        assert await guest.python(PART, "10.0.2.100", "9", "wait") == "all end\n"
 
 
 # Many connections of a guest, all of them open before the first is used.
