@@ -12,7 +12,7 @@ help:
 	@echo "make demo    check this machine, boot Debian's kernel and show it working"
 	@echo "make test    lint, types, the C core under sanitizers, all tests; real guests run in the lab"
 	@echo "make acceptance  the tests with a KVM of both vendors, and Linux there: hours, once before a release"
-	@echo "make fuzz    the C core's parsers under libFuzzer, for an hour each"
+	@echo "make fuzz    all that reads what guests, peers and files say, fuzzed for an hour each"
 	@echo "make bench   measure, against QEMU where it is the peer"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    write docs/api.md from the docstrings"
@@ -45,7 +45,8 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 # An hour for each: FUZZ_SECONDS says otherwise.
-fuzz: build/packages
+fuzz: build/installed
+	$(BIN)/pip install -q --disable-pip-version-check 'atheris>=3'
 	tools/fuzz $(or $(FUZZ_SECONDS),3600)
 
 core-tests: .venv/ready
