@@ -45,6 +45,21 @@ def takes_input(fd: int) -> bool:
         return True  # no terminal, or none with job control
 
 
+async def read(fd: int, size: int) -> bytes:
+    """Return what there is to read, ``size`` bytes at most, when there is something; nothing at its end."""
+    while True:
+        try:
+            await anyio.wait_readable(fd)
+        except PermissionError:  # a file, which epoll does not take, and which is always readable
+            await anyio.lowlevel.checkpoint()
+        try:
+            return os.read(fd, size)
+        except BlockingIOError:
+            continue
+        except OSError:  # the terminal is gone
+            return b""
+
+
 @contextmanager
 def raw_terminal(fd: int) -> Iterator[None]:
     """Have the terminal pass every key and byte on as it is; it is as before when the block is left."""
@@ -196,7 +211,7 @@ class Console:
 
     async def _receive(self, sink: MemoryObjectSendStream[bytes]) -> bool:
         with sink:
-            while chunk := await self._read():
+            while chunk := await read(self._stdin, _CHUNK_BYTES):
                 if not self._terminal:
                     await sink.send(chunk)
                 elif ESCAPE in chunk:
@@ -205,19 +220,6 @@ class Console:
                     with suppress(anyio.WouldBlock):
                         sink.send_nowait(chunk)
         return False
-
-    async def _read(self) -> bytes:
-        while True:
-            try:
-                await anyio.wait_readable(self._stdin)
-            except PermissionError:  # a file, which epoll does not take, and which is always readable
-                await anyio.lowlevel.checkpoint()
-            try:
-                return os.read(self._stdin, _CHUNK_BYTES)
-            except BlockingIOError:
-                continue
-            except OSError:  # the terminal is gone
-                return b""
 
     async def _write(self, boot: bytes, output: bytes) -> None:
         await self._boot.write(boot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -100,8 +101,8 @@ def lab(
 
     QEMU emulates a processor with virtualization, and Debian's kernel runs on it. The command runs as root
     in the current directory and sees this machine's files; what it writes is gone at the end, but for
-    --writable. Its output, standard output and error as one, comes as it is written; its standard input is
-    empty.
+    --writable. It reads this command's standard input; its output, standard output and error as one, comes
+    as it is written.
 
     With --cpu intel it is Bochs, which is compiled the first time. That lab has one CPU and no network, and
     of this machine's files copies: the system's programs, this Python, the current directory and --include.
@@ -110,7 +111,7 @@ def lab(
     async def work(_: Interrupts) -> int:
         # Here, for --help needs neither.
         from aiokvm import lab
-        from aiokvm.cli.console import Output
+        from aiokvm.cli.console import Output, read, takes_input
         from aiokvm.cli.progress import Fetching
 
         config = lab.LabConfig(
@@ -125,7 +126,13 @@ def lab(
         )
         try:
             with closing(Output(1)) as output, Fetching() as progress:
-                return await lab.run(command, config, output=output.write, progress=progress)
+                return await lab.run(
+                    command,
+                    config,
+                    output=output.write,
+                    read_input=partial(read, 0) if takes_input(0) else None,
+                    progress=progress,
+                )
         except TimeoutError:
             common.say(f"the command did not end within {timeout:g} s")
             return common.STATUS_TIMEOUT

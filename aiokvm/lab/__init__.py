@@ -59,13 +59,15 @@ async def run(
     config: LabConfig | None = None,
     *,
     output: Callable[[bytes], Awaitable[None] | None],
+    read_input: Callable[[int], Awaitable[bytes]] | None = None,
     progress: Callable[[images.Progress], None] | None = None,
 ) -> int:
     """Run a command as root in the lab and return its exit status (128 + the signal that ended it).
 
     ``output`` gets what the command writes, standard output and error together, byte for byte as it comes;
-    its standard input is empty. The first call fetches a kernel, telling ``progress``. The environment
-    variable ``AIOKVM_QEMU`` names another QEMU than ``qemu-system-x86_64``. Cancelling ends the machine.
+    ``read_input`` is asked for some of its standard input, so many bytes at most, and gives none at the end;
+    without it there is none. The first call fetches a kernel, telling ``progress``. The environment variable
+    ``AIOKVM_QEMU`` names another QEMU than ``qemu-system-x86_64``. Cancelling ends the machine.
 
     Raises ``ConfigError`` for a configuration that cannot work, ``ImageError`` if the kernel or the emulator
     cannot be had, ``LabError`` if a package is missing or the machine ends without an exit status,
@@ -94,4 +96,8 @@ async def run(
             await anyio.to_thread.run_sync(machine.write_cd, bios, kernel, busybox, modules, own)
             await machine.prepare()
         with anyio.fail_after(config.timeout):
-            return await machine.run(output)
+            return await machine.run(output, read_input or _no_input)
+
+
+async def _no_input(_: int) -> bytes:
+    return b""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tty
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from aiokvm.errors import ImageError, LabError
 from aiokvm.images.initramfs import elf
 from aiokvm.images.process import run
 from aiokvm.lab.config import base_archive
-from aiokvm.lab.emulator import CONSOLE, died, emulate
+from aiokvm.lab.emulator import CONSOLE, beside, died, emulate
 from aiokvm.lab.files import intel_files, write_squashfs
 from aiokvm.proto import cpio
 
@@ -61,8 +62,9 @@ _PORT = bytes.fromhex(
     "ebe0"  # jmp read
     "6a3c 58 31ff 0f05"  # exit: exit(0)
 )
-_CHUNK_BYTES = 1024  # of input, asked for by the guest: what a terminal there holds at least
+_CHUNK_BYTES = 1024  # of input at once: the guest's serial port holds some more
 _HOST_MB = 2048  # the most that Bochs keeps in its own memory; what is beyond goes into a file
+_MORE = b"more"
 _STATUS = b"status "
 _LATE_S = 1.0
 
@@ -103,8 +105,12 @@ class Machine:
         except ImageError as error:
             raise LabError(f"cannot make the CD that the Intel lab starts from: {error}") from error
 
-    async def run(self, output: Callable[[bytes], Awaitable[None] | None]) -> int:
-        """Start it, pass its output on until it ends, and return the command's exit status."""
+    async def run(
+        self,
+        output: Callable[[bytes], Awaitable[None] | None],
+        read_input: Callable[[int], Awaitable[bytes]],
+    ) -> int:
+        """Start it, pass output and input on until it ends, and return the command's exit status."""
         memory = self._config.memory_bytes >> 20
         with ExitStack() as stack:
             master, slave = os.openpty()
@@ -117,46 +123,41 @@ class Machine:
                     memory=memory, host=min(memory, _HOST_MB), console=CONSOLE, terminal=os.ttyname(slave)
                 )
             )
-            status = await self._emulate(master, _AfterNul(output))
+            async with beside(partial(self._serve, master, read_input)):
+                argv = [str(self._program), "-q", "-f", "config"]
+                status = await emulate(argv, self._folder, _AfterNul(output))
+                # What was written to a terminal can be read there a little later.
+                with anyio.move_on_after(_LATE_S):
+                    await self._told.wait()
         if self._status is not None:
             return self._status
         raise died(f"ended with Bochs' status {status}", self._folder)
 
-    async def _emulate(self, terminal: int, output: Callable[[bytes], Awaitable[None] | None]) -> int:
-        failed: Exception | None = None
-        status = 0
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._serve, terminal)
-            try:
-                argv = [str(self._program), "-q", "-f", "config"]
-                status = await emulate(argv, self._folder, output, cwd=self._folder)
-                # What was written to a terminal can be read there a little later.
-                with anyio.move_on_after(_LATE_S):
-                    await self._told.wait()
-            except Exception as error:
-                failed = error  # raised out here, it is not in a group
-            tasks.cancel_scope.cancel()
-        if failed:
-            raise failed
-        return status
-
-    async def _serve(self, terminal: int) -> None:
-        """Answer the lines that the guest writes to its second serial port."""
+    async def _serve(self, terminal: int, read_input: Callable[[int], Awaitable[bytes]]) -> None:
+        """Do what the lines say that the guest writes to its second serial port."""
         said = b""
-        while True:
-            await anyio.wait_readable(terminal)
-            try:
-                said += os.read(terminal, 4096)
-            except OSError:  # nobody has the other side open
-                return
-            *lines, said = said.split(b"\n")
-            for line in lines:
-                status = line.removeprefix(_STATUS)
-                if status != line and status.isdigit():
-                    self._status = int(status)
-                    self._told.set()
-                else:
-                    os.write(terminal, b"0\n")
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await anyio.wait_readable(terminal)
+                said += os.read(terminal, _CHUNK_BYTES)
+                *lines, said = said.split(b"\n")
+                for line in lines:
+                    status = line.removeprefix(_STATUS)
+                    if line == _MORE:
+                        # Beside: the status may come while there is nothing to read.
+                        tasks.start_soon(self._send, terminal, read_input)
+                    elif status != line and status.isdigit():
+                        self._status = int(status)
+                        self._told.set()
+
+    async def _send(self, terminal: int, read_input: Callable[[int], Awaitable[bytes]]) -> None:
+        """Send some input with its length before it, 0 at its end."""
+        data = await read_input(_CHUNK_BYTES)
+        rest = memoryview(b"%d\n%b" % (len(data), data))
+        while rest:
+            await anyio.wait_writable(terminal)
+            with suppress(BlockingIOError):
+                rest = rest[os.write(terminal, rest) :]
 
 
 class _AfterNul:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,7 +13,7 @@ from aiokvm.errors import LabError
 from aiokvm.images.process import child
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
 CONSOLE = "console"
@@ -23,14 +24,36 @@ _LINES = 15
 _CHUNK_BYTES = 64 << 10
 
 
+@asynccontextmanager
+async def beside(work: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run ``work`` while the block runs. What either raises is raised as it is, not in a group."""
+    failed: Exception | None = None
+
+    async def guarded() -> None:
+        nonlocal failed
+        try:
+            await work()
+        except Exception as error:
+            failed = error
+            tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(guarded)
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        tasks.cancel_scope.cancel()
+    if failed:
+        raise failed
+
+
 async def emulate(
     argv: Sequence[str],
     folder: Path,
     output: Callable[[bytes], Awaitable[None] | None],
-    *,
-    cwd: Path | None = None,
 ) -> int:
-    """Run an emulator to its end, its standard error in a file in ``folder``; return its exit status.
+    """Run an emulator in ``folder`` to its end, its standard error in a file there; return its exit status.
 
     ``output`` gets its standard output as it comes, and is waited for.
     """
@@ -42,7 +65,7 @@ async def emulate(
         (folder / _STDERR).open("wb") as stderr,
     ):
         os.set_blocking(source, False)
-        async with child(argv, stdout=end, stderr=stderr, cwd=cwd) as process:
+        async with child(argv, stdout=end, stderr=stderr, cwd=folder) as process:
             end.close()
             while True:
                 await anyio.wait_readable(stream)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
+
 from aiokvm.lab.config import base_archive, writable
-from aiokvm.lab.emulator import CONSOLE, died, emulate
+from aiokvm.lab.emulator import CONSOLE, beside, died, emulate
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 
 # Not the network that a NAT of a guest's has by default. `init` has the same addresses.
 _NETWORK = "net=10.77.0.0/24,host=10.77.0.2,dns=10.77.0.3,dhcpstart=10.77.0.15"
+_INPUT = "input"  # in the machine's folder, where QEMU runs
+_CHUNK_BYTES = 64 << 10
 _CMDLINE = "console=ttyS0 quiet panic=-1 mitigations=off"
 
 
@@ -35,15 +42,54 @@ class Machine:
         """Write what the kernel starts with: busybox, the modules, and the archive of this run."""
         self._initramfs.write_bytes(cpio.join(base_archive(busybox), modules.read_bytes(), own))
 
-    async def run(self, output: Callable[[bytes], Awaitable[None] | None]) -> int:
-        """Start it, pass its output on until it ends, and return the command's exit status."""
-        status = await emulate(self._argv(), self._folder, output)
+    async def run(
+        self,
+        output: Callable[[bytes], Awaitable[None] | None],
+        read_input: Callable[[int], Awaitable[bytes]],
+    ) -> int:
+        """Start it, pass output and input on until it ends, and return the command's exit status."""
+        with self._listen() as listener:
+            async with beside(partial(self._feed, listener, read_input)):
+                status = await emulate(self._argv(), self._folder, output)
         told = self._status.read_text().strip() if self._status.exists() else ""
         if status == 0 and told.isdigit():
             return int(told)
         raise died(
             "was switched off" if status == 0 else f"died: QEMU ended with status {status}", self._folder
         )
+
+    def _listen(self) -> socket.socket:
+        """Return the socket that QEMU connects its port for input to."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.setblocking(False)
+        # The folder's path may be too long for a socket's.
+        folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            listener.bind(f"/proc/self/fd/{folder}/{_INPUT}")
+        finally:
+            os.close(folder)
+        listener.listen(1)
+        return listener
+
+    async def _feed(self, listener: socket.socket, read_input: Callable[[int], Awaitable[bytes]]) -> None:
+        await anyio.wait_readable(listener)
+        connection, _ = listener.accept()
+        with connection:
+            connection.setblocking(False)
+            while data := await read_input(_CHUNK_BYTES):
+                rest = memoryview(data)
+                while rest:
+                    await anyio.wait_writable(connection)
+                    try:
+                        rest = rest[connection.send(rest) :]
+                    except BlockingIOError:
+                        continue
+                    except OSError:  # the machine has ended
+                        return
+            # Not closed: QEMU would take no more of what it has not read yet.
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            await anyio.sleep_forever()
 
     def _argv(self) -> list[str]:
         config = self._config
@@ -67,6 +113,7 @@ class Machine:
             *("-chardev", "file,id=output,path=/dev/stdout", "-device", "virtserialport,nr=1,chardev=output"),
             *("-chardev", f"file,id=status,path={_option(self._status)}"),
             *("-device", "virtserialport,nr=2,chardev=status"),
+            *("-chardev", f"socket,id=input,path={_INPUT}", "-device", "virtserialport,nr=3,chardev=input"),
             *("-virtfs", _virtfs(Path("/"), "hostroot") + ",readonly=on"),
         ]
         for tag, path in writable(config):
@@ -79,7 +126,8 @@ class Machine:
 
 def program() -> str:
     """Return the QEMU that is used: ``AIOKVM_QEMU``, or the one that Debian's package has."""
-    return os.environ.get("AIOKVM_QEMU", "qemu-system-x86_64")
+    name = os.environ.get("AIOKVM_QEMU", "qemu-system-x86_64")
+    return os.path.abspath(name) if "/" in name else name
 
 
 def _virtfs(path: Path, tag: str) -> str:

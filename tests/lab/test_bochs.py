@@ -82,12 +82,46 @@ async def test_who_takes_the_output_may_wait_or_fail(fake: Path) -> None:
         await lab.run(["true"], INTEL, output=output)
 
 
+ASK = r"""
+ask() {
+    echo more >$terminal
+    read -r count <$terminal
+    [ $count -gt 0 ] && dd bs=1 count=$count status=none <$terminal
+}
+"""
+
+
 @no_tools
-async def test_input_is_at_its_end(fake: Path) -> None:
-    script(
-        fake, r"""echo more >$terminal; read -r count <$terminal; echo "status $((count + 5))" >$terminal"""
-    )
+async def test_without_input_it_is_at_its_end(fake: Path) -> None:
+    script(fake, ASK + r"""ask; echo "status $((count + 5))" >$terminal""")
     assert await lab.run(["true"], INTEL, output=lambda _: None) == 5
+
+
+@no_tools
+async def test_input_comes_in_pieces_that_are_asked_for(fake: Path) -> None:
+    data = bytes(range(256)) * 10
+    script(fake, ASK + r"""printf '\0'; while ask; do :; done; echo "status 3" >$terminal""")
+    got, left = bytearray(), bytearray(data)
+
+    async def read_input(size: int) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        chunk = bytes(left[:size])
+        del left[:size]
+        return chunk
+
+    assert await lab.run(["true"], INTEL, output=got.extend, read_input=read_input) == 3
+    assert got == data
+
+
+@no_tools
+async def test_input_that_does_not_come_keeps_nothing_from_ending(fake: Path) -> None:
+    script(fake, r"""echo more >$terminal; sleep 0.1; echo "status 4" >$terminal""")
+
+    async def read_input(_: int) -> bytes:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    assert await lab.run(["true"], INTEL, output=lambda _: None, read_input=read_input) == 4
 
 
 @no_tools
@@ -201,9 +235,8 @@ async def test_command_runs_in_a_machine_with_kvm_intel(tmp_path: Path) -> None:
     script = (
         'printf "\\r\\n\\377\\0"; echo hi >&2; test -c /dev/kvm && test "$LAB$x" = "1it\'s" || exit 9; pwd; '
     )
-    script += (
-        "read -r line && exit 8; cat file /sys/module/kvm_intel/parameters/ple_gap; sleep 1000 & exit 200"
-    )
+    script += "read -r line; echo $line; read -r line; cat file /sys/module/kvm_intel/parameters/ple_gap; "
+    script += "sleep 1000 & exit 200"
     got = bytearray()
     config = lab.LabConfig(
         cpu="intel",
@@ -213,6 +246,11 @@ async def test_command_runs_in_a_machine_with_kvm_intel(tmp_path: Path) -> None:
         env={"x": "it's"},
         kvm={"ple_gap": "64"},
     )
-    status = await lab.run(["sh", "-c", script], config, output=got.extend)
-    assert got == b"\r\n\xff\0hi\n" + os.fsencode(tmp_path) + b"/carried\nhere\n64\n"
+    left = [b"word", b"s\n"]
+
+    async def read_input(_: int) -> bytes:
+        return left.pop(0) if left else b""
+
+    status = await lab.run(["sh", "-c", script], config, output=got.extend, read_input=read_input)
+    assert got == b"\r\n\xff\0hi\n" + os.fsencode(tmp_path) + b"/carried\nwords\nhere\n64\n"
     assert status == 200

@@ -88,6 +88,41 @@ async def test_cancelling_ends_the_machine() -> None:
     assert emulators() == []
 
 
+@pytest.mark.lab
+@no_lab
+async def test_input_is_passed_on_and_has_an_end() -> None:
+    data = bytes(range(256)) * 2000
+    got, left = bytearray(), bytearray(data)
+
+    async def read_input(size: int) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        chunk = bytes(left[:size])
+        del left[:size]
+        return chunk
+
+    config = lab.LabConfig(memory_bytes=1 << 30, timeout=180)
+    # What is sent before the command reads is not lost, nor is what follows a pause.
+    status = await lab.run(
+        ["sh", "-c", "sleep 1; head -c 100; sleep 0.2; cat"], config, output=got.extend, read_input=read_input
+    )
+    assert status == 0
+    assert got == data
+
+
+async def test_what_reads_the_input_may_fail(
+    cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = "import socket, time; s = socket.socket(socket.AF_UNIX); s.connect('input'); time.sleep(1000)"
+    fake_qemu(tmp_path, monkeypatch, f'{sys.executable} -c "{connect}"')
+
+    async def read_input(_: int) -> bytes:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await lab.run(["true"], output=ignore, read_input=read_input)
+    assert emulators() == []
+
+
 async def test_output_may_be_awaited(cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_qemu(tmp_path, monkeypatch, "printf out; echo 7 >$status")
     got = bytearray()
