@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -95,6 +95,23 @@ def build() -> None:
 
 @build.command
 @click.option("--packages", metavar="P,...", default="", help="More packages, with commas or spaces between.")
+@click.option(
+    "--file",
+    "files",
+    metavar="GUEST=HERE",
+    multiple=True,
+    help="Put the file HERE at the path GUEST; may be repeated.",
+)
+@click.option(
+    "--authorized-keys",
+    metavar="FILE",
+    multiple=True,
+    type=click.File("r"),
+    help="Let root in by SSH with these public keys; may be repeated.",
+)
+@click.option(
+    "--enable", metavar="UNIT", multiple=True, help="Start this unit of systemd's; may be repeated."
+)
 @click.option("--size", type=common.size, default="1G", show_default=True, help="The file system's; sparse.")
 @click.option("--suite", default="bookworm", show_default=True, help="Which Debian.")
 @click.option(
@@ -107,13 +124,28 @@ def build() -> None:
 @click.option("--refresh", is_flag=True, help="Build it anew, of Debian's packages of today.")
 @click.pass_context
 def debian(
-    ctx: click.Context, packages: str, size: int, suite: str, output: Path | None, refresh: bool
+    ctx: click.Context,
+    packages: str,
+    files: tuple[str, ...],
+    authorized_keys: tuple[IO[str], ...],
+    enable: tuple[str, ...],
+    size: int,
+    suite: str,
+    output: Path | None,
+    refresh: bool,
 ) -> None:
     """Build a Debian root file system, as a disk, and print its path.
 
     It is cached; --output makes a copy of one's own of it. FILE.vmlinuz and FILE.initrd boot it: aiokvm run
     --disk FILE finds them. Log in as root, there is no password.
     """
+    placed: dict[str, str | bytes | Path] = {}
+    for text in files:
+        guest, equals, here = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"--file {text!r}: write GUEST=HERE, such as /etc/motd=motd")
+        placed[guest] = Path(here)
+    keys = [file.read() for file in authorized_keys]
 
     async def work(_: Interrupts) -> int:
         from aiokvm import images
@@ -124,6 +156,9 @@ def debian(
                 suite=suite,
                 packages=packages.replace(",", " ").split(),
                 size_bytes=size,
+                files=placed,
+                authorized_keys=keys,
+                enable=enable,
                 output=output,
                 progress=progress,
                 refresh=refresh,

@@ -19,7 +19,7 @@ from aiokvm.images.progress import Progress
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from aiokvm.images.cache import Record
@@ -153,10 +153,17 @@ async def pull(
 
 
 def find_debian(
-    *, suite: str = "bookworm", packages: Sequence[str] = (), size_bytes: int = 1 << 30
+    *,
+    suite: str = "bookworm",
+    packages: Sequence[str] = (),
+    size_bytes: int = 1 << 30,
+    files: Mapping[str, str | bytes | Path] | None = None,
+    authorized_keys: Sequence[str] = (),
+    enable: Sequence[str] = (),
 ) -> DebianDisk | None:
     """Return the disk that `build_debian` has cached, or None; `build_debian` also verifies it."""
-    return disk.cached(Cache(default_root()), disk.Recipe(suite, tuple(packages), size_bytes))
+    recipe = disk.recipe(suite, packages, size_bytes, files or {}, authorized_keys, enable)
+    return disk.cached(Cache(default_root()), recipe)
 
 
 async def build_debian(
@@ -164,6 +171,9 @@ async def build_debian(
     suite: str = "bookworm",
     packages: Sequence[str] = (),
     size_bytes: int = 1 << 30,
+    files: Mapping[str, str | bytes | Path] | None = None,
+    authorized_keys: Sequence[str] = (),
+    enable: Sequence[str] = (),
     output: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     refresh: bool = False,
@@ -171,6 +181,10 @@ async def build_debian(
     """Return a Debian root file system as a disk image, with the kernel and the initramfs that boot it.
 
     It has Debian's essential packages, systemd with a login on every serial console, and ``packages``.
+    ``files`` are paths in the guest, and what is there: a content, or the path of a file here. They belong to
+    root, and may be executed if they begin with ``#!`` or the file here may be. ``authorized_keys`` are lines
+    of public keys that let root in by SSH, whose server is then one of the packages; it makes its own keys at
+    the first boot. ``enable`` are systemd's units that start with the machine, of a package or of ``files``.
     The image is raw ext4, sparse, ``size_bytes`` large, and the same for the same packages. It is built if it
     is not in the cache, or not what was put there; ``refresh`` builds it anew. What is returned lies in the
     cache and is not to be written to; with ``output`` it is a copy there, the others beside it.
@@ -178,7 +192,9 @@ async def build_debian(
     Needs mmdebstrap and mke2fs, and root or a range of subordinate ids. Safe to call from several processes,
     and to cancel. Raises ``ConfigError`` for an argument, ``ImageError`` for anything that failed.
     """
-    recipe = disk.Recipe(suite, tuple(packages), size_bytes)
+    recipe = await anyio.to_thread.run_sync(
+        disk.recipe, suite, packages, size_bytes, files or {}, authorized_keys, enable
+    )
     cache, tell = Cache(default_root()), progress or (lambda _: None)
     found = None if refresh else await anyio.to_thread.run_sync(disk.verified, cache, recipe)
     if found is None:

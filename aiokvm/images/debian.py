@@ -42,6 +42,8 @@ _SOURCES = {
     )
 }
 _PROGRESS = re.compile(rb"dlstatus:\d+:([0-9.]+):")
+MISSING = re.compile(r"E: (?:Unable to locate package |Package ')([^\s']+)")
+"""The name in apt's complaint about a package that there is not."""
 # No package of interest has a file near it: a damaged archive shall not fill the memory.
 _MEMBER_MAX_BYTES = 256 << 20
 
@@ -142,6 +144,18 @@ class Apt:
             return parse_source(text.decode())
         except ImageError as error:
             raise ImageError(f"there is no source package {name} ({error}); check the network") from error
+
+    async def missing(self, suite: str, names: Sequence[str]) -> list[str]:
+        """Return those of the packages that cannot be had from a suite of which this machine has sources.
+
+        It is the installation that is tried, so a name may be that of what several packages provide.
+        """
+        command = self._command("apt-get", "-qq", "--simulate", "--no-install-recommends", "-t", suite)
+        try:
+            await run([*command, "install", *names])
+        except ImageError as error:
+            return list(dict.fromkeys(MISSING.findall(str(error))))
+        return []
 
     async def download(self, package: Package, folder: Path, progress: Callable[[int], None]) -> Path:
         """Fetch the .deb into the empty ``folder`` and verify it; ``progress`` is told the bytes so far.

@@ -19,6 +19,7 @@ import anyio.to_thread
 
 from aiokvm.errors import ConfigError, ImageError
 from aiokvm.images import debian, modules, rootfs
+from aiokvm.images.cache import sha256_file
 from aiokvm.images.initramfs import base_archive, modules_archive
 from aiokvm.images.process import PACKAGES, child, failed, run
 from aiokvm.images.progress import Progress
@@ -26,7 +27,7 @@ from aiokvm.process import Folder
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aiokvm.images.cache import Cache, Record
 
@@ -78,8 +79,19 @@ class Recipe:
     suite: str
     packages: tuple[str, ...]
     size_bytes: int
+    files: tuple[tuple[str, bytes, int], ...] = ()
+    enable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for path, _, _ in self.files:
+            parts = path.split("/")
+            if parts[0] or not all(parts[1:]) or {".", ".."} & set(parts) or "\0" in path:
+                raise ConfigError(
+                    f"{path!r} is no path of a file in the guest: it is absolute, such as /etc/motd"
+                )
+        for unit in self.enable:
+            if not re.fullmatch(r"[A-Za-z0-9:_.@\\-]+", unit):
+                raise ConfigError(f"{unit!r} is no name of a unit of systemd's, such as nginx.service")
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", self.suite):
             raise ConfigError(f"suite={self.suite!r} is no name of a suite of Debian's, such as bookworm")
         for package in self.packages:
@@ -95,6 +107,9 @@ class Recipe:
     def name(self) -> str:
         """The disk's name in the cache."""
         content = json.dumps([self.suite, sorted(set(self.packages)), self.size_bytes])
+        if self.files or self.enable:
+            files = [(path, hashlib.sha256(data).hexdigest(), mode) for path, data, mode in self.files]
+            content += json.dumps([sorted(files), sorted(set(self.enable))])
         return f"debian-{self.suite}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     @property
@@ -102,6 +117,41 @@ class Recipe:
         """A digest of what the code adds: a disk of an older one is built anew."""
         code = Path(rootfs.__file__).read_bytes() + base_archive(b"", "amd64")
         return hashlib.sha256(code + " ".join(modules.GUEST_MODULES).encode()).hexdigest()
+
+
+def recipe(
+    suite: str,
+    packages: Sequence[str],
+    size_bytes: int,
+    files: Mapping[str, str | bytes | Path],
+    authorized_keys: Sequence[str],
+    enable: Sequence[str],
+) -> Recipe:
+    """Return the recipe of `build_debian`'s arguments. Raises ``ConfigError``."""
+    for name, words in (("packages", packages), ("authorized_keys", authorized_keys), ("enable", enable)):
+        if isinstance(words, (str, bytes)) or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"{name}={words!r}: give a list of str")
+    found = [(path, *_file(path, content)) for path, content in files.items()]
+    if authorized_keys:
+        keys = "".join(f"{line.strip()}\n" for key in authorized_keys for line in key.splitlines())
+        found.append(("/root/.ssh/authorized_keys", keys.encode(), 0o600))
+        packages = (*packages, rootfs.SSH_SERVER)
+    return Recipe(suite, tuple(packages), size_bytes, tuple(found), tuple(enable))
+
+
+def _file(path: str, content: str | bytes | Path) -> tuple[bytes, int]:
+    """Return content and mode of a file for the guest."""
+    if isinstance(content, str):
+        content = content.encode()
+    if isinstance(content, bytes):
+        return content, 0o755 if content.startswith(b"#!") else 0o644
+    if not isinstance(content, os.PathLike):
+        raise ConfigError(f"files[{path!r}]={content!r}: give str, bytes, or the Path of a file")
+    try:
+        data, mode = Path(content).read_bytes(), Path(content).stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"files[{path!r}]: cannot read {content}: {error.strerror}") from None
+    return data, 0o755 if mode & 0o100 or data.startswith(b"#!") else 0o644
 
 
 def cached(cache: Cache, recipe: Recipe) -> DebianDisk | None:
@@ -181,6 +231,13 @@ def _has_range(file: Path, user: str, uid: int) -> bool:
     return any(line.split(":")[0] in (user, str(uid)) for line in lines)
 
 
+def _is(file: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(file) == sha256
+    except OSError:
+        return False
+
+
 class _Build:
     """One build, in a folder that is removed after it."""
 
@@ -203,11 +260,16 @@ class _Build:
         self._tell("index")
         await apt.update(force=refresh)
         package = await apt.show(*debian.kernel_dependency(await apt.show(KERNEL)))
+        sources = await apt.sources(self._recipe.suite)
+        if sources and self._recipe.packages:
+            self._check(await apt.missing(self._recipe.suite, self._recipe.packages))
         release = await self._kernel(apt, package, busybox)
-        await self._debootstrap(await apt.sources(self._recipe.suite), release)
+        await self._debootstrap(sources, release)
         self._tell("build")
         await self._image()
-        return await anyio.to_thread.run_sync(self._store, package)
+        built = await anyio.to_thread.run_sync(self._store, package)
+        (self._cache.root / "kernel.deb").unlink(missing_ok=True)
+        return built
 
     def _tell(self, stage: Literal["index", "download", "unpack", "install", "build"]) -> None:
         self._progress(Progress(self._recipe.name, stage))
@@ -218,7 +280,12 @@ class _Build:
         def progress(done_bytes: int) -> None:
             self._progress(Progress(KERNEL, "download", done_bytes, package.size))
 
-        deb = await apt.download(package, self._folder, progress)
+        # Kept until a disk has been made of it: what fails after this need not be fetched again.
+        kept = self._cache.root / "kernel.deb"
+        if not await anyio.to_thread.run_sync(_is, kept, package.sha256):
+            (await apt.download(package, self._folder, progress)).replace(kept)
+        deb = self._folder / "kernel.deb"
+        os.link(kept, deb)
         self._progress(Progress(KERNEL, "unpack"))
         with (self._folder / "kernel.tar").open("w+b") as tar:
             await debian.unpack_tar(deb, tar)
@@ -226,7 +293,7 @@ class _Build:
 
     def _unpack_kernel(self, tar: IO[bytes], busybox: Path) -> str:
         with (self._folder / "overlay.tar").open("wb") as overlay:
-            release = rootfs.write_overlay(tar, overlay)
+            release = rootfs.write_overlay(tar, overlay, self._recipe.files)
         tar.seek(0)
         kernel = f"boot/vmlinuz-{release}"
         files = debian.pick(tar, lambda name: name == kernel or modules.wanted(name))
@@ -242,11 +309,14 @@ class _Build:
         """Have mmdebstrap write root.tar."""
         options = [f"--dpkgopt={option}" for option in rootfs.DPKG_OPTIONS]
         overlay = shlex.quote(str(self._folder / "overlay.tar"))
-        options += [f"--customize-hook={hook}" for hook in rootfs.hooks(overlay, release)]
+        options += [
+            f"--customize-hook={hook}" for hook in rootfs.hooks(overlay, release, self._recipe.enable)
+        ]
         packages = ",".join((*rootfs.PACKAGES, *self._recipe.packages))
         argv = ["mmdebstrap", f"--mode={self._mode}", "--variant=essential", "--architectures=amd64"]
         argv += ["--format=tar", f"--include={packages}", *options]
         argv += [self._recipe.suite, str(self._folder / "root.tar"), *sources]
+        missing: list[str] = []
         last: deque[bytes] = deque(maxlen=_COMPLAINT_LINES)
         async with child(argv, stderr=subprocess.STDOUT, env=self._env, grace_s=_GRACE_S) as process:
             assert process.stdout is not None
@@ -255,10 +325,16 @@ class _Build:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     self._line(line)
+                    missing += debian.MISSING.findall(line.decode(errors="replace"))
                     last.append(line)
             status = await process.wait()
         if status:
+            self._check(missing)
             raise failed("mmdebstrap", status, b"\n".join([*last, rest]))
+
+    def _check(self, missing: list[str]) -> None:
+        if missing:
+            raise ImageError(f"{self._recipe.suite} has no package {', '.join(dict.fromkeys(missing))}")
 
     def _line(self, line: bytes) -> None:
         for start, stage in _STAGES:

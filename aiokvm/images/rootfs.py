@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import shlex
 import tarfile
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from aiokvm.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 EPOCH = 1_700_000_000
 """The time of all that is newer: two builds of the same packages are the same image (SOURCE_DATE_EPOCH)."""
 
-PACKAGES = ("acpid", "busybox", "kmod", "passwd", "systemd-sysv", "udhcpc")
-"""Beside Debian's essential packages: the power button, modules, an init, a DHCP client and small tools (ip,
-wget, httpd). No udev: it makes a boot longer."""
+PACKAGES = ("acpid", "busybox", "dbus", "iproute2", "kmod", "passwd", "systemd-sysv", "udev", "udhcpc")
+"""Beside Debian's essential packages: the power button, modules, an init, names for devices, a DHCP client
+and small tools (ip; of busybox wget and httpd). dbus is what poweroff asks."""
+SSH_SERVER = "openssh-server"
 
 # The getty that Debian has waits for udev to announce the terminal.
 _GETTY = """\
@@ -69,29 +74,60 @@ for adapter in /sys/class/net/eth*; do
     udhcpc -i "$adapter" -t 4 -T 1 -A 5 -b -S
 done
 """
+# Keys are made where they are used: those of the image would be everybody's.
+_SSH_KEYS = """\
+[Unit]
+Description=Host keys of the SSH server
+ConditionPathExists=/usr/bin/ssh-keygen
+ConditionPathExists=!/etc/ssh/ssh_host_ed25519_key
+ConditionPathIsReadWrite=/etc/ssh
+Before=ssh.service ssh.socket
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
+"""
+# What is plugged in later is named as it comes. At boot only what has names by udev is looked at, for each of
+# Linux's many terminals costs a process.
+_TRIGGER = """\
+[Service]
+ExecStart=
+ExecStart=-udevadm trigger --action=add --subsystem-match=block --subsystem-match=net \
+    --subsystem-match=virtio-ports
+"""
 _FILES = {
     "etc/hostname": "debian\n",
     # The host's, which a guest cannot use.
     "etc/resolv.conf": "",
-    "etc/acpi/events/power": "event=button/power\naction=/bin/systemctl poweroff\n",
+    "etc/acpi/events/power": "event=button/power\naction=/bin/systemctl start poweroff.target "
+    "--no-block --job-mode=replace-irreversibly\n",
     "etc/systemd/journald.conf.d/aiokvm.conf": "[Journal]\nStorage=volatile\n",
     "etc/systemd/system/serial-getty@.service": _GETTY,
     "usr/local/sbin/aiokvm-getty": _LOGIN,
     "etc/systemd/system/aiokvm-dhcp.service": _DHCP,
+    "etc/systemd/system/aiokvm-ssh-keys.service": _SSH_KEYS,
+    "etc/systemd/system/systemd-udev-trigger.service.d/aiokvm.conf": _TRIGGER,
     "usr/local/sbin/aiokvm-dhcp": _DHCP_SCRIPT,
     # A prompt that is only what it says, for those who wait for it.
     "root/.inputrc": "set enable-bracketed-paste off\n",
 }
-# What waits for hardware that is not there, writes to the disk unasked, needs udev or D-Bus, or mounts what
-# few need. Each costs a slow machine a tenth of a second or more.
+# What waits for hardware that is not there, writes to the disk unasked, or mounts what few need. Each costs a
+# slow machine a tenth of a second or more.
 _MASKED = (
     *("dpkg-db-backup.timer", "fstrim.timer", "systemd-tmpfiles-clean.timer"),
-    *("getty-static.service", "getty@tty1.service", "systemd-logind.service"),
+    *("getty-static.service", "getty@tty1.service", "systemd-hwdb-update.service"),
     *("modprobe@.service", "kmod-static-nodes.service", "systemd-journal-flush.service"),
     *("systemd-pstore.service", "systemd-update-utmp.service", "systemd-update-utmp-runlevel.service"),
     *("dev-hugepages.mount", "dev-mqueue.mount", "proc-sys-fs-binfmt_misc.automount"),
     *("sys-fs-fuse-connections.mount", "sys-kernel-config.mount"),
     *("sys-kernel-debug.mount", "sys-kernel-tracing.mount"),
+)
+
+_OWN = (
+    *("etc/ssh/ssh_host_*", "var/lib/systemd/random-seed", "var/lib/dbus/machine-id"),
+    *("var/log/apt", "var/log/dpkg.log", "var/log/bootstrap.log", "var/log/alternatives.log"),
+    *("var/cache/ldconfig/aux-cache", "var/cache/debconf/*-old", "var/lib/dpkg/*-old", "etc/*-"),
 )
 
 DPKG_OPTIONS = (
@@ -138,19 +174,29 @@ def image_command(size_bytes: int) -> list[str]:
     return ["sh", "-c", _SCRIPT, "sh", _UUID, f"{size_bytes // 1024}k", _EXTENDED, _FEATURES]
 
 
-def hooks(overlay: str, release: str) -> list[str]:
-    """Return mmdebstrap's hooks: unpack the archive ``overlay`` over the root, and settle in."""
+def hooks(overlay: str, release: str, enable: Sequence[str] = ()) -> list[str]:
+    """Return mmdebstrap's hooks: unpack the archive ``overlay`` over the root, and settle in.
+
+    ``enable`` are names of systemd's units.
+    """
     return [
         f"tar-in {overlay} /",
         f'chroot "$1" depmod {release}',
+        *(f'chroot "$1" systemctl enable --quiet -- {shlex.quote(unit)}' for unit in enable),
+        # What is to be each machine's own, or tells when and where the image was built.
+        f'cd "$1" && rm -rf {" ".join(_OWN)}',
         # Whose they are depends on who builds.
         'rm -rf "$1"/var/cache/apt/archives "$1"/var/lib/apt/lists',
         r'sed -i "s/^root:[^:]*:/root::/" "$1/etc/shadow"',
     ]
 
 
-def write_overlay(kernel_tar: IO[bytes], overlay: IO[bytes]) -> str:
+def write_overlay(
+    kernel_tar: IO[bytes], overlay: IO[bytes], files: Iterable[tuple[str, bytes, int]] = ()
+) -> str:
     """Write a kernel package's modules and our own files as an archive; return the kernel's release.
+
+    Of the recipe's ``files`` each has a path, a content and a mode.
 
     Raises ``ImageError`` if the archive of the kernel's package is damaged or holds no modules.
     """
@@ -170,12 +216,19 @@ def write_overlay(kernel_tar: IO[bytes], overlay: IO[bytes]) -> str:
                 member.name = f"usr/{name}"
                 archive.addfile(member, package.extractfile(member) if member.isfile() else None)
             for name, text in _FILES.items():
-                _add(archive, name, text.encode())
+                _add(archive, name, text.encode(), 0o755 if text.startswith("#!") else 0o644)
             for name in _MASKED:
                 _link(archive, f"etc/systemd/system/{name}", "/dev/null")
             _link(archive, "etc/systemd/system/default.target", "/lib/systemd/system/multi-user.target")
             wants = "etc/systemd/system/multi-user.target.wants"
-            _link(archive, f"{wants}/aiokvm-dhcp.service", "../aiokvm-dhcp.service")
+            for name in ("aiokvm-dhcp.service", "aiokvm-ssh-keys.service"):
+                _link(archive, f"{wants}/{name}", f"../{name}")
+            # D-Bus starts it when somebody asks for it.
+            _link(archive, f"{wants}/systemd-logind.service", "/dev/null")
+            # Adapters are eth0, eth1 and so on, in the order of the machine's.
+            _link(archive, "etc/systemd/network/99-default.link", "/dev/null")
+            for name, data, mode in files:
+                _add(archive, name.lstrip("/"), data, mode)
     except tarfile.TarError as error:
         raise ImageError(f"the kernel package's archive is damaged: {error}") from error
     if not release:
@@ -183,9 +236,9 @@ def write_overlay(kernel_tar: IO[bytes], overlay: IO[bytes]) -> str:
     return release
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add(archive: tarfile.TarFile, name: str, data: bytes, mode: int) -> None:
     member = tarfile.TarInfo(name)
-    member.size, member.mtime, member.mode = len(data), EPOCH, 0o755 if data.startswith(b"#!") else 0o644
+    member.size, member.mtime, member.mode = len(data), EPOCH, mode
     archive.addfile(member, io.BytesIO(data))
 
 

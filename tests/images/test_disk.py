@@ -32,6 +32,7 @@ for word; do
 done
 echo "I: running apt-get update..."
 echo "I: installing essential packages..." >&2
+[ -e "$HOME/missing" ] && { echo "E: Unable to locate package nosuchpkg"; echo "E: apt failed"; exit 25; }
 [ -e "$HOME/fail" ] && { echo "E: it cannot" >&2; exit 25; }
 mkdir "$TMPDIR/root"
 echo content >"$TMPDIR/root/file"
@@ -98,6 +99,60 @@ def test_name_tells_what_goes_in() -> None:
     others = [("trixie", ("fio", "gdb"), 1 << 30), ("bookworm", ("fio",), 1 << 30)]
     others.append(("bookworm", ("fio", "gdb"), 2 << 30))
     assert name not in {disk.Recipe(*other).name for other in others}
+
+
+def test_what_is_put_in_is_checked(tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"files": {"etc/motd": "x"}}, "'etc/motd' is no path of a file in the guest"),
+        ({"files": {"/etc/../motd": "x"}}, "is no path of a file"),
+        ({"files": {"/etc/": "x"}}, "is no path of a file"),
+        ({"files": {"/etc/motd": 5}}, "give str, bytes, or the Path of a file"),
+        ({"files": {"/etc/motd": tmp_path / "nope"}}, "cannot read .*nope: No such file"),
+        ({"enable": ["a b"]}, "'a b' is no name of a unit"),
+        ({"enable": "ssh.service"}, "enable='ssh.service': give a list of str"),
+        ({"packages": "fio"}, "packages='fio': give a list of str"),
+        ({"authorized_keys": [5]}, "give a list of str"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            images.find_debian(**arguments)
+
+
+def test_what_is_put_in_belongs_to_the_name(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF")
+    program.chmod(0o755)
+
+    def recipe(files: dict[str, str | bytes | Path], keys: list[str], enable: list[str]) -> disk.Recipe:
+        return disk.recipe("bookworm", [], 1 << 30, files, keys, enable)
+
+    plain = recipe({}, [], [])
+    assert plain.name == disk.Recipe("bookworm", (), 1 << 30).name
+    made = recipe({"/a": "text", "/b": b"#!/bin/sh", "/c": program}, ["key 1\n", "key 2"], ["ssh.service"])
+    assert made.packages == ("openssh-server",)
+    assert made.enable == ("ssh.service",)
+    assert made.files == (
+        ("/a", b"text", 0o644),
+        ("/b", b"#!/bin/sh", 0o755),
+        ("/c", b"\x7fELF", 0o755),
+        ("/root/.ssh/authorized_keys", b"key 1\nkey 2\n", 0o600),
+    )
+    others = [recipe({"/a": "text"}, [], []), recipe({"/a": "other"}, [], []), recipe({}, [], ["a.service"])]
+    assert len({one.name for one in (plain, made, *others)}) == 5
+
+
+@pytest.mark.anyio
+@one_loop
+async def test_a_build_that_fails_keeps_the_kernel(home: Path) -> None:
+    (home / "missing").touch()
+    told: list[images.Progress] = []
+    with pytest.raises(ImageError, match=r"^bookworm has no package nosuchpkg$"):
+        await build(packages=("nosuchpkg",), progress=told.append)
+    assert "download" in {progress.stage for progress in told}
+    (home / "missing").unlink()
+    told.clear()
+    await build(progress=told.append)
+    assert "download" not in {progress.stage for progress in told}
+    assert not (Path(os.environ["AIOKVM_CACHE"]) / "kernel.deb").exists()
 
 
 @pytest.mark.anyio

@@ -61,6 +61,45 @@ def test_overlay_has_all_modules_where_the_link_to_usr_stays(lib: str) -> None:
         assert tar.getmember("etc/systemd/system/fstrim.timer").linkname == "/dev/null"
 
 
+def test_overlay_has_the_files_of_the_recipe(tmp_path: Path) -> None:
+    overlay = io.BytesIO()
+    files = [("/etc/motd", b"hi", 0o644), ("/root/.ssh/authorized_keys", b"key\n", 0o600)]
+    rootfs.write_overlay(archive("./lib/modules/6/a"), overlay, files)
+    overlay.seek(0)
+    with tarfile.open(fileobj=overlay) as tar:
+        for path, data, mode in files:
+            member = tar.getmember(path[1:])
+            assert (member.mode, member.uid, member.gid) == (mode, 0, 0)
+            content = tar.extractfile(member)
+            assert content is not None
+            assert content.read() == data
+
+
+def test_hooks_leave_nothing_that_is_one_machine_s_own(tmp_path: Path) -> None:
+    for name in (
+        "etc/ssh/ssh_host_rsa_key",
+        "etc/ssh/ssh_host_rsa_key.pub",
+        "etc/passwd-",
+        "var/log/dpkg.log",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "etc/ssh/sshd_config").touch()
+    (tmp_path / "etc/passwd").touch()
+    (hook,) = (hook for hook in rootfs.hooks("overlay", "6", ["a.service"]) if "ssh_host" in hook)
+    subprocess.run(["sh", "-c", hook, "sh", str(tmp_path)], check=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"etc/ssh/sshd_config", "etc/passwd"}
+
+
+def test_units_are_enabled() -> None:
+    hooks = rootfs.hooks("overlay", "6", ["a.service", "b@c.timer"])
+    assert [hook for hook in hooks if "enable" in hook] == [
+        'chroot "$1" systemctl enable --quiet -- a.service',
+        'chroot "$1" systemctl enable --quiet -- b@c.timer',
+    ]
+
+
 @pytest.mark.parametrize(
     ("package", "message"),
     [
