@@ -1,12 +1,12 @@
 """Network adapters against QEMU's: iperf3 and ping in the same Debian guest.
 
-The peer is QEMU's microvm with virtio-net over virtio-mmio: with the same TAP device and vhost off, and with
-its user-mode NAT. The other end of all traffic is iperf3 on the host. A figure is the median of the rounds,
-in each of which every monitor boots its guest anew. Where ring 0 has no hardware all runs in the lab.
+The peer is QEMU's microvm with virtio-net over virtio-mmio: with a TAP device and vhost off, and with its
+user-mode NAT. The other end of all traffic is iperf3 on the host. A guest of each monitor is up, and each job
+is done by them in turns: bench/pairs.py. Where ring 0 has no hardware all runs in the lab.
 
-aiokvm moves the frames on its loop, and again on a thread of the adapter's own. While traffic flows a task of
-its loop sleeps for 5 ms again and again; how late it wakes up is the loop's lag. Beside QEMU the same is done
-by a loop that has nothing to do: what it lags is the machine's doing.
+aiokvm moves the frames on its loop, and in another guest on a thread of the adapter's own. While traffic
+flows a task of its loop sleeps for 5 ms again and again; how late it wakes up is the loop's lag. While it is
+QEMU's turn the loop has nothing to do: what it lags is the machine's doing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from aiokvm import VM, block, boot, images, net
+from bench import pairs
 from bench.guest import CMDLINE, MEMORY_MIB, Shell, has_hardware, in_the_lab, lags, qemu
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from bench.pairs import Measure, Measured
+
 RESULTS = Path(__file__).with_name("results")
-TAP = "aiokvm-bench"
-HOST, GUEST = "10.9.0.1", "10.9.0.2"
 NAT_HOST = "10.0.2.2"  # where either NAT has the host's loopback
 PINGS = 300
 
@@ -58,29 +59,39 @@ async def run_here(*argv: str) -> None:
     await anyio.run_process(argv, stdout=subprocess.DEVNULL)
 
 
+def tap_of(monitor: str) -> str:
+    return f"aiokvm-{monitor.lower()}"
+
+
+def network_of(monitor: str) -> str:
+    """The first three bytes of it: the host is 1, the guest 2."""
+    return f"10.9.{MONITORS.index(monitor)}"
+
+
 @asynccontextmanager
 async def host_side(backend: str) -> AsyncIterator[None]:
-    """A TAP device with an address, and iperf3's server."""
-    if backend == "tap":
-        await run_here("ip", "tuntap", "add", TAP, "mode", "tap", "vnet_hdr")
-        await run_here("ip", "address", "add", f"{HOST}/24", "dev", TAP)
-        await run_here("ip", "link", "set", TAP, "up")
+    """A TAP device with an address for each monitor, and iperf3's server."""
+    taps = MONITORS if backend == "tap" else ()
+    for monitor in taps:
+        await run_here("ip", "tuntap", "add", tap_of(monitor), "mode", "tap", "vnet_hdr")
+        await run_here("ip", "address", "add", f"{network_of(monitor)}.1/24", "dev", tap_of(monitor))
+        await run_here("ip", "link", "set", tap_of(monitor), "up")
     try:
         async with await anyio.open_process(["iperf3", "-s"], stdout=subprocess.DEVNULL) as server:
             yield
             server.kill()
     finally:
-        if backend == "tap":
-            with anyio.CancelScope(shield=True):
-                await run_here("ip", "tuntap", "del", TAP, "mode", "tap")
+        with anyio.CancelScope(shield=True):
+            for monitor in taps:
+                await run_here("ip", "tuntap", "del", tap_of(monitor), "mode", "tap")
 
 
 @asynccontextmanager
-async def aiokvm_guest(debian: images.DebianDisk, backend: str, dataplane: Any) -> AsyncIterator[Shell]:
+async def aiokvm_guest(debian: images.DebianDisk, backend: str, monitor: Any) -> AsyncIterator[Shell]:
     root = block.Overlay(block.Raw(debian.disk, readonly=True))
     linux = boot.Linux(debian.kernel, debian.initrd, CMDLINE + " aiokvm.nodhcp")
-    leads = net.Tap(TAP) if backend == "tap" else net.User(allow_host_loopback=True)
-    nic = net.Nic(leads, dataplane=dataplane)
+    leads = net.Tap(tap_of(monitor)) if backend == "tap" else net.User(allow_host_loopback=True)
+    nic = net.Nic(leads, dataplane=monitor)
     async with await VM.create(boot=linux, memory=f"{MEMORY_MIB}M", disks=[root], nets=[nic]) as vm:
         await vm.start()
         yield Shell(vm.serial.read, vm.serial.send)
@@ -88,7 +99,7 @@ async def aiokvm_guest(debian: images.DebianDisk, backend: str, dataplane: Any) 
 
 @asynccontextmanager
 async def qemu_guest(debian: images.DebianDisk, backend: str) -> AsyncIterator[Shell]:
-    tap = f"tap,id=n,ifname={TAP},script=no,downscript=no,vhost=off"
+    tap = f"tap,id=n,ifname={tap_of('QEMU')},script=no,downscript=no,vhost=off"
     argv = [
         *("-drive", f"id=root,if=none,format=raw,snapshot=on,file={debian.disk}"),
         *("-device", "virtio-blk-device,drive=root"),
@@ -101,12 +112,12 @@ async def qemu_guest(debian: images.DebianDisk, backend: str) -> AsyncIterator[S
         yield shell
 
 
-async def set_up(shell: Shell, backend: str) -> str:
+async def set_up(shell: Shell, backend: str, monitor: str) -> str:
     """Give the guest its address; the host's."""
-    address = f"{GUEST}/24" if backend == "tap" else "10.0.2.15/24"
-    host = HOST if backend == "tap" else NAT_HOST
+    network = network_of(monitor)
+    address, host = ("10.0.2.15", NAT_HOST) if backend == "user" else (f"{network}.2", f"{network}.1")
     ip = "busybox ip"
-    await shell.run(f"{ip} link set eth0 up; {ip} addr add {address} dev eth0", 60)
+    await shell.run(f"{ip} link set eth0 up; {ip} addr add {address}/24 dev eth0", 60)
     await shell.run(f"until ping -c 1 -W 1 {host}; do :; done", 60)
     return host
 
@@ -145,48 +156,84 @@ async def ping(shell: Shell, host: str) -> tuple[float, float]:
     return float(half), float(most)
 
 
-async def run(monitor: str, debian: images.DebianDisk, backend: str, seconds: float) -> dict[str, float]:
-    """One guest, all jobs."""
-    figures: dict[str, float] = {}
-    async with host_side(backend):
-        made = qemu_guest(debian, backend) if monitor == "QEMU" else aiokvm_guest(debian, backend, monitor)
-        async with made as shell:
+def traffic(monitor: str, shell: Shell, host: str, name: str, seconds: float) -> Measure:
+    options, unit, _ = JOBS[name]
+
+    async def measure() -> dict[str, float]:
+        late: list[float] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(lags, late)
+            speed = await iperf(shell, host, options, seconds)
+            group.cancel_scope.cancel()
+        lag = sorted(late)[int(0.99 * len(late))]
+        print(f"{monitor}: {name}: {speed:.1f} {unit}, lag p99 {lag:.1f} ms", flush=True)
+        return {name: speed, "lag p99": lag}
+
+    return measure
+
+
+def pings(monitor: str, shell: Shell, host: str) -> Measure:
+    async def measure() -> dict[str, float]:
+        figures = dict(zip(PING, await ping(shell, host), strict=True))
+        print(f"{monitor}: round trip: {list(figures.values())} ms", flush=True)
+        return figures
+
+    return measure
+
+
+async def measure(debian: images.DebianDisk, backend: str, count: int, seconds: float) -> dict[str, Measured]:
+    """What was measured, by job: by monitor and figure, a value a pair."""
+    figures: dict[str, Measured] = {}
+    async with host_side(backend), AsyncExitStack() as guests:
+        shells: dict[str, tuple[Shell, str]] = {}
+        for monitor in MONITORS:
+            if monitor == "QEMU":
+                made = qemu_guest(debian, backend)
+            else:
+                made = aiokvm_guest(debian, backend, monitor)
+            shell = await guests.enter_async_context(made)
             await shell.login()
-            host = await set_up(shell, backend)
-            for name, (options, unit, _) in JOBS.items():
-                late: list[float] = []
-                async with anyio.create_task_group() as group:
-                    group.start_soon(lags, late)
-                    figures[name] = await iperf(shell, host, options, seconds)
-                    group.cancel_scope.cancel()
-                figures[f"{name}, lag p99"] = sorted(late)[int(0.99 * len(late))]
-                print(f"{monitor}, {backend}: {name}: {figures[name]:.1f} {unit}", flush=True)
-            figures.update(zip(PING, await ping(shell, host), strict=True))
-            print(f"{monitor}, {backend}: round trip: {[figures[name] for name in PING]} ms", flush=True)
+            shells[monitor] = (shell, await set_up(shell, backend, monitor))
+        for name in JOBS:
+            figures[name] = await pairs.alternate(
+                {monitor: traffic(monitor, *to, name, seconds) for monitor, to in shells.items()}, count
+            )
+        figures["round trip"] = await pairs.alternate(
+            {monitor: pings(monitor, *to) for monitor, to in shells.items()}, count
+        )
     return figures
 
 
-def show(figures: dict[str, dict[str, list[float]]], backends: list[str], rounds: int) -> None:
-    table = Table("back end", "job", "unit", *MONITORS, "ratios", "aim", "lag p99 ms")
+def show(figures: dict[str, dict[str, Measured]], count: int) -> None:
+    table = Table("back end", "job", "unit", *MONITORS, "loop / QEMU", "thread / QEMU", "aim", "lag p99 ms")
 
-    def median(monitor: str, backend: str, name: str) -> float:
-        return statistics.median(figures[f"{monitor}, {backend}"][name])
-
-    def row(backend: str, name: str, unit: str, aim: float, digits: int, lag: str = "") -> None:
-        *ours, theirs = (median(monitor, backend, name) for monitor in MONITORS)
-        ratios = (theirs / one if unit == "ms" else one / theirs for one in ours)
-        values = (f"{value:.{digits}f}" for value in (*ours, theirs))
+    def row(backend: str, measured: Measured, name: str, unit: str, aim: float) -> None:
+        values = {monitor: measured[monitor][name] for monitor in MONITORS}
+        # Of a time the smaller one is the better.
+        ratios = [
+            pairs.compare(values["QEMU"], values[ours])
+            if unit == "ms"
+            else pairs.compare(values[ours], values["QEMU"])
+            for ours in MONITORS[:2]
+        ]
+        late = [measured[monitor].get("lag p99") for monitor in MONITORS]
+        digits = 2 if unit == "ms" else 0
         table.add_row(
-            backend, name, unit, *values, " ".join(f"{ratio:.2f}" for ratio in ratios), f"{aim}", lag
+            backend,
+            name,
+            unit,
+            *(f"{statistics.median(each):.{digits}f}" for each in values.values()),
+            *map(str, ratios),
+            f"{aim}",
+            " ".join(f"{statistics.median(each):.1f}" for each in late if each),
         )
 
-    for backend in backends:
+    for backend, jobs in figures.items():
         for name, (_, unit, aim) in JOBS.items():
-            late = (median(monitor, backend, f"{name}, lag p99") for monitor in MONITORS)
-            row(backend, name, unit, aim, 0, " ".join(f"{lag:.1f}" for lag in late))
+            row(backend, jobs[name], name, unit, aim)
         for name in PING:
-            row(backend, name, "ms", 1.0, 2)
-    Console(width=130).print(table, f"medians of {rounds}; a ratio above 1 is in aiokvm's favour")
+            row(backend, jobs["round trip"], name, "ms", 1.0)
+    Console(width=150).print(table, pairs.caption(count))
 
 
 async def main(arguments: Any) -> int:
@@ -196,27 +243,23 @@ async def main(arguments: Any) -> int:
         debian = await images.build_debian(packages=("iperf3", "iputils-ping"))
     if not arguments.here and not has_hardware():
         Console().print("ring 0 has no hardware here: measuring in the lab")
-        options = ["--disk", str(debian.disk), "--rounds", str(arguments.rounds)]
+        options = ["--disk", str(debian.disk), "--pairs", str(arguments.pairs)]
         options += ["--seconds", str(arguments.seconds)]
         for backend in arguments.backend:
             options += ["--backend", backend]
         return await in_the_lab(__file__, arguments.results, options)
-    figures: dict[str, dict[str, list[float]]] = {}
-    for _ in range(arguments.rounds):
-        for backend in arguments.backend:
-            for monitor in MONITORS:
-                values = figures.setdefault(f"{monitor}, {backend}", {})
-                found = await run(monitor, debian, backend, arguments.seconds)
-                for name, value in found.items():
-                    values.setdefault(name, []).append(value)
-    show(figures, arguments.backend, arguments.rounds)
+    figures = {
+        backend: await measure(debian, backend, arguments.pairs, arguments.seconds)
+        for backend in arguments.backend
+    }
+    show(figures, arguments.pairs)
     (arguments.results / "net.json").write_text(json.dumps(figures, indent=1))
     return 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--seconds", type=float, default=3, help="how long each job runs")
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--disk", type=Path, help="a disk of `aiokvm images build debian` with the packages")
