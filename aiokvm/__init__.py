@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm import block, boot, kvm, net
+from aiokvm import boot, kvm
 from aiokvm.errors import (
     AiokvmError,
     BootError,
@@ -52,6 +52,7 @@ from aiokvm.machine.vm import VM, VmState
 from aiokvm.memory import GuestMemory, RamRegion
 
 if TYPE_CHECKING:
+    from aiokvm import block, net
     from aiokvm.aio.steps import HoldUp
     from aiokvm.aio.watchdog import Watchdog
     from aiokvm.machine.balloon import MemoryBalloon
@@ -163,9 +164,14 @@ _LATER = {
 }
 
 
+_MODULES_LATER = ("block", "net")
+
+
 def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES_LATER:
+        return import_module(f"{__name__}.{name}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from aiokvm.errors import ConfigError
 
@@ -26,5 +25,9 @@ def parse_size(size: int | str) -> int:
             f"{size!r} is not a size: write bytes, or a number with K, M, G or T, such as 512M or 1.5G"
         )
     unit = _UNITS[match[3].upper()]
-    found = int(Fraction(match[1] + (match[2] or "")) * unit)
-    return found - found % _STEP if match[2] and unit > _STEP else found
+    found = int(match[1]) * unit
+    if not match[2]:
+        return found
+    digits = match[2][1:]
+    found += int(digits) * unit // int("1" + "0" * len(digits))
+    return found - found % _STEP if unit > _STEP else found

@@ -11,13 +11,6 @@ from typing import TYPE_CHECKING
 
 from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.constants import KvmExit
-from aiokvm.kvm.routing import (
-    IrqRoutingEntry,
-    IrqRoutingHvSint,
-    IrqRoutingIrqchip,
-    IrqRoutingMsi,
-    IrqRoutingXenEvtchn,
-)
 from aiokvm.kvm.structs import CpuidEntry, DTable, MpState, MsrEntry, Regs, Segment, Sregs
 from aiokvm.kvm.system import System
 from aiokvm.kvm.tables import MsrError
@@ -27,6 +20,13 @@ from aiokvm.kvm.vm import Device, Vm
 if TYPE_CHECKING:
     from aiokvm.kvm.probe import ring0_speed
     from aiokvm.kvm.rings import DirtyRing
+    from aiokvm.kvm.routing import (
+        IrqRoutingEntry,
+        IrqRoutingHvSint,
+        IrqRoutingIrqchip,
+        IrqRoutingMsi,
+        IrqRoutingXenEvtchn,
+    )
     from aiokvm.kvm.run_state import (
         DebugExit,
         ExceptionExit,
@@ -99,6 +99,13 @@ _LATER = {
     ),
     "probe": ("ring0_speed",),
     "rings": ("DirtyRing",),
+    "routing": (
+        "IrqRoutingEntry",
+        "IrqRoutingHvSint",
+        "IrqRoutingIrqchip",
+        "IrqRoutingMsi",
+        "IrqRoutingXenEvtchn",
+    ),
     "run_state": (
         "DebugExit",
         "ExceptionExit",
