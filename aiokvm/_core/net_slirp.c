@@ -326,6 +326,16 @@ static bool serve(struct aiokvm_net_end *end)
 
 /* ---- frames from the guest ---- */
 
+/* The service that an IPv4 frame goes to, if it is of TCP. */
+static struct slirp_service *find_service(struct slirp_end *self)
+{
+    uint32_t address = net_load32(self->input + 30), port = net_load16(self->input + 36);
+    struct slirp_service *service = self->services;
+    while (service && (service->address != address || service->port != port))
+        service = service->next;
+    return service;
+}
+
 /* False: it is too much. If *reset_size is not 0, `reset` goes to libslirp before. */
 static bool may_connect(struct slirp_end *self, uint32_t size, uint64_t now_ns, uint8_t *reset, uint32_t *reset_size)
 {
@@ -333,13 +343,8 @@ static bool may_connect(struct slirp_end *self, uint32_t size, uint64_t now_ns, 
     /* One more could not be accepted either, and would take the place of that which waits for it. */
     if (self->is_starved && slirp_begun_find(&self->begun, self->input, size))
         return false;
-    if (!self->services || !slirp_begins(self->input, size))
-        return true;
-    uint32_t address = net_load32(self->input + 30), port = net_load16(self->input + 36);
-    for (struct slirp_service *service = self->services; service; service = service->next)
-        if (service->address == address && service->port == port)
-            return slirp_begun_add(&self->begun, self->input, size, now_ns, reset, reset_size);
-    return true;
+    return !find_service(self) || !slirp_begins(self->input, size) ||
+           slirp_begun_add(&self->begun, self->input, size, now_ns, reset, reset_size);
 }
 
 /* Whether there is room for what a frame of the guest's opens. A connection that is closed at one side, and silent,
@@ -394,6 +399,7 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     uint32_t size = frame->size;
     net_spend(end->net, NET_COST_CALL + size);
     net_frame_copy(frame, self->input);
+    load.is_service = find_service(self);
     enum slirp_verdict verdict = slirp_guard(&self->guard, &load, &frame->hdr, self->input, size);
     if (verdict == SLIRP_FRAGMENT) {
         bool is_invalid;
@@ -404,7 +410,9 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
     }
     if (verdict == SLIRP_FULL) {
+        bool is_service = load.is_service;
         load = measure(self, size, now_ns);
+        load.is_service = is_service;
         verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
     }
     switch (verdict) {
@@ -555,7 +563,7 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     self->found = -1;
     self->watch.fd = -1;
     self->guard = (struct slirp_guard){
-        .host = config->host, .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
+        .network = config->network, .netmask = config->netmask, .host = config->host, .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
         .host_loopback = config->host_loopback, .own_nameserver = config->own_nameserver,
         .restricted = config->restricted,
     };

@@ -70,12 +70,17 @@ static uint64_t peer(uint32_t guest, uint32_t port, uint32_t guest_port)
     return (uint64_t)guest << 32 | port << 16 | guest_port;
 }
 
+static bool is_inside(const struct slirp_guard *guard, uint32_t address)
+{
+    return address == guard->host || (guard->netmask && (address & guard->netmask) == guard->network);
+}
+
 void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size, uint64_t now_ns)
 {
     const uint8_t *ip = frame + ETH_SIZE, *udp;
     uint64_t heard;
     if (size >= ETH_SIZE + IP_SIZE + UDP_SIZE && net_load16(frame + 12) == ETHERTYPE_IP && ip[9] == PROTOCOL_UDP &&
-        net_load32(ip + 12) == guard->host && !(net_load16(ip + 6) & 0x1fff)) {
+        is_inside(guard, net_load32(ip + 12)) && !(net_load16(ip + 6) & 0x1fff)) {
         udp = ip + IP_SIZE;
         heard = peer(net_load32(ip + 16), net_load16(udp), net_load16(udp + 2));
     } else if (size >= ETH_SIZE + IP6_SIZE + UDP_SIZE && net_load16(frame + 12) == ETHERTYPE_IP6 &&
@@ -101,18 +106,32 @@ static bool is_syn(const uint8_t *tcp)
     return (tcp[13] & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
+static bool is_answer(const struct slirp_guard *guard, const struct slirp_load *load, uint32_t guest,
+                      const uint8_t *udp)
+{
+    uint64_t answered = peer(guest, net_load16(udp + 2), net_load16(udp));
+    uint32_t place = place_of(answered);
+    return guard->peers[place] == answered && load->now_ns - guard->heard_ns[place] < ANSWER_NS;
+}
+
+/* To an address of the guest's network that neither the router has, nor the nameserver, nor a service: the host's
+ * network may have one like it, which is not what is meant. Connections from there are answered. */
+static enum slirp_verdict to_nobody(const struct slirp_guard *guard, const struct slirp_load *load, uint32_t guest,
+                                    uint32_t protocol, uint8_t *payload)
+{
+    if (protocol == PROTOCOL_TCP)
+        return is_syn(payload) ? refuse(payload) : SLIRP_PASS;
+    return protocol == PROTOCOL_UDP && is_answer(guard, load, guest, payload) ? SLIRP_PASS : SLIRP_DENY;
+}
+
 /* To an address that libslirp takes for the loopback's. */
 static enum slirp_verdict to_loopback(const struct slirp_guard *guard, const struct slirp_load *load, uint32_t guest,
                                       uint32_t protocol, uint8_t *payload)
 {
     if (guard->host_loopback)
         return SLIRP_PASS;
-    if (protocol == PROTOCOL_UDP) {
-        uint64_t answered = peer(guest, net_load16(payload + 2), net_load16(payload));
-        uint32_t place = place_of(answered);
-        bool is_answer = guard->peers[place] == answered && load->now_ns - guard->heard_ns[place] < ANSWER_NS;
-        return is_answer ? SLIRP_PASS : SLIRP_DENY;
-    }
+    if (protocol == PROTOCOL_UDP)
+        return is_answer(guard, load, guest, payload) ? SLIRP_PASS : SLIRP_DENY;
     return is_syn(payload) ? refuse(payload) : SLIRP_PASS; /* of a connection from there */
 }
 
@@ -193,8 +212,11 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
     if (net_load16(ip + 6) & 0x3fff)
         return length > IP_SIZE ? SLIRP_FRAGMENT : SLIRP_INVALID;
     enum slirp_verdict verdict;
+    bool is_nobody = is_inside(guard, to) && to != guard->host && to != guard->nameserver && !load->is_service;
     if (protocol == PROTOCOL_TCP) {
         verdict = of_tcp(load, payload, rest, MIN_MSS);
+        if (!verdict && is_nobody)
+            verdict = to_nobody(guard, load, net_load32(ip + 12), protocol, payload);
         if (!verdict && to == guard->host)
             verdict = to_loopback(guard, load, net_load32(ip + 12), protocol, payload);
         return verdict;
@@ -206,6 +228,10 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
             return SLIRP_PASS;
         if (net_load16(payload + 2) == PORT_TFTP && to == guard->host)
             return SLIRP_UNSUPPORTED;
+        if (guard->restricted)
+            return SLIRP_DENY;
+        if (is_nobody && (verdict = to_nobody(guard, load, net_load32(ip + 12), protocol, payload)))
+            return verdict;
         verdict = to == guard->host ? to_loopback(guard, load, net_load32(ip + 12), protocol, payload) : SLIRP_PASS;
         return verdict || !load->other_full ? verdict : SLIRP_FULL;
     }
@@ -213,6 +239,8 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
         if (rest < ICMP_SIZE)
             return SLIRP_INVALID;
         bool is_ours = to == guard->host || to == guard->nameserver;
+        if (!is_ours && (is_nobody || guard->restricted))
+            return SLIRP_DENY;
         return payload[0] == ICMP_ECHO && load->other_full && !is_ours ? SLIRP_FULL : SLIRP_PASS;
     }
     return SLIRP_UNSUPPORTED;

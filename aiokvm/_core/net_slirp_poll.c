@@ -179,7 +179,7 @@ static int add_poll(int fd, int events, void *opaque)
     bool is_listener = watched->kind == SLIRP_LISTENER || watched->kind == SLIRP_UNIX_LISTENER;
     if ((is_listener && self->tcp >= self->max) || (watched->kind == SLIRP_UNIX_LISTENER && self->unix_at_ns))
         watched->events = 0;
-    if (watched->is_broken && !(watched->events & SLIRP_POLL_IN))
+    if (watched->is_broken && !watched->socket->is_told && !(watched->events & SLIRP_POLL_IN))
         watched->events = 0;
     /* Urgent data is taken for data. */
     uint32_t wanted = (watched->events & SLIRP_POLL_IN ? EPOLLIN : 0u) |
@@ -215,9 +215,9 @@ int slirp_get_revents(int index, void *opaque)
         return 0;
     }
     int events = 0;
-    /* A reset is found by who reads: who writes takes it for an end. */
+    /* A reset is found by who reads: who writes takes it for an end. Behind an end there is nothing to read. */
     if (ready & (EPOLLERR | EPOLLHUP) && watched->kind == SLIRP_TCP && watched->socket &&
-        watched->socket->is_connected) {
+        watched->socket->is_connected && !watched->socket->is_told) {
         watched->is_broken = true;
         return watched->events & SLIRP_POLL_IN ? SLIRP_POLL_IN : 0;
     }

@@ -16,7 +16,7 @@ enum { SLIRP_PEERS = 256 };
 
 struct slirp_guard {
     /* As in the configuration. */
-    uint32_t host, nameserver;
+    uint32_t network, netmask, host, nameserver;
     uint8_t prefix6[16], host6[16], nameserver6[16];
     uint32_t prefix6_length;
     bool host_loopback, own_nameserver, restricted;
@@ -28,6 +28,7 @@ struct slirp_guard {
 /* What there is already, of the guest. */
 struct slirp_load {
     bool tcp_full, other_full;
+    bool is_service; /* a service is where the frame goes to */
     uint64_t now_ns;
 };
 
@@ -135,6 +136,7 @@ struct slirp_socket {
     uint32_t id;               /* of a connection to a service, else 0 */
     bool is_connected;         /* TCP: the guest has been told of it, or was told to take it */
     bool is_half;              /* one side has closed it */
+    bool is_told;              /* the guest has been told that the other side has */
     uint32_t from_guest;       /* the sequence number that is expected of the guest, */
     uint32_t to_guest;         /* and the one after all that was sent to it */
     uint64_t heard_ns;         /* when one of them has last said something */

@@ -156,7 +156,7 @@ void slirp_sockets_told(struct slirp_sockets *sockets, const uint8_t *frame, siz
     if (flags & TCP_ACK)
         socket->from_guest = net_load32(tcp + 8);
     if (flags & TCP_FIN)
-        socket->is_half = true;
+        socket->is_half = socket->is_told = true;
 }
 
 struct slirp_socket *slirp_sockets_idle(struct slirp_sockets *sockets, uint64_t now_ns, bool is_full)

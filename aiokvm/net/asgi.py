@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import anyio
 
 from aiokvm.errors import AiokvmError, ConfigError
+from aiokvm.logs import SeldomLogger
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 REQUEST_TIMEOUT_S = 60.0
 # An application that takes longer to start or to end does not.
 LIFESPAN_TIMEOUT_S = 60.0
+# A body, and what is taken of a response, may take so long, and longer by a second for so many bytes.
+SLOWNESS_S = 60.0
+SLOWEST_BYTES_S = 1024
 # Of a request's body that the application did not read.
 MAX_SKIPPED = 1 << 20
 SKIP_TIMEOUT_S = 5.0
@@ -57,6 +61,7 @@ class Asgi:
         self.app = app
         self._h11 = h11
         self._lifespan = _Lifespan(app) if lifespan else None
+        self._log = SeldomLogger(logger)
         self._users = 0
         self._changing: anyio.Lock | None = None
 
@@ -82,7 +87,8 @@ class Asgi:
 
     async def __call__(self, stream: Connection) -> None:
         """Answer the requests of one connection."""
-        await _Http(self._h11, self.app, stream, self._lifespan.state if self._lifespan else {}).run()
+        state = self._lifespan.state if self._lifespan else {}
+        await _Http(self._h11, self.app, stream, state, self._log).run()
 
 
 class _Lifespan:
@@ -161,18 +167,44 @@ class _Lifespan:
             self._ended.set()
 
 
+class _Patience:
+    """How long a guest has been waited for, and whether that is too long for what has come of it."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._size = 0
+
+    async def wait(self, work: Awaitable[object], size: int = 0) -> bool:
+        """Wait for ``work``, which moves so many bytes. False if it took too long: it is cancelled."""
+        begun = anyio.current_time()
+        self._size += size
+        with anyio.move_on_after(SLOWNESS_S + self._size / SLOWEST_BYTES_S - self._waited) as scope:
+            await work
+        self._waited += anyio.current_time() - begun
+        return not scope.cancelled_caught
+
+    def moved(self, size: int) -> None:
+        """So many bytes have come."""
+        self._size += size
+
+
 class _Http:
     """One connection: its requests, one after the other."""
 
-    def __init__(self, library: Any, app: Application, stream: Connection, state: dict[str, Any]) -> None:
+    def __init__(
+        self, library: Any, app: Application, stream: Connection, state: dict[str, Any], log: SeldomLogger
+    ) -> None:
+        self.log = log
         self.h11 = library
         self.http: h11.Connection = library.Connection(library.SERVER)
         self.app = app
         self.stream = stream
         self.state = state
+        self.sent = _Patience()
 
     async def run(self) -> None:
         while True:
+            self.sent = _Patience()
             try:
                 with anyio.fail_after(REQUEST_TIMEOUT_S):
                     event = await self.next_event()
@@ -203,8 +235,9 @@ class _Http:
     async def send(self, event: Any) -> None:
         """Raises BrokenResourceError if the guest has gone."""
         data = self.http.send(event)
-        if data:
-            await self.stream.send(data)
+        if data and not await self.sent.wait(self.stream.send(data), len(data)):
+            self.stream.abort()
+            raise anyio.BrokenResourceError from TimeoutError("the guest takes the response too slowly")
 
     async def _is_done(self) -> bool:
         """Whether there may be a next request. What is left of a body that nobody has read is skipped."""
@@ -244,6 +277,8 @@ class _Exchange:
         self._has_body = False
         self._is_gone = False
         self._done = anyio.Event()
+        self._event: Any = None
+        self._received = _Patience()
 
     async def run(self) -> None:
         target, _, query = self._request.target.partition(b"?")
@@ -267,12 +302,15 @@ class _Exchange:
             await self._connection.app(scope, self._receive, self._send)
         except Exception as error:
             if not self._is_gone:
-                logger.error("exception in an ASGI application", exc_info=error)
+                self._connection.log.error("exception in an ASGI application", exc_info=error)
         else:
             if not self._done.is_set() and not self._is_gone:
-                logger.error("an ASGI application returned without a whole response")
+                self._connection.log.error("an ASGI application returned without a whole response")
         if not self._is_started and not self._is_gone:
             await self._fail()
+        elif not self._done.is_set():
+            # What there is of the response is not to be taken for all.
+            stream.abort()
         self._done.set()
 
     async def _fail(self) -> None:
@@ -285,16 +323,46 @@ class _Exchange:
 
     async def _receive(self) -> Message:
         h11, http = self._connection.h11, self._connection.http
+        # An application may look, without waiting, whether the guest has gone: what is known is told at once.
+        if not self._has_body and (event := self._at_hand()) is not None:
+            return self._body(event)
+        if self._is_gone or self._connection.stream.has_ended():
+            self._is_gone = self._has_body = True
+            return {"type": "http.disconnect"}
         if self._has_body:
             await self._until_gone()
             return {"type": "http.disconnect"}
-        try:
-            if http.they_are_waiting_for_100_continue and not self._is_started:
+        if http.they_are_waiting_for_100_continue and not self._is_started:
+            try:
                 await self._connection.send(h11.InformationalResponse(status_code=100, headers=[]))
-            event = await self._connection.next_event()
-        except (h11.RemoteProtocolError, anyio.BrokenResourceError):
-            event = None
+            except anyio.BrokenResourceError:
+                return self._body(None)
+        if not await self._received.wait(self._read()):
+            self._event = None
+            self._connection.stream.abort()
+        return self._body(self._event)
+
+    def _at_hand(self) -> Any:
+        """The next event of the body that needs no reading; None: there is none."""
+        h11 = self._connection.h11
+        try:
+            event = self._connection.http.next_event()
+        except h11.RemoteProtocolError:
+            self._is_gone = True
+            return None
+        return None if event is h11.NEED_DATA or event is h11.PAUSED else event
+
+    async def _read(self) -> None:
+        try:
+            self._event = await self._connection.next_event()
+        except (self._connection.h11.RemoteProtocolError, anyio.BrokenResourceError):
+            self._event = None
+
+    def _body(self, event: Any) -> Message:
+        """The message that an event of the body is; None: there is no more, the guest has gone."""
+        h11 = self._connection.h11
         if isinstance(event, h11.Data):
+            self._received.moved(len(event.data))
             return {"type": "http.request", "body": bytes(event.data), "more_body": True}
         self._has_body = True
         if isinstance(event, h11.EndOfMessage):

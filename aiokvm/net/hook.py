@@ -14,8 +14,8 @@ import anyio
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, ConfigError
+from aiokvm.logs import SeldomLogger
 from aiokvm.net.filter import DIRECTIONS, PROTOCOLS, Rule
-from aiokvm.ratelimit import Limit
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Filter:
         self._tasks: dict[int, Task] = {}
         self._answers: dict[int, Awaitable[bool]] = {}
         self._scheduled = False
-        self._logs = Limit(operations_per_second=1, burst_operations=10)
+        self._log = SeldomLogger(logger)
         self._adopt(items)
         end.subscribe(lib.AIOKVM_NET_NEWS_FLOW, self._on_flows)
 
@@ -203,8 +203,8 @@ class Filter:
             try:
                 with anyio.move_on_after(hook.timeout) as scope:
                     allowed = await answer is True
-                if scope.cancelled_caught and self._may_log():
-                    logger.warning("no answer in %g s, so it does not pass: %s", hook.timeout, _text(flow))
+                if scope.cancelled_caught:
+                    self._log.warning("no answer in %g s, so it does not pass: %s", hook.timeout, _text(flow))
             except Exception:
                 self._failed(flow)
             finally:
@@ -216,12 +216,7 @@ class Filter:
         self._tasks[number] = self._end.plane.loop.spawn(wait, f"aiokvm hook {_text(flow)}")
 
     def _failed(self, flow: Flow) -> None:
-        if self._may_log():
-            logger.exception("decide has failed, so it does not pass: %s", _text(flow))
-
-    def _may_log(self) -> bool:
-        """A guest can begin flows without end: it is not to fill the log."""
-        return self._logs.take(self._end.plane.loop.now_ns(), 0) == 0
+        self._log.exception("decide has failed, so it does not pass: %s", _text(flow))
 
     def _decide(self, number: int, allowed: bool) -> None:
         if core := self._live:

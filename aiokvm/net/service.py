@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Address
@@ -31,6 +32,8 @@ MAX_RUNNING = 256
 MAX_WAITING = 64
 # How long handlers that were cancelled may take to end.
 PATIENCE_S = 5.0
+# How long `Connection.send` waits for a guest that takes nothing, unless it is told otherwise.
+SEND_TIMEOUT_S = 60.0
 
 # Connections that were reset and not closed since, of those that are running and waiting.
 MAX_BROKEN = 4096
@@ -41,8 +44,12 @@ _CHUNK = 65536
 class Connection(ByteStream):
     """A guest's connection to a service: an anyio byte stream, whose other end is the guest's socket.
 
-    ``guest`` is the guest's address and port, ``service`` those that it has connected to.
+    ``guest`` is the guest's address and port, ``service`` those that it has connected to. A guest that takes
+    nothing of what is sent to it for ``send_timeout`` seconds is given up: the connection is broken then.
+    None waits for as long as it takes.
     """
+
+    send_timeout: float | None = SEND_TIMEOUT_S
 
     def __init__(
         self,
@@ -97,9 +104,29 @@ class Connection(ByteStream):
             try:
                 view = view[self._socket.send(view, socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
-                await anyio.wait_writable(self._socket)
+                await self._until_writable()
             except OSError as error:
                 raise anyio.BrokenResourceError from error
+
+    async def _until_writable(self) -> None:
+        with anyio.move_on_after(math.inf if self.send_timeout is None else self.send_timeout) as scope:
+            await anyio.wait_writable(self._socket)
+        if scope.cancelled_caught:
+            self.abort()
+            raise anyio.BrokenResourceError from TimeoutError(
+                f"the guest took nothing for {self.send_timeout:g} s"
+            )
+
+    def has_ended(self) -> bool:
+        """Whether the guest has closed or reset it, and all that it had sent was received. Does not wait."""
+        if self._is_closed:
+            return True
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     async def send_eof(self) -> None:
         """Nothing more will be sent; the guest may go on."""

@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import resource
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
 
@@ -22,7 +22,7 @@ from aiokvm.process import Folder
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Unpack
 
     from aiokvm._core import Pointer
@@ -41,6 +41,14 @@ logger = get_logger("aiokvm.net")
 MAX_CONNECTIONS = 512
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
+
+
+@dataclass(slots=True, eq=False)
+class _Forwarded:
+    """``asked`` is what was asked for; ``real`` has the port that the system chose, while it is open."""
+
+    asked: Forward
+    real: Forward
 
 
 class User(NetBackend):
@@ -120,10 +128,7 @@ class User(NetBackend):
             raise ConfigError("domains to search: all of them have to fit into 200 bytes of DHCP")
         self.restrict = restrict
         self.allow_host_loopback = allow_host_loopback
-        self._forwards: dict[str, Forward] = {}
-        """What is forwarded, or will be, by `Forward.key`."""
-        self._asked: dict[str, Forward] = {}
-        """What was asked for where the system has chosen the port, by the same."""
+        self._forwards: list[_Forwarded] = []
         self.forward: Mapping[int | str, int | str] = dict((forward or {}).items())
         """As it was given."""
         for from_host, to_guest in self.forward.items():
@@ -133,6 +138,7 @@ class User(NetBackend):
             self._handlers[self._service_address(at)] = _handler(handler)
         self._services: dict[tuple[str, int], Service] = {}
         self._plane: Plane | None = None
+        self._end: End | None = None
         self._directory: Folder | None = None
         self._paths: dict[str, tuple[int, int]] = {}
         """Sockets that were made, with device and inode."""
@@ -148,49 +154,53 @@ class User(NetBackend):
     @property
     def forwards(self) -> tuple[Forward, ...]:
         """What is forwarded; before it was opened, what will be. Ports that the system chose are real."""
-        return tuple(self._forwards.values())
+        return tuple(each.real for each in self._forwards)
 
     async def add_forward(self, host: int | str, guest: int | str) -> Forward:
         """Forward a port of the host to one of the guest, from now on. Gives it with its real port.
 
         Raises ConfigError, and OSError if the port is in use or not to be had.
         """
-        forward = self._claim(parse_forward(host, guest))
-        if self.end:
+        forwarded = self._claim(parse_forward(host, guest))
+        if self._is_there:
             try:
-                return self._listen(forward)
+                self._listen(forwarded)
             except BaseException:
-                del self._forwards[forward.key]
+                self._forwards.remove(forwarded)
                 raise
-        return forward
+        return forwarded.real
 
     async def remove_forward(self, host: int | str | Forward) -> None:
         """Forward it no more; connections that there are go on. Raises ConfigError for one that is not."""
         if not isinstance(host, Forward):
             protocol, address, port = parse_host(host)
             host = Forward(protocol, address, port, "", 0)
-        forward = self._forwards.pop(host.key, None)
-        self._asked.pop(host.key, None)
-        if not forward:
-            raise ConfigError(f"{host.key} is not forwarded: {', '.join(self._forwards) or 'nothing'} is")
-        if self.end:
-            self._unlisten(forward)
+        # Before it is opened there may be several of port 0.
+        found = [each for each in self._forwards if each.real.key == host.key]
+        if not found:
+            there = ", ".join(each.real.key for each in self._forwards)
+            raise ConfigError(f"{host.key} is not forwarded: {there or 'nothing'} is")
+        forwarded = next((each for each in found if each.real == host), found[0])
+        self._forwards.remove(forwarded)
+        if self._is_there:
+            self._unlisten(forwarded.real)
 
-    def _claim(self, forward: Forward) -> Forward:
-        if forward.key in self._forwards:
-            raise ConfigError(
-                f"{forward.key} is forwarded already, to {self._forwards[forward.key].guest_port}"
-            )
+    def _claim(self, forward: Forward) -> _Forwarded:
+        for other in self.forwards:
+            if other.key == forward.key and (forward.port or forward.is_path):
+                raise ConfigError(f"{forward.key} is forwarded already, to {other.guest_port}")
         if self.restrict and forward.protocol == "udp":
             raise ConfigError(
                 f"{forward.key}: with restrict a guest cannot answer UDP; forward TCP or leave it out"
             )
         if ":" in forward.host and not forward.is_path and not self.ipv6:
             raise ConfigError(f"{forward.key} is IPv6, which this network has not: give it a prefix by ipv6=")
-        self._forwards[forward.key] = forward
-        return forward
+        forwarded = _Forwarded(forward, forward)
+        self._forwards.append(forwarded)
+        return forwarded
 
-    def _listen(self, forward: Forward) -> Forward:
+    def _listen(self, forwarded: _Forwarded) -> None:
+        forward = forwarded.asked
         result = lib.aiokvm_net_slirp_add_forward(
             self._core,
             forward.protocol == "udp",
@@ -204,11 +214,7 @@ class User(NetBackend):
         if forward.is_path:
             status = os.stat(forward.host)
             self._paths[forward.host] = (status.st_dev, status.st_ino)
-        real = replace(forward, port=result)
-        if real != forward:
-            self._asked[real.key] = forward
-            self._forwards = _by_key(real if other == forward else other for other in self.forwards)
-        return real
+        forwarded.real = replace(forward, port=result)
 
     def _unlisten(self, forward: Forward) -> None:
         lib.aiokvm_net_slirp_remove_forward(
@@ -238,12 +244,13 @@ class User(NetBackend):
         Raises ConfigError, OSError, and AiokvmError for an ASGI application that does not start.
         """
         at = self._service_address(address)
-        self._handlers[at] = _handler(handler)
-        if self.end:
+        self._handlers[at] = made = _handler(handler)
+        if self._is_there:
             try:
                 await self._serve(at)
             except BaseException:
-                self._handlers.pop(at, None)
+                if self._handlers.get(at) is made:
+                    del self._handlers[at]
                 raise
         return at
 
@@ -255,7 +262,7 @@ class User(NetBackend):
         del self._handlers[at]
         service = self._services.pop(at, None)
         if service:
-            if self.end:
+            if self._is_there:
                 lib.aiokvm_net_slirp_remove_service(self._core, service.id)
             assert self._plane
             await self._plane.loop.uncancelled(lambda: _stop(service))
@@ -281,8 +288,10 @@ class User(NetBackend):
             await handler.start(loop)
         service = Service(loop, at, handler, self._log)
         try:
-            if not self.end and not self._opening:
+            if not self._is_there:
                 raise StateError(f"{self!r} was closed meanwhile")
+            if self._handlers.get(at) is not handler:
+                raise StateError(f"the service at {at[0]}:{at[1]} was removed meanwhile")
             if not self._directory:
                 self._directory = Folder()
             self._made += 1
@@ -305,13 +314,18 @@ class User(NetBackend):
             self._accept(service)
 
     def _accept(self, service: Service) -> None:
-        while self.end and not service.is_busy and self._services.get(service.address) is service:
+        while self._is_there and not service.is_busy and self._services.get(service.address) is service:
             connection = self._connections.accept(service)
             if connection is None:
                 return
             service.start(connection, lambda: self._accept(service))
 
     # ---- the end
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether it is open, or about to be: what is added is served at once."""
+        return self._end is not None and self._end.is_open
 
     @property
     def _core(self) -> Pointer:
@@ -326,10 +340,16 @@ class User(NetBackend):
         self._plane, self._end = plane, end
         self._connections.end = end
         try:
-            for forward in self.forwards:
-                self._listen(forward)
-            for at in tuple(self._handlers):
-                await self._serve(at)
+            for forwarded in self._forwards:
+                self._listen(forwarded)
+            # While one starts, others may be added, which begin to serve by themselves, or removed.
+            for at, handler in tuple(self._handlers.items()):
+                try:
+                    if self._handlers.get(at) is handler:
+                        await self._serve(at)
+                except StateError:
+                    if not self._is_there or self._handlers.get(at) is handler:
+                        raise
         except BaseException:
             end.close()
             await plane.loop.uncancelled(self._close)
@@ -345,8 +365,8 @@ class User(NetBackend):
         if self._directory:
             self._directory.close()
             self._directory = None
-        self._forwards = _by_key(self._asked.get(key, forward) for key, forward in self._forwards.items())
-        self._asked.clear()
+        for each in self._forwards:
+            each.real = each.asked
         self._plane = None
 
     def _config(self) -> Pointer:
@@ -383,10 +403,6 @@ async def _stop(service: Service) -> None:
     await service.stop()
     if isinstance(service.handler, Asgi):
         await service.handler.stop()
-
-
-def _by_key(forwards: Iterable[Forward]) -> dict[str, Forward]:
-    return {forward.key: forward for forward in forwards}
 
 
 def _handler(handler: Responder) -> Handler:

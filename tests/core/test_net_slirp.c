@@ -156,7 +156,7 @@ TEST(the_loopback_of_the_host_is_not_reached)
         say(&nat, frame, tcp_frame(frame, GUEST, 100 + i, HOSTS[i], ntohs(address.sin_port), 1, 0, SYN, NULL, 0));
     fake_end_serve(nat.net);
     CHECK_EQ(poll(&(struct pollfd){ .fd = listener, .events = POLLIN }, 1, 100), 0);
-    CHECK_EQ(stats(nat.slirp).dropped_filtered, 3);
+    CHECK_EQ(stats(nat.slirp).dropped_filtered, 4);
     /* The router says so. */
     const struct fake_frame *reset = hear_tcp(&nat, 100);
     CHECK_EQ(reset->data[47], RST | ACK);

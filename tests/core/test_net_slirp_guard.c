@@ -270,3 +270,64 @@ TEST(fragments_become_a_datagram)
     slirp_fragments_clear(&fragments);
 #undef ADD
 }
+
+TEST(nobody_is_where_nobody_is)
+{
+    struct slirp_guard guard = {
+        .network = 0x0a000200, .netmask = 0xffffff00, .host = HOST, .nameserver = NAMESERVER,
+    };
+    struct virtio_net_hdr_v1 hdr = { 0 };
+    uint8_t frame[100] = { 0 };
+    struct slirp_load service = { .is_service = true, .now_ns = 1 };
+    CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, SERVICE, 80, 1, 0, SYN, NULL, 0)), SLIRP_REFUSE);
+    uint32_t size = tcp_frame(frame, GUEST, 1, SERVICE, 80, 1, 0, SYN, NULL, 0);
+    CHECK_EQ(slirp_guard(&guard, &service, &hdr, frame, size), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, SERVICE, 80, 1, 1, SYN | ACK, NULL, 0)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, NAMESERVER, 53, 1, 0, SYN, NULL, 0)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, 0x0a000300, 53, 1, 0, SYN, NULL, 0)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, SERVICE, 80)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, 0x0a0002ff, 80)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, NAMESERVER, 53)), SLIRP_PASS);
+    memset(frame + 34, 0, 8);
+    frame[34] = 8;
+    CHECK_EQ(GUARD(frame, seal(frame, 1, GUEST, SERVICE, 8)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, seal(frame, 1, GUEST, HOST, 8)), SLIRP_PASS);
+    /* Who has come from there by a forwarded port is answered. */
+    put_udp(frame, SERVICE, 4000, GUEST, 53);
+    slirp_guard_heard(&guard, frame, 42, 1);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 53, SERVICE, 4000)), SLIRP_PASS);
+}
+
+/* TCP's options at this place of the header, of which the checksum is right before and after. */
+static uint32_t with_mss(uint8_t *frame, uint32_t at, uint32_t mss)
+{
+    uint8_t options[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
+    options[at] = 2;
+    options[at + 1] = 4;
+    net_store16(options + at + 2, mss);
+    uint32_t size = tcp_frame(frame, GUEST, 1, 0x08080808, 80, 1, 0, SYN, options, 8);
+    frame[46] = 0x70;
+    return seal(frame, 6, GUEST, 0x08080808, size - 34);
+}
+
+TEST(segments_are_as_large_as_every_host_takes_them)
+{
+    struct slirp_guard guard = { .host = HOST };
+    struct virtio_net_hdr_v1 hdr = { 0 };
+    uint8_t frame[100] = { 0 };
+    for (uint32_t at = 0; at <= 4; at++)
+        for (uint32_t mss = 1; mss < 1460; mss += 91) {
+            uint32_t size = with_mss(frame, at, mss);
+            CHECK_EQ(GUARD(frame, size), SLIRP_PASS);
+            CHECK_EQ(net_load16(frame + 56 + at), mss < 536 ? 536 : mss);
+            uint8_t pseudo[4] = { 0, 6, 0, 28 };
+            CHECK_EQ(slirp_sum(frame + 34, 28, slirp_sum(pseudo, 4, slirp_sum(frame + 26, 8, 0))), 0xffff);
+        }
+    /* Options that end too early, or not at all. */
+    for (uint32_t length = 0; length < 8; length++) {
+        uint32_t size = with_mss(frame, 4, 1);
+        frame[59] = (uint8_t)length;
+        CHECK_EQ(GUARD(frame, size), SLIRP_PASS);
+        CHECK_EQ(net_load16(frame + 60), length == 4 ? 536 : 1);
+    }
+}

@@ -347,3 +347,94 @@ def test_h11_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h11", None)
     with pytest.raises(ConfigError, match=r"aiokvm\[asgi\]"):
         Asgi(STARLETTE)
+
+
+# ---- guests that go, or are slow
+
+
+async def test_an_application_hears_that_the_guest_has_gone() -> None:
+    told = anyio.Event()
+    arrived = anyio.Event()
+
+    async def page(request: Request) -> PlainTextResponse:
+        await request.body()
+        arrived.set()
+        # Starlette asks without waiting: in a scope that is cancelled already.
+        while not await request.is_disconnected():
+            await anyio.lowlevel.checkpoint()
+        told.set()
+        return PlainTextResponse("for nobody")
+
+    async with served(Starlette(routes=[Route("/", page)])) as client:
+        await client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await arrived.wait()
+        client.stream.close()
+        await told.wait()
+
+
+async def test_a_guest_that_is_there_is_not_taken_for_gone() -> None:
+    async def page(request: Request) -> PlainTextResponse:
+        await request.body()
+        return PlainTextResponse(str([await request.is_disconnected() for _ in range(3)]))
+
+    async with served(Starlette(routes=[Route("/", page, methods=["POST"])])) as client:
+        # Not even with the next request at hand.
+        await client.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nok" * 2)
+        for _ in range(2):
+            await client.until(b"[False, False, False]")
+
+
+async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "SLOWNESS_S", 0.05)
+    heard: list[str] = []
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            heard.append(message["body"].decode())
+        heard.append(message["type"])
+
+    async with served(page) as client:
+        await client.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhello")
+        assert await client.rest() == b""
+    assert heard == ["hello", "http.disconnect"]
+
+
+async def test_a_response_that_is_not_taken_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "SLOWNESS_S", 0.05)
+    monkeypatch.setattr(asgi, "SLOWEST_BYTES_S", 1 << 30)
+    failed = anyio.Event()
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        except OSError:
+            failed.set()
+            raise
+
+    async with served(page) as client:
+        await client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await failed.wait()
+        await client.rest()
+
+
+async def test_a_connection_that_takes_nothing_breaks() -> None:
+    ours, theirs = socket.socketpair()
+    stream = Connection(theirs, GUEST, SERVICE)
+    stream.send_timeout = 0.05
+    with anyio.fail_after(LIMIT_S), pytest.raises(anyio.BrokenResourceError) as caught:
+        await stream.send(bytes(1 << 24))
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    with pytest.raises(anyio.ClosedResourceError):
+        await stream.receive()
+    ours.close()
+
+
+async def test_a_flood_of_failing_requests_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with served(STARLETTE) as client:
+        for _ in range(100):
+            await client.send(b"GET /broken HTTP/1.1\r\nhost: x\r\n\r\n")
+            await client.until(b"Internal Server Error")
+            await client.until(b"Internal Server Error")
+    assert 0 < len([record for record in caplog.records if record.levelname == "ERROR"]) < 30

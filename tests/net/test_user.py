@@ -351,6 +351,56 @@ async def test_a_service_is_a_byte_stream(tmp_path: Path, caplog: pytest.LogCapt
     ]
 
 
+@pytest.mark.anyio
+async def test_what_is_added_while_it_opens_is_kept() -> None:
+    user = net.User()
+    plane = Plane(current_loop())
+    added: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        # While it starts the network is about to be open.
+        added.append((await user.add_forward(0, 81)).key)
+        await user.add_service("10.0.2.101:8", handler)
+        await user.remove_service("10.0.2.102:8")
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await receive()
+
+    async def handler(stream: Connection) -> None:
+        raise NotImplementedError
+
+    await user.add_service("10.0.2.100:80", net.Asgi(app))
+    await user.add_service("10.0.2.102:8", handler)
+    try:
+        await user.open(plane, print)
+        (forward,) = user.forwards
+        assert forward.key == added[0]
+        assert forward.port != 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", 1), 1)
+        socket.create_connection(("127.0.0.1", forward.port), 10).close()
+        assert set(user._services) == {("10.0.2.100", 80), ("10.0.2.101", 8)} == set(user.services)
+    finally:
+        await user.close()
+        plane.close()
+
+
+@pytest.mark.anyio
+async def test_forwards_whose_ports_the_system_chooses_stay_as_many() -> None:
+    user = net.User(forward={0: 80})
+    await user.add_forward("127.0.0.1:0", 80)
+    await user.add_forward(0, 81)
+    for _ in range(2):
+        assert [(each.port, each.guest_port) for each in user.forwards] == [(0, 80), (0, 80), (0, 81)]
+        plane = Plane(current_loop())
+        await user.open(plane, print)
+        assert len({each.port for each in user.forwards} - {0}) == 3
+        await user.close()
+        plane.close()
+    await user.remove_forward(user.forwards[2])
+    assert [each.guest_port for each in user.forwards] == [80, 80]
+
+
 # Says half of what it has to say, and then closes or resets; or waits for what comes.
 PART = """
 import socket, struct, sys
