@@ -498,6 +498,9 @@ class VM:
 
     def on_stopped(self, index: int) -> None:
         """A vCPU's thread has ended."""
+        if self.exit is None:
+            # Nobody here has asked for it: the interpreter ends, whose loop is in a daemon thread.
+            return
         if self._vcpus.on_stopped(index):
             self._on_ended()
 

@@ -173,3 +173,46 @@ def test_a_signal_for_the_thread_alone_is_left_pending() -> None:
         assert child.stdin
         child.stdin.close()
         assert child.wait() == 0
+
+
+DAEMON = """
+import sys, threading, anyio
+from aiokvm import VM, Device, block, boot, net
+up = threading.Event()
+
+class Slow(Device):
+    async def run(self):
+        await anyio.sleep_forever()
+    async def read(self, offset, size):
+        await anyio.sleep(0.001)
+        return 1
+
+async def main():
+    options = dict(disks=[block.Raw(sys.argv[2])], console=True, rng=True, balloon=True,
+                   nets=[net.Nic(net.Port(), dataplane="thread"), net.Port()],
+                   devices=[Slow().at(pio=0x300)]) if sys.argv[3] == "all" else {}
+    image = boot.Flat(bytes.fromhex("ba 00 03 ec eb fd"))
+    async with await VM.create(boot=image, memory="2M", cpus=2, **options) as vm:
+        await vm.start()
+        up.set()
+        await vm.wait()
+
+name = sys.argv[1]
+options = {"use_uvloop": True} if name == "uvloop" else {}
+backend = "trio" if name == "trio" else "asyncio"
+loop = threading.Thread(target=lambda: anyio.run(main, backend=backend, backend_options=options), daemon=True)
+loop.start()
+assert up.wait(20)
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+@pytest.mark.parametrize("what", ["vcpus", "all"])
+def test_a_loop_in_a_daemon_thread_ends_silently_with_the_program(
+    tmp_path: Path, loop: str, what: str
+) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    argv = [sys.executable, "-c", DAEMON, loop, str(disk), what]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
