@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ratelimit": {"_core", "errors"},
     "logs": {"_core", "ratelimit"},
     "kvm": {"_core", "errors"},
-    "aio": set(),
+    "aio": {"errors"},
     "process": set(),
     "hw": {"errors"},
     "boot": {"errors"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -97,12 +99,18 @@ class AsyncioLoop:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._ident = threading.get_ident()
+        self.pid = os.getpid()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AsyncioLoop) and other._loop is self._loop
 
     def __hash__(self) -> int:
         return hash(self._loop)
+
+    def is_here(self) -> bool:
+        running = asyncio._get_running_loop()
+        return running is self._loop or (running is None and threading.get_ident() == self._ident)
 
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
         return _Watch(self._loop, fd, callback)

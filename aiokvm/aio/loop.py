@@ -25,11 +25,17 @@ class Task(Handle, Protocol):
 
 
 class Loop(Protocol):
-    """An event loop. All methods but `call_soon_threadsafe` belong to its own thread.
+    """An event loop. All methods belong to its own thread, unless they say otherwise.
 
     Two that stand for the same loop are equal. Callbacks are plain functions. One that raises is logged by
     the loop and does not end it.
     """
+
+    pid: int
+    """The process that it runs in: a child of fork has only a copy."""
+
+    def is_here(self) -> bool:
+        """Whether the caller runs on it, or in its thread while no loop runs there. From any thread."""
 
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
         """Calls back whenever the descriptor is readable (level-triggered)."""

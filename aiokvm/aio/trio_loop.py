@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
@@ -125,12 +127,20 @@ class TrioLoop:
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._root = trio.lowlevel.current_root_task()
+        self._ident = threading.get_ident()
+        self.pid = os.getpid()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrioLoop) and other._token is self._token
 
     def __hash__(self) -> int:
         return hash(self._token)
+
+    def is_here(self) -> bool:
+        try:
+            return trio.lowlevel.current_trio_token() is self._token
+        except RuntimeError:
+            return threading.get_ident() == self._ident
 
     def watch(self, fd: int, callback: Callable[[], object]) -> Handle:
         return _Watch(fd, callback)

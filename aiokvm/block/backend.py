@@ -8,10 +8,13 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeAlias
 
 from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
+
+    from aiokvm.aio import Loop
 
 Data: TypeAlias = bytes | bytearray | memoryview
 
@@ -19,6 +22,7 @@ ZEROES_BYTES = 1 << 20
 """What the default `BlockBackend.write_zeroes` writes at a time."""
 
 
+@owned
 class BlockBackend(ABC):
     """A disk's contents: ``size_bytes`` bytes, read and written by coroutines on the event loop.
 
@@ -57,6 +61,8 @@ class BlockBackend(ABC):
     """Whether nothing can be written."""
     discard_granularity_bytes: int = 0
     """What a discard gives back at a time, in bytes; 0 if it does nothing here, and is not offered."""
+
+    _owner: Loop | None = None
 
     @abstractmethod
     async def open(self) -> None:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from aiokvm import process
 from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 from aiokvm.block.file import in_thread
 from aiokvm.block.nbd_client import CONNECTIONS_MAX, NbdClient
 from aiokvm.errors import ConfigError, ImageError
@@ -37,6 +38,7 @@ _STDERR_BYTES = 1000  # what of the server's complaints an error shows: the end 
 _LAUNCH = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
 
+@owned
 class Image(NbdClient):
     """A disk image in qcow2, VMDK, VDI or VHDX, found by how the file begins.
 

@@ -15,6 +15,7 @@ import anyio
 from anyio.abc import SocketAttribute
 
 from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 from aiokvm.block.backend import BlockBackend, Data
 from aiokvm.errors import AiokvmError, ConfigError, NbdError
 from aiokvm.logs import SeldomLogger
@@ -125,6 +126,7 @@ async def _close_all(connections: list[_Connection]) -> None:
     await current_loop().uncancelled(close)
 
 
+@owned
 class NbdClient(BlockBackend):
     """What `Nbd` says, for a server that `_locate` finds, or starts; ``name`` is for messages."""
 
@@ -175,11 +177,13 @@ class NbdClient(BlockBackend):
         trims = export.flags & proto.NBD_FLAG_SEND_TRIM and not self.readonly
         self.discard_granularity_bytes = self.block_size if trims else 0
         self._live = live
-        self._task = current_loop().spawn(self._run, f"aiokvm {self._name}")
+        self._owner = loop = current_loop()
+        self._task = loop.spawn(self._run, f"aiokvm {self._name}")
 
     async def close(self) -> None:
         if self._task is not None:
             await current_loop().uncancelled(self._close)
+            self._owner = None
 
     async def read(self, offset: int, length: int) -> Data:
         self._check_open()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 from aiokvm.block.backend import BlockBackend, Data
 from aiokvm.block.file import File, in_thread, read_at, write_at
 from aiokvm.errors import ConfigError, ImageError
@@ -73,6 +74,7 @@ class _Claim:
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 
+@owned
 class Overlay(BlockBackend):
     """A disk that reads as ``base`` and leaves it alone: what is written is kept in a file, or in memory.
 
@@ -132,10 +134,12 @@ class Overlay(BlockBackend):
         self._failed: OSError | None = None  # a sync has, and what it was to make safe may be lost
         self._base_written = False  # since it was flushed
         self._file = File(fd, self.memory_bytes if self.path is None else None)
+        self._owner = current_loop()
 
     async def close(self) -> None:
         if self._file is not None:
             await current_loop().uncancelled(self._close)
+            self._owner = None
 
     async def read(self, offset: int, length: int) -> Data:
         self.check(offset, length)

@@ -14,6 +14,8 @@ import anyio
 from anyio import to_thread
 
 from aiokvm._core import lib
+from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 from aiokvm.block.backend import BlockBackend
 from aiokvm.errors import ConfigError, ImageError
 
@@ -41,6 +43,7 @@ _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
 
 
+@owned
 class Raw(BlockBackend):
     """The bytes of ``path``, a regular file or a block device, as they are: no format is looked for.
 
@@ -101,6 +104,7 @@ class Raw(BlockBackend):
             raise ImageError(f"{self.path} is open already: a disk belongs to one machine at a time")
         await to_thread.run_sync(self._open)
         self._limiter = anyio.CapacityLimiter(self.threads)
+        self._owner = current_loop()
 
     async def close(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -108,6 +112,7 @@ class Raw(BlockBackend):
                 self._quiet = anyio.Event()
                 await self._quiet.wait()
             fd, self.fd = self.fd, -1
+            self._owner = None
             if fd >= 0:
                 await to_thread.run_sync(self._close, fd)
 

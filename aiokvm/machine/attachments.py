@@ -159,6 +159,7 @@ class Attachments:
                 if getattr(device, "irq", None) is not None:
                     raise ConfigError(f"{type(device).__name__} has an interrupt already")
                 line: Irq = GsiIrq(self._vm, irq) if irq is not None else MsiIrq(self._vm, *(msi or (0, 0)))
+                line._owner = self._loop
                 device.irq = line
                 undo.callback(delattr, device, "irq")
                 undo.callback(line.close)

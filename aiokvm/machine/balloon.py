@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.memory import PAGE_SIZE, discard
 from aiokvm.virtio.balloon import Balloon
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from logging import LoggerAdapter
 
+    from aiokvm.aio import Loop
     from aiokvm.memory import GuestMemory
 
 # A guest that has a driver answers in milliseconds.
 ANSWER_SECONDS = 10.0
 
 
+@owned
 class MemoryBalloon:
     """Memory that the guest lends the host: `VM.balloon`. All sizes are in bytes.
 
@@ -27,7 +30,10 @@ class MemoryBalloon:
     once. It takes pages out again when `target` is lowered, and may when it runs out of memory.
     """
 
-    def __init__(self, memory: GuestMemory, name: str, logger: LoggerAdapter[Any]) -> None:
+    def __init__(
+        self, memory: GuestMemory, name: str, logger: LoggerAdapter[Any], loop: Loop | None = None
+    ) -> None:
+        self._owner = loop
         self.device = Balloon(memory, self._release, on_actual=self._on_actual, on_stats=self._on_stats)
         self._size_bytes = memory.size_bytes
         self._name = name
@@ -95,6 +101,7 @@ class MemoryBalloon:
     def close(self) -> None:
         """The machine has ended. Idempotent."""
         self._closed = True
+        self._owner = None
         self._answered.set()
         self._moved.set()
 

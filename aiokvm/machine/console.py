@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.lowlevel
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, SerialClosedError
 from aiokvm.machine.search import compiled, search
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     import regex
+
+    from aiokvm.aio import Loop
 
 # What the guest has written and nobody has read: room for a whole boot log, a bound for a hostile guest.
 OUTPUT_LIMIT = 1 << 20
@@ -26,6 +29,7 @@ OVERLAP = 4096
 TAIL = 400
 
 
+@owned
 class SerialConsole:
     """The other end of a guest's serial port.
 
@@ -33,11 +37,12 @@ class SerialConsole:
     ``dropped``. Input waits until the guest has taken it; nothing of it is lost. One task reads at a time
     (anyio.BusyResourceError otherwise).
 
-    ``receive`` hands bytes to the UART and says how many it took.
+    ``receive`` hands bytes to the UART and says how many it took. ``loop`` is the one that it belongs to.
     """
 
-    def __init__(self, receive: Callable[[bytes], int]) -> None:
+    def __init__(self, receive: Callable[[bytes], int], loop: Loop | None = None) -> None:
         self._receive = receive
+        self._owner = loop
         self._output = bytearray()
         self._input = bytearray()
         self._closed = ""
@@ -69,6 +74,8 @@ class SerialConsole:
     def close(self, reason: str = "the machine has ended") -> None:
         """There is no guest behind it any more: readers get what is left and then the end. Idempotent."""
         self._closed = self._closed or reason
+        # What is left may be read anywhere.
+        self._owner = None
         self._news.set()
         self._room.set()
 

@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ErrorPolicy(enum.Enum):
     """The machine ends, with the `ExitReason` ERROR."""
 
 
+@owned
 class Device:
     """A device of the program's own: derive from it and override what the device has.
 
@@ -140,6 +142,10 @@ class Device:
             },
         )
 
+    @property
+    def _owner(self) -> Loop | None:
+        return self._loop
+
     def _attached(self) -> Loop:
         if self._loop is None:
             raise DeviceError(f"{type(self).__name__} is not attached to a machine")
@@ -161,6 +167,7 @@ class TimerOwner(Protocol):
     _failed: Callable[[str, Exception], None] | None
 
 
+@owned
 class Timer:
     """A timer of a device; made by `Device.timer`. ``deadline_ns`` is when it calls back next."""
 
@@ -174,7 +181,7 @@ class Timer:
     ) -> None:
         if period_ns < 0:
             raise ValueError(f"a period of {period_ns} ns is negative")
-        self._loop = loop
+        self._loop = self._owner = loop
         self._callback = callback
         self._period_ns = period_ns
         self.deadline_ns = deadline_ns

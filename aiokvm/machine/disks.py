@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aiokvm.aio.owner import owned
 from aiokvm.block import BlockBackend, Raw
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
@@ -115,8 +116,11 @@ class DiskStats:
     in_flight: int
 
 
+@owned
 class VmDisk:
     """A disk of a machine, in ``vm.disks``; ``engine`` is "io_uring", "threads", or "loop"."""
+
+    _owner: Loop | None = None
 
     def __init__(self, name: str, config: Disk, data: CoreData | LoopData) -> None:
         self.name = name
@@ -222,6 +226,7 @@ class Disks:
                 on_bug=on_bug,
             )
         disk = VmDisk(name, config, data)
+        disk._owner = self._loop
         return disk
 
     async def _close(self, disk: VmDisk) -> None:
@@ -241,6 +246,8 @@ class Disks:
 
     def stop(self) -> None:
         """The machine has ended: it is not paused any more."""
+        for disk in self.all:
+            disk._owner = None
         if self._pausing:
             self._pausing.cancel()
 

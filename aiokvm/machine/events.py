@@ -10,8 +10,12 @@ from weakref import WeakSet
 
 import anyio
 
+from aiokvm.aio.owner import owned
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from aiokvm.aio import Loop
 
 # A subscriber that never looks must not make the process grow.
 BACKLOG = 1024
@@ -141,7 +145,8 @@ class Exited(Event):
 class EventHub:
     """Hands every event to every subscriber; one that falls behind loses its oldest, one that is gone all."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: Loop | None = None) -> None:
+        self._loop = loop
         self._subscribers: WeakSet[_Subscriber] = WeakSet()
         self._closed = False
 
@@ -156,19 +161,22 @@ class EventHub:
         self._closed = True
         for subscriber in self._subscribers:
             subscriber.closed = True
+            subscriber._owner = None
             subscriber.news.set()
 
     def subscribe(self) -> AsyncIterator[Event]:
         """All events from now on, until the hub is closed."""
-        subscriber = _Subscriber(self._closed)
+        subscriber = _Subscriber(self._closed, None if self._closed else self._loop)
         self._subscribers.add(subscriber)
         return subscriber
 
 
+@owned
 class _Subscriber:
     """No generator: one that is left in the middle would need its loop to be finished."""
 
-    def __init__(self, closed: bool) -> None:
+    def __init__(self, closed: bool, loop: Loop | None) -> None:
+        self._owner = loop
         self.closed = closed
         self.events: deque[Event] = deque(maxlen=BACKLOG)
         self.news = anyio.Event()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     from aiokvm import kvm
+    from aiokvm.aio import Loop
 
 # Inputs of the I/O APIC; the first 16 are also those of the PICs, whose cascade is no input.
 GSIS = 24
@@ -17,6 +19,8 @@ _CASCADE = 2
 
 class Irq:
     """A device's interrupt, `Device.irq`: an input of the interrupt controllers, or a message."""
+
+    _owner: Loop | None = None
 
     gsi: int | None = None
     """The input (global system interrupt) that it drives; None for a message."""
@@ -36,6 +40,7 @@ class Irq:
         """Lower the line and give it back. Idempotent."""
 
 
+@owned
 class GsiIrq(Irq):
     """An input of the interrupt controllers. Pulses go by the irqfd ``fd``, which others may write, too."""
 
@@ -76,6 +81,7 @@ class GsiIrq(Irq):
             self.fd = -1
 
 
+@owned
 class MsiIrq(Irq):
     """A message: ``data`` written to ``address`` (Intel SDM volume 3, section 11.11)."""
 

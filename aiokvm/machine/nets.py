@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.net_core import NicData
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ANNOUNCE_MS = (50, 200, 450, 800, 1250)
 
 
+@owned
 class VmNic:
     """A network adapter of a machine, in ``vm.nets``; ``mac`` is what its guest was given."""
 
@@ -57,6 +59,10 @@ class VmNic:
             offload=config.offload,
             speed_mbps=config.speed_mbps,
         )
+
+    @property
+    def _owner(self) -> Loop | None:
+        return None if self._nets.ended else self._nets.loop
 
     @property
     def is_up(self) -> bool:

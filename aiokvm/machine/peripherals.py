@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from logging import LoggerAdapter
 
+    from aiokvm.aio import Loop
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.config import Config
     from aiokvm.machine.ports import Consoles
@@ -31,7 +32,7 @@ def count(config: Config) -> int:
 class Peripherals:
     """Those of one machine; ``devices`` has them as they are to be attached. Raises ConfigError."""
 
-    def __init__(self, config: Config, memory: GuestMemory, logger: LoggerAdapter[Any]) -> None:
+    def __init__(self, loop: Loop, config: Config, memory: GuestMemory, logger: LoggerAdapter[Any]) -> None:
         self.console: Consoles | None = None
         self.balloon: MemoryBalloon | None = None
         self.devices: list[VirtioDevice] = []
@@ -39,7 +40,7 @@ class Peripherals:
         if config.console is not None:
             from aiokvm.machine.ports import Consoles
 
-            self.console = Consoles(config.console)
+            self.console = Consoles(config.console, loop)
             self.devices.append(self.console.device)
         if config.rng is not None:
             from aiokvm.virtio.rng import Rng
@@ -50,7 +51,7 @@ class Peripherals:
         if config.balloon:
             from aiokvm.machine.balloon import MemoryBalloon
 
-            self.balloon = MemoryBalloon(memory, config.name, logger)
+            self.balloon = MemoryBalloon(memory, config.name, logger, loop)
             self.devices.append(self.balloon.device)
 
     def reset(self) -> None:

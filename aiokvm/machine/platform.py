@@ -145,7 +145,7 @@ class Platform:
         return drive
 
     def _serial(self, port: int, gsi: int) -> SerialConsole:
-        console = SerialConsole(lambda data: source.fill(data))
+        console = SerialConsole(lambda data: source.fill(data), self._loop)
         uart = Serial(self._line(gsi), console.on_transmit, lambda: source.on_room())
         source = _Input(self._loop, uart, console)
         self._inputs.append(source)

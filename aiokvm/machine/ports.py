@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, SerialClosedError
 from aiokvm.machine import console as limits
 from aiokvm.machine.console import SerialConsole
@@ -14,6 +15,8 @@ from aiokvm.virtio.console import MAX_PORTS, NAME_MAX_BYTES, Console, ConsolePor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from aiokvm.aio import Loop
 
 # The name of port 0.
 FIRST = "hvc0"
@@ -23,6 +26,7 @@ MIN_PORTS = 4
 CHUNK_BYTES = 16 << 10
 
 
+@owned
 class ConsoleStream(SerialConsole):
     """The host's end of a port, read and written as that of a serial port.
 
@@ -33,8 +37,8 @@ class ConsoleStream(SerialConsole):
     Input waits until the guest has opened the port, and takes it.
     """
 
-    def __init__(self, name: str, *, is_console: bool = False) -> None:
-        super().__init__(lambda data: self.port.receive(data))
+    def __init__(self, name: str, *, is_console: bool = False, loop: Loop | None = None) -> None:
+        super().__init__(lambda data: self.port.receive(data), loop)
         self.port = ConsolePort(name, self, is_console=is_console)
         self._drops = is_console
         self._opened = anyio.Event()
@@ -109,10 +113,12 @@ class ConsoleStream(SerialConsole):
         return data
 
 
+@owned
 class Consoles(Mapping[str, ConsoleStream]):
     """The ports of a machine's console by name; port 0 is a terminal, "hvc0"."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], loop: Loop | None = None) -> None:
+        self._owner = loop
         names = (FIRST, *(name for name in names if name != FIRST))
         check_names(names)
         self.device = Console(max(MIN_PORTS, len(names)))
@@ -150,11 +156,12 @@ class Consoles(Mapping[str, ConsoleStream]):
 
     def close(self) -> None:
         """The machine has ended. Idempotent."""
+        self._owner = None
         for stream in self._streams.values():
             stream.close()
 
     def _add(self, name: str) -> ConsoleStream:
-        stream = ConsoleStream(name, is_console=name == FIRST)
+        stream = ConsoleStream(name, is_console=name == FIRST, loop=self._owner)
         self.device.add_port(stream.port)
         self._streams[name] = stream
         return stream

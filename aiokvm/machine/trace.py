@@ -9,6 +9,7 @@ import anyio
 from anyio import to_thread
 
 from aiokvm._core import lib
+from aiokvm.aio.owner import owned
 from aiokvm.kvm import KvmExit
 from aiokvm.machine.attachments import device_name
 from aiokvm.machine.log import machine_logger
@@ -35,6 +36,7 @@ DETACHED = "(detached)"
 _ACCESSES = (int(KvmExit.KVM_EXIT_IO), int(KvmExit.KVM_EXIT_MMIO))
 
 
+@owned
 class Trace:
     """Records a machine's exits while it is entered; made by `VM.trace`.
 
@@ -44,7 +46,7 @@ class Trace:
 
     def __init__(self, loop: Loop, exits: Exits, machine: str, write: Callable[[bytes], object]) -> None:
         self.lost = 0
-        self._loop = loop
+        self._loop = self._owner = loop
         self._exits = exits
         self._machine = machine
         self._write = write

@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.machine.exits import NOT_INHERITED, check
 
 if TYPE_CHECKING:
     from aiokvm import kvm
     from aiokvm._core import Pointer
+    from aiokvm.aio import Loop
     from aiokvm.machine.stats import VcpuStats
 
 # comm of a thread: 16 bytes with its NUL.
@@ -47,6 +49,7 @@ def thread_name(machine: str, index: int) -> str:
     return name.decode(errors="ignore") + suffix
 
 
+@owned
 class VirtualCpu:
     """A vCPU.
 
@@ -54,7 +57,10 @@ class VirtualCpu:
     `read_register`, `write_register` and everything that `kvm_vcpu` offers work on it.
     """
 
-    def __init__(self, core: Pointer, vcpu: kvm.Vcpu, index: int, machine: str) -> None:
+    def __init__(
+        self, core: Pointer, vcpu: kvm.Vcpu, index: int, machine: str, loop: Loop | None = None
+    ) -> None:
+        self._loop = loop
         self.index = index
         self.state = VcpuState.CREATED
         self._vcpu = vcpu
@@ -69,6 +75,10 @@ class VirtualCpu:
             raise AiokvmError(f"cannot create vCPU {index}: out of memory")
         self._forgotten: weakref.finalize[..., VirtualCpu] | None = None
         self._stats: kvm.Stats | None = None
+
+    @property
+    def _owner(self) -> Loop | None:
+        return self._loop if self.core else None
 
     def __repr__(self) -> str:
         return f"<VirtualCpu {self.index} {self.state.value} tid={self.tid}>"

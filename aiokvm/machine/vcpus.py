@@ -34,7 +34,7 @@ class Vcpus:
         self.all: tuple[VirtualCpu, ...] = ()
         try:
             for index, vcpu in enumerate(vcpus):
-                self.all += (VirtualCpu(exits.core, vcpu, index, machine),)
+                self.all += (VirtualCpu(exits.core, vcpu, index, machine, loop),)
             exits.serve_vcpus([vcpu.core for vcpu in self.all])
         except BaseException:
             self.close()

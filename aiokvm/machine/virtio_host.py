@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import VirtqueueError
 from aiokvm.machine.device import Timer
 from aiokvm.machine.irq import GsiIrq
@@ -95,6 +96,7 @@ class _Kick:
         self._on_kick(self._queue)
 
 
+@owned
 class VirtioAttachment:
     """A virtio device in a machine, made by `VM.attach_virtio`; to the device it is its ``host``.
 
@@ -119,7 +121,7 @@ class VirtioAttachment:
         self.base = base
         self.gsi = gsi
         self._name = type(device).__name__
-        self._loop = loop
+        self._loop = self._owner = loop
         self._shared = shared
         self._on_failed = on_failed
         self._again: set[int] = set()

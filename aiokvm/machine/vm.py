@@ -14,6 +14,7 @@ from anyio import to_thread
 
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 from aiokvm.errors import AiokvmError, ConfigError, KvmError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
@@ -76,10 +77,12 @@ class VmState(enum.Enum):
     CLOSED = "closed"
 
 
+@owned
 class VM:
     """A virtual machine inside the program; made by `VM.create`, used as an async context manager.
 
-    All methods belong to the loop that created it, and are safe to cancel. Leaving the context ends the
+    All methods belong to the loop that created it, raise StateError on any other loop or thread, and are safe
+    to cancel. Leaving the context ends the
     machine whatever state it is in, and gives back its threads, descriptors and memory.
     """
 
@@ -91,7 +94,7 @@ class VM:
         self._loop = loop
         self._state = VmState.CREATED
         self._logger = machine_logger(config.name)
-        self._hub = events.EventHub()
+        self._hub = events.EventHub(loop)
         self._changing = anyio.Lock()
         self._ended = anyio.Event()
         self._closed = anyio.Event()
@@ -128,7 +131,7 @@ class VM:
                 self._failures,
             )
             undo.append(self._virtio.close)
-            self._peripherals = Peripherals(config, hardware.memory, self._logger)
+            self._peripherals = Peripherals(loop, config, hardware.memory, self._logger)
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -253,6 +256,10 @@ class VM:
 
     def __repr__(self) -> str:
         return f"<VM {self.name} {self._state.value}, {len(self.vcpus)} vCPUs>"
+
+    @property
+    def _owner(self) -> Loop | None:
+        return None if self._state is VmState.CLOSED else self._loop
 
     @property
     def state(self) -> VmState:

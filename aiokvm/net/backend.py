@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypedDict
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from aiokvm.aio import Loop
     from aiokvm.net.filter import Rule
     from aiokvm.net.hook import Filter, Hook
     from aiokvm.net.pcap import Capture, Pcap
@@ -30,6 +32,7 @@ class Policy(TypedDict, total=False):
     """How fast frames may come from here to the guest."""
 
 
+@owned
 class NetBackend(ABC):
     """What a network adapter, or a port of a switch, is connected to. One use at a time.
 
@@ -65,6 +68,10 @@ class NetBackend(ABC):
         self._last_stats: NetStats | None = None
         self._filter: Filter | None = None
         self._capture: Capture | None = None
+
+    @property
+    def _owner(self) -> Loop | None:
+        return self.end.plane.loop if self.end else None
 
     @property
     def plane(self) -> Plane | None:

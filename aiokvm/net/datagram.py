@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Unpack
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError
 from aiokvm.net.address import (
     bind,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _BUFFER_BYTES = 4 << 20
 
 
+@owned
 class Datagram(NetBackend):
     """Ethernet frames, one in each datagram: what QEMU's ``-netdev dgram`` speaks.
 

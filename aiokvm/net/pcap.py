@@ -12,6 +12,7 @@ import anyio
 from anyio import to_thread
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.proto import pcapng
 from aiokvm.text import get_logger
@@ -36,6 +37,7 @@ class Writable(Protocol):
     def write(self, data: memoryview, /) -> int | None: ...
 
 
+@owned
 class Pcap:
     """A pcapng file of the frames that pass the backends whose ``tap`` it is: one interface for each.
 
@@ -81,6 +83,10 @@ class Pcap:
         self._lock: anyio.Lock | None = None
         self._section: _Section | None = None
         self._frames = self._dropped = 0
+
+    @property
+    def _owner(self) -> Loop | None:
+        return self._loop if self._section else None
 
     @property
     def frames(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, cast, overload
 import anyio
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.net.backend import NetBackend
 
@@ -155,6 +156,7 @@ class _Batches:
         return await self._port._next_batch(self._most)
 
 
+@owned
 class Port(NetBackend):
     """The program itself is connected here.
 

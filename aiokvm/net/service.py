@@ -14,6 +14,7 @@ import anyio.lowlevel
 from anyio.abc import ByteStream, SocketAttribute
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ MAX_BROKEN = 4096
 _CHUNK = 65536
 
 
+@owned
 class Connection(ByteStream):
     """A guest's connection to a service: an anyio byte stream, whose other end is the guest's socket.
 
@@ -66,6 +68,7 @@ class Connection(ByteStream):
         self._connections = connections or Connections()
         self._number = number
         self._is_closed = False
+        self._owner: Loop | None = None
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
@@ -250,6 +253,7 @@ class Service:
                 self._running.pop(connection, None)
                 on_end()
 
+        connection._owner = self._loop
         name = "service {}:{} for {}:{}".format(*self.address, *connection.guest)
         self._running[connection] = self._loop.spawn(run, name)
 

@@ -8,6 +8,7 @@ import socket
 from typing import TYPE_CHECKING, Unpack
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError
 from aiokvm.net.address import (
     bind,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _PAUSE_NS = 1_000_000_000
 
 
+@owned
 class Stream(NetBackend):
     """Ethernet frames over a stream socket, each behind its length: what QEMU's ``-netdev stream`` speaks.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio import current_loop
+from aiokvm.aio.owner import owned
 from aiokvm.errors import AiokvmError, ConfigError, StateError
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.plane import Plane, check_dataplane, make_plane
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from aiokvm._core import Pointer
+    from aiokvm.aio import Loop
     from aiokvm.net.backend import Policy
     from aiokvm.net.plane import End
 
@@ -55,6 +57,7 @@ class SwitchStats:
     forgotten: int
 
 
+@owned
 class SwitchPort(NetBackend):
     """A port of a switch: `Switch.port` and `Switch.connect` make it.
 
@@ -132,6 +135,7 @@ class SwitchPort(NetBackend):
             self._on_lost(why)
 
 
+@owned
 class Switch:
     """A learning switch, IEEE 802.1Q without spanning tree, whose ports are used by machines of one loop.
 
@@ -170,6 +174,10 @@ class Switch:
 
     def __repr__(self) -> str:
         return f"net.Switch({self.name!r})"
+
+    @property
+    def _owner(self) -> Loop | None:
+        return self._plane.loop if self._plane else None
 
     async def open(self) -> None:
         """Begin to switch. Raises StateError if it is open, ConfigError if ``beside`` is not, AiokvmError."""

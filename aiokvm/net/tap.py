@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Unpack
 from anyio import to_thread
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError
 from aiokvm.net.backend import NetBackend, Policy
 from aiokvm.net.links import LinkWatch
@@ -38,6 +39,7 @@ _SIOCGIFHWADDR = 0x8927
 _IFNAMSIZ = 16
 
 
+@owned
 class Tap(NetBackend):
     """A TAP device of the host: ``name`` is opened, or created if it is not there and this program may do so.
 

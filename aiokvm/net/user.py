@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import owned
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
 from aiokvm.net.asgi import Asgi
@@ -51,6 +52,7 @@ class _Forwarded:
     real: Forward
 
 
+@owned
 class User(NetBackend):
     """Connections of the guest are sockets of this process, by libslirp: it needs no privileges.
 
