@@ -1,18 +1,23 @@
 /* Changes whatever of a processor and of the chips a guest can change, and writes 1 to port 0xf1. Entered at 4 KiB in
- * protected mode, with paging off. What the processor lacks it must not have in its CPUID. */
+ * protected mode, with paging off; code is selector 0x10. MSRs that are not there are skipped. */
 .code32
 .globl start
 start:
+  movl $ud-start+0x1000,%eax; mov $0x4000+8*6,%edi; call gate
+  movl $gp-start+0x1000,%eax; mov $0x4000+8*13,%edi; call gate
+  lidt idt
   mov %cr4,%eax; or $(1<<18 | 3<<9),%eax; mov %eax,%cr4 /* OSXSAVE, OSFXSR, OSXMMEXCPT */
   mov $7,%eax; xor %ecx,%ecx; cpuid; test $8,%ecx; jz 1f /* PKU */
   mov %cr4,%eax; or $(1<<22),%eax; mov %eax,%cr4
   mov $0x55555554,%eax; xor %edx,%edx; xor %ecx,%ecx; .byte 0x0f,0x01,0xef /* wrpkru */
 1:
+  mov $1,%eax; cpuid; bt $28,%ecx; jnc 1f /* AVX */
   xor %ecx,%ecx; xor %edx,%edx; mov $7,%eax; xsetbv
+  vpcmpeqb %xmm4,%xmm4,%xmm4; vinsertf128 $1,%xmm4,%ymm4,%ymm4
+1:
   movl $0x1f00,0x3000; ldmxcsr 0x3000
   fninit; fld1
   pcmpeqb %xmm3,%xmm3
-  vpcmpeqb %xmm4,%xmm4,%xmm4; vinsertf128 $1,%xmm4,%ymm4,%ymm4
   mov $0x1234,%eax; mov %eax,%cr2
   mov $0x1000,%eax; mov %eax,%dr0; mov $0x402,%eax; mov %eax,%dr7
   mov $table,%esi
@@ -31,6 +36,14 @@ start:
   movl $0x0b,0xfee003e0
   mov $1,%al; out %al,$0xf1
 4: cli; hlt; jmp 4b
+gate:
+  mov %ax,(%edi); movw $0x10,2(%edi); movw $0x8e00,4(%edi); shr $16,%eax; mov %ax,6(%edi); ret
+gp: /* wrmsr has two bytes */
+  add $4,%esp; addl $2,(%esp); iret
+ud:
+  mov $66,%al; out %al,$0xf4; hlt
+idt:
+  .word 8*32-1; .long 0x4000
 .align 4
 table:
   .long 0x2ff,0,0,  0x200,6,0, 0x201,0x800,0xff, 0x277,0x01010101,0x01010101, 0x250,0x06060606,0x06060606

@@ -124,7 +124,9 @@ async def test_a_machine_that_was_reset_is_as_a_new_one(cpus: int, image: Path) 
                     await vm.start()
                 else:
                     await vm.resume()
-                await told.heard.wait()
+                with anyio.move_on_after(LIMIT_S / 4):
+                    await told.heard.wait()
+                assert vm.exit is None
                 await vm.pause()
                 guests = state(vm, msrs)
                 same = {what for what in CHANGED if guests.get(what) == fresh.get(what)}

@@ -1,0 +1,169 @@
+"""A guest that touches all of its RAM, against QEMU: what the first touch of a page costs, and the second.
+
+Both run the same Multiboot kernel of a few instructions, which writes a word to each page of 4 KiB above
+16 MiB, twice, and takes the time by its TSC. Where ring 0 has no hardware all of it runs in the lab. The
+other ways to back a guest's RAM are shown beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from rich.console import Console
+from rich.table import Table
+
+from aiokvm import VM, ConfigError, boot
+from bench import pairs
+from bench.guest import has_hardware, in_the_lab
+
+if TYPE_CHECKING:
+    from bench.pairs import Measure, Measured
+
+RESULTS = Path(__file__).with_name("results")
+MEMORY_MIB = 1024
+TIMEOUT_SECONDS = 600
+# Of QEMU's time for the first touch.
+AIM = 1.0
+LAB_BYTES = 4 << 30
+
+FLAGS = 1 << 1 | 1 << 16  # wants to know how much memory there is; the header has addresses
+HEADER = struct.pack(
+    "<8I",
+    *(0x1BAD_B002, FLAGS, -(0x1BAD_B002 + FLAGS) & 0xFFFF_FFFF),
+    *(0x10_0000, 0x10_0000, 0, 0, 0x10_0020),
+)
+CODE = bytes.fromhex(
+    "8b 7b 08"  # mov edi, [ebx + 8]: KiB above 1 MiB
+    "c1 e7 0a"  # shl edi, 10
+    "81 c7 00 00 10 00"  # add edi, 1 MiB
+    "b9 02 00 00 00"  # mov ecx, 2
+    "51"  # twice: push ecx
+    "0f 31"  # rdtsc
+    "89 c6 89 d5"  # mov esi, eax; mov ebp, edx
+    "b8 00 00 00 01"  # mov eax, 16 MiB
+    "89 00"  # again: mov [eax], eax
+    "05 00 10 00 00"  # add eax, 4096
+    "39 f8"  # cmp eax, edi
+    "72 f5"  # jb again
+    "0f 31"  # rdtsc
+    "29 f0 19 ea"  # sub eax, esi; sbb edx, ebp
+    "89 d3 e8 18 00 00 00"  # mov ebx, edx; call hex
+    "89 c3 e8 11 00 00 00"  # mov ebx, eax; call hex
+    "b0 0a 66 ba f8 03 ee"  # mov al, 10; mov dx, 0x3f8; out dx, al
+    "59 e2 cb"  # pop ecx; loop twice
+    "31 c0 e6 f4"  # xor eax, eax; out 0xf4, al
+    "f4 eb fd"  # hlt; jmp to it
+    "50 51"  # hex: push eax; push ecx
+    "b9 08 00 00 00"  # mov ecx, 8
+    "66 ba f8 03"  # mov dx, 0x3f8
+    "c1 c3 04"  # digit: rol ebx, 4
+    "88 d8 24 0f"  # mov al, bl; and al, 15
+    "3c 0a 1c 69 2f"  # cmp al, 10; sbb al, 0x69; das
+    "ee"  # out dx, al
+    "e2 f1"  # loop digit
+    "59 58 c3"  # pop ecx; pop eax; ret
+)
+# The ways of aiokvm: what VM.create takes.
+WAYS: dict[str, dict[str, Any]] = {
+    "aiokvm": {},
+    "shared memory": {"shared_memory": True},
+}
+QEMU = [
+    *("qemu-system-x86_64", "-M", "pc,accel=kvm", "-cpu", "host", "-m", str(MEMORY_MIB), "-nodefaults"),
+    *("-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
+    *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+]
+
+
+def ticks(output: bytes) -> dict[str, float]:
+    """What the guest printed: the TSC's ticks of both passes, in millions."""
+    lines = output.split()
+    if len(lines) != 2:
+        raise SystemExit(f"the guest printed {output!r}")
+    first, second = (int(line, 16) / 1e6 for line in lines)
+    return {"first": first, "second": second}
+
+
+def ours(kernel: Path, **way: Any) -> Measure:
+    async def measure() -> dict[str, float]:
+        output = b""
+        with anyio.fail_after(TIMEOUT_SECONDS):
+            async with await VM.create(boot=boot.Multiboot(kernel), memory=MEMORY_MIB << 20, **way) as vm:
+                await vm.start()
+                while chunk := await vm.serial.read():
+                    output += chunk
+        return ticks(output)
+
+    return measure
+
+
+def qemu(kernel: Path) -> Measure:
+    async def measure() -> dict[str, float]:
+        argv = [*QEMU, "-kernel", str(kernel)]
+        done = await anyio.run_process(argv, check=False, stderr=subprocess.STDOUT)
+        return ticks(done.stdout)
+
+    return measure
+
+
+def write(path: Path) -> Path:
+    path.write_bytes(HEADER + CODE)
+    return path
+
+
+async def measure(count: int) -> Measured:
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = write(Path(folder, "kernel"))
+        contenders = {name: ours(kernel, **way) for name, way in WAYS.items()} | {"QEMU": qemu(kernel)}
+        try:
+            async with await VM.create(boot=boot.Multiboot(kernel), memory=MEMORY_MIB << 20, hugepages="2M"):
+                contenders["reserved huge pages"] = ours(kernel, hugepages="2M")
+        except ConfigError:
+            pass  # the host has reserved none
+        return await pairs.alternate(contenders, count)
+
+
+def show(measured: Measured, count: int) -> None:
+    table = Table("RAM", "first touch, Mticks", "second", "first, to QEMU's", "aim", "drift")
+    for name, figures in measured.items():
+        table.add_row(
+            name,
+            *(f"{statistics.median(figures[which]):.0f}" for which in ("first", "second")),
+            "" if name == "QEMU" else str(pairs.compare(figures["first"], measured["QEMU"]["first"])),
+            f"{AIM}" if name == "aiokvm" else "",
+            f"{pairs.drift(figures['first']):.2f}",
+        )
+    console = Console(width=120)
+    for file in ("enabled", "shmem_enabled"):
+        path = Path("/sys/kernel/mm/transparent_hugepage", file)
+        console.print(f"{path}: {path.read_text().strip() if path.exists() else 'none'}", markup=False)
+    console.print(table, f"{MEMORY_MIB} MiB; {pairs.caption(count)}")
+
+
+async def main(count: int, here: bool, results: Path) -> int:
+    if not here and not has_hardware():
+        Console().print("ring 0 has no hardware here: measuring in the lab")
+        return await in_the_lab(__file__, results, ["--pairs", str(count)], LAB_BYTES)
+    measured = await measure(count)
+    show(measured, count)
+    (results / "faults.json").write_text(json.dumps(measured, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
+    parser.add_argument("--here", action="store_true", help="not in the lab")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    arguments.results.mkdir(exist_ok=True)
+    sys.exit(anyio.run(main, arguments.pairs, arguments.here, arguments.results.absolute()))
