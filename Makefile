@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find aiokvm -type f -not -name '*.pyc') meson.build pyproject.toml
-IMAGES := cloud cloud-elf generic i386 i386-pae initramfs initramfs-generic initramfs-i386 initramfs-i386-pae
+IMAGES := memtest86+ cloud cloud-elf generic i386 i386-pae initramfs initramfs-generic initramfs-i386 initramfs-i386-pae
 
 .PHONY: help setup demo test acceptance bench lint docs clean core-tests fuzz
 

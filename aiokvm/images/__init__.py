@@ -53,7 +53,7 @@ class Image:
     summary: str
     package: str
     architecture: Literal["amd64", "i386"]
-    kind: Literal["kernel", "elf", "initramfs", "busybox", "modules", "bios", "emulator"]
+    kind: Literal["kernel", "elf", "initramfs", "busybox", "modules", "bios", "emulator", "memtest"]
     parts: tuple[str, ...] = ()
     initramfs: str = ""
 
@@ -111,6 +111,7 @@ _IMAGES = {
         Image("lab-modules", "modules of the lab", _GENERIC, "amd64", "modules", ("generic",)),
         Image("intel-lab-modules", "modules of the Intel lab", _CLOUD, "amd64", "modules", ("cloud",)),
         Image("bochs", "emulator of the Intel lab", "bochs", "amd64", "emulator"),
+        Image("memtest86+", "test of RAM, bzImage", "memtest86+", "amd64", "memtest"),
         Image("bochs-bios", "BIOS for Bochs", "bochsbios", "amd64", "bios"),
     )
 }
@@ -344,6 +345,7 @@ class _Pull:
 
 
 def _wanted(name: str) -> bool:
-    """Tell whether a file of a package is a kernel, busybox, a BIOS or one of the modules that are used."""
-    single = name.startswith("boot/vmlinuz-") or name.endswith(("bin/busybox", "/BIOS-bochs-latest"))
+    """Tell whether a file of a package is a kernel, busybox, a BIOS, memtest86+ or one of the modules that are used."""
+    ends = ("bin/busybox", "/BIOS-bochs-latest", "/memtest86+x64.bin")
+    single = name.startswith("boot/vmlinuz-") or name.endswith(ends)
     return single or modules.wanted(name)
