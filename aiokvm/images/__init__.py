@@ -345,7 +345,7 @@ class _Pull:
 
 
 def _wanted(name: str) -> bool:
-    """Tell whether a file of a package is a kernel, busybox, a BIOS, memtest86+ or one of the modules that are used."""
+    """Tell whether a file of a package is what is booted or run, or one of the modules that are used."""
     ends = ("bin/busybox", "/BIOS-bochs-latest", "/memtest86+x64.bin")
     single = name.startswith("boot/vmlinuz-") or name.endswith(ends)
     return single or modules.wanted(name)

@@ -15,6 +15,7 @@ from aiokvm.kvm.constants import KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM
 from aiokvm.machine import hardware
 from aiokvm.machine.config import Config
 from aiokvm.machine.hardware import Hardware, gsi_routing
+from aiokvm.machine.vcpu_state import MSRS_OF_TIME, msr_indices
 
 if TYPE_CHECKING:
     from tests.machine.conftest import Guest
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 
 GIB = 1 << 30
-MSR_TSC = 0x10
 
 
 def test_gsis_lead_where_a_pcs_interrupts_go() -> None:
@@ -107,13 +107,13 @@ def state(hardware: Hardware) -> dict[str, Any]:
     """All that a reset has to restore, but what counts time."""
     found: dict[str, Any] = {}
     with kvm.System() as system:
-        msrs = [index for index in system.get_msr_index_list() if index != MSR_TSC]
+        msrs = set(msr_indices(system, hardware.vcpus[0])) - MSRS_OF_TIME
     for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
         found[f"irqchip {chip}"] = hardware.vm.get_irqchip(chip)
     for index, vcpu in enumerate(hardware.vcpus):
         found |= {
             f"{index} {what}": getattr(vcpu, f"get_{what}")()
-            for what in ("regs", "sregs", "fpu", "debugregs", "vcpu_events", "mp_state", "lapic")
+            for what in ("regs", "sregs", "fpu", "debugregs", "vcpu_events", "mp_state", "lapic", "xsave")
         }
         for msr in msrs:
             try:
@@ -141,8 +141,9 @@ def disturb(hardware: Hardware) -> None:
         lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")  # SVR: enabled
         lapic[0x320:0x324] = (0x20030).to_bytes(4, "little")  # LVTT: periodic
         vcpu.set_lapic(bytes(lapic))
-        for msr in (0x174, 0x175, 0xC000_0081, 0x2FF):  # SYSENTER_CS and _ESP, STAR, MTRRdefType
-            vcpu.set_msrs([kvm.MsrEntry(msr, 0x800 if msr == 0x2FF else 0x33)])
+        # SYSENTER_CS and _ESP, STAR, MTRRdefType, the first MTRRs of each kind.
+        for msr in (0x174, 0x175, 0xC000_0081, 0x2FF, 0x200, 0x250):
+            vcpu.set_msrs([kvm.MsrEntry(msr, {0x2FF: 0x800, 0x200: 6, 0x250: 6}.get(msr, 0x33))])
     for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE):
         pic = hardware.vm.get_irqchip(chip)
         assert isinstance(pic, PicState)
