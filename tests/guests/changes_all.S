@@ -38,8 +38,8 @@ start:
 4: cli; hlt; jmp 4b
 gate:
   mov %ax,(%edi); movw $0x10,2(%edi); movw $0x8e00,4(%edi); shr $16,%eax; mov %ax,6(%edi); ret
-gp: /* wrmsr has two bytes */
-  add $4,%esp; addl $2,(%esp); iret
+gp: /* wrmsr has two bytes; without iret, which emulators of ring 0 lack */
+  add $4,%esp; pop %eax; add $4,%esp; popfl; add $2,%eax; jmp *%eax
 ud:
   mov $66,%al; out %al,$0xf4; hlt
 idt:
