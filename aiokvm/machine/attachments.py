@@ -168,6 +168,7 @@ class Attachments:
         attachment.attached = True
         if new:
             device._loop = self._loop
+            device.memory = self._memory
             device._timers = set()
             device._failed = partial(self._device_failed, device)
             if self._running:
@@ -332,6 +333,7 @@ class Attachments:
             timer.cancel()
         self._cancel(device)
         device._loop = None
+        vars(device).pop("memory", None)
         device._timers = None
         device._failed = None
 

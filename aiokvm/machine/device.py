@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from aiokvm.aio import Handle, Loop
     from aiokvm.machine.irq import Irq
+    from aiokvm.memory import GuestMemory
 
 
 class RegionMode(enum.Enum):
@@ -68,6 +69,11 @@ class Device:
 
     irq: Irq
     """The device's interrupt; there is none unless it was attached with one."""
+    memory: GuestMemory
+    """The RAM of its machine while it is attached to one: for descriptors and buffers that a guest leaves."""
+    vcpu: int | None = None
+    """The index of the vCPU that asks: whose access `read`, `write` and their likes were last called for. A
+    coroutine looks at it before it waits for the first time. None for posted writes, nobody waits there."""
 
     _loop: Loop | None = None
     _timers: set[Timer] | None = None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop, Task
     from aiokvm.hw.bus import BusDevice, Region
+    from aiokvm.machine.device import Device
     from aiokvm.machine.turn import Unfinished, Work
 
 # As plain integers: an enum's members cost a look-up each, on every exit.
@@ -102,7 +103,7 @@ class _Latch:
 class _Target:
     """A region of a bus as an exit finds it."""
 
-    __slots__ = ("device", "exits", "posts", "read", "region", "write")
+    __slots__ = ("device", "exits", "owner", "posts", "read", "region", "write")
 
     def __init__(self, region: Region) -> None:
         self.region = region
@@ -113,15 +114,26 @@ class _Target:
         self.read = region.device.read
         self.write = region.device.write
         self.exits = 0
+        # A device of the program's own is told which vCPU asks.
+        attachment = getattr(region.device, "attachment", None)
+        self.owner: Device | None = attachment.device if attachment is not None else None
 
 
 class _Pacer:
     """Of one string instruction: the slice of the turn that began it, then slices of its own."""
 
-    def __init__(self, loop: Loop, turn: Turn, is_there: Callable[[], bool]) -> None:
+    def __init__(
+        self, loop: Loop, turn: Turn, owner: Device | None, vcpu: int, is_there: Callable[[], bool]
+    ) -> None:
         self._loop = loop
+        self._owner = owner
+        self._vcpu = vcpu
         self._slice = turn.slice
         self._is_there = is_there
+
+    def begin_piece(self) -> None:
+        if self._owner is not None:
+            self._owner.vcpu = self._vcpu
 
     def is_over(self) -> bool:
         return self._slice.is_over()
@@ -308,6 +320,8 @@ class Exits:
             self._nothing_there(vcpu, News(*news))
             return None
         target.exits += 1
+        if target.owner is not None:
+            target.owner.vcpu = number
         if count != 1:
             return self._string(target, vcpu, News(*news))
         try:
@@ -385,6 +399,8 @@ class Exits:
         if target is None:
             return None  # detached meanwhile
         offset, size = item.offset, item.size
+        if target.owner is not None:
+            target.owner.vcpu = None
         if not begin:
             target.exits += item.count
             whole = getattr(target.device, "write_string", None)
@@ -419,7 +435,9 @@ class Exits:
         what = f"string {_describe(item.is_write, size, offset)}, {count} times"
         answer: bytes | Awaitable[bytes | None] | None
         key = item.bus, item.region
-        pacer = _Pacer(self._loop, self._turn, lambda: self._targets.get(key) is target)
+        pacer = _Pacer(
+            self._loop, self._turn, target.owner, item.vcpu, lambda: self._targets.get(key) is target
+        )
         try:
             if item.is_write:
                 data = bytes(ffi.buffer(lib.aiokvm_vcpu_data(vcpu), size * count))

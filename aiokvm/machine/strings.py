@@ -20,6 +20,9 @@ T = TypeVar("T")
 class Pacer(Protocol):
     """What bounds a run of pieces."""
 
+    def begin_piece(self) -> None:
+        """Others may have been served since the last."""
+
     def is_over(self) -> bool:
         """Whether the loop is to have a turn now."""
 
@@ -58,6 +61,7 @@ async def _write_rest(
     for value in pieces:
         if pacer.is_over() and not await pacer.turn():
             return
+        pacer.begin_piece()
         again: Any = device.write(offset, size, value)  # type: ignore[func-returns-value]
         if hasattr(again, "__await__"):
             await again
@@ -96,6 +100,7 @@ async def _read_rest(
     while len(pieces) < size * count:
         if pacer.is_over() and not await pacer.turn():
             break
+        pacer.begin_piece()
         again: Any = device.read(offset, size)
         pieces += _piece(await again if hasattr(again, "__await__") else again, size)
     return bytes(pieces)

@@ -99,6 +99,7 @@ class VM:
         self._ended = anyio.Event()
         self._closed = anyio.Event()
         self._closing = False
+        self._kept_told = False
         self._failures = Failures(config.name, self._logger, self._hub)
         # What a machine does not have, its program need not load.
         self._disks: Disks | None = None
@@ -588,7 +589,9 @@ class VM:
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
             raise
-        if kept:
+        if kept and not self._kept_told:
+            # Once: a guest may reset as often as it likes.
+            self._kept_told = True
             names = ", ".join(f"{index:#x}" for index in kept)
             self._logger.warning("%s: a reset cannot change MSRs back on this host: %s", self.name, names)
         # It may have been ended while the loop had others to serve.

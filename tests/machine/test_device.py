@@ -10,9 +10,10 @@ import pytest
 
 from aiokvm import Device, DeviceError, Exit, ExitReason
 from aiokvm.aio import current_loop
+from tests.machine.test_smp import CALLS_ALL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from aiokvm.machine.device import Timer
     from tests.machine.conftest import Guest, Program
@@ -581,3 +582,87 @@ async def test_timers_on_the_loop_end_with_the_device_and_the_machine(guest: Gue
         assert calls == []
         with pytest.raises(DeviceError):
             two.now_ns()
+
+
+@kvm_test
+async def test_a_device_has_its_machines_memory_while_it_is_attached(guest: Guest) -> None:
+    class Hypercall(Device):
+        def write(self, offset: int, size: int, value: int) -> None:
+            seen.append(self.memory.read(value, 5))
+            self.memory.write(value, b"world")
+
+    seen: list[bytes] = []
+    device = Hypercall()
+    assert not hasattr(device, "memory")
+    code = bytes.fromhex(
+        "66 b8 00 30 00 00"  # mov eax, 0x3000
+        "ba 00 03 66 ef"  # mov dx, 0x300; out dx, eax
+        "b0 00 e6 f4 f4"  # mov al, 0; out 0xf4, al; hlt
+    )
+    async with guest(code, start=False) as vm:
+        vm.memory.write(0x3000, b"hello")
+        attachment = vm.attach(device, pio=0x300, size=4)
+        other = vm.attach(device, pio=0x310)
+        assert device.memory is vm.memory
+        await vm.start()
+        await vm.wait()
+        assert seen == [b"hello"]
+        assert vm.memory.read(0x3000, 5) == b"world"
+    assert not attachment.attached
+    assert not other.attached
+    assert not hasattr(device, "memory")
+
+
+EACH_ASKS = CALLS_ALL[:0x2000] + bytes.fromhex(
+    "66 b8 01 00 00 00 0f a2 66 c1 eb 18"  # 0x3000, in real mode: the APIC id to ebx
+    "ba 00 03 88 d8"  # mov dx, 0x300; mov al, bl
+    "ee"  # out dx, al
+    "ec"  # in al, dx
+    "38 d8 75 05"  # cmp al, bl; jne 1f
+    "f0 fe 06 00 50"  # lock inc byte [0x5000]
+    "fa f4"  # 1: cli; hlt
+)
+
+
+@kvm_test
+@pytest.mark.parametrize("is_coroutine", [False, True])
+async def test_a_device_knows_which_vcpu_asks(guest: Guest, is_coroutine: bool) -> None:
+    class Asked(Device):
+        def write(self, offset: int, size: int, value: int) -> None:
+            seen.append((self.vcpu, value))
+
+        def read(self, offset: int, size: int) -> int | Awaitable[int]:
+            return self.later() if is_coroutine else self.vcpu or 0
+
+        async def later(self) -> int:
+            vcpu = self.vcpu
+            await anyio.lowlevel.checkpoint()
+            return vcpu or 0
+
+    seen: list[tuple[int | None, int]] = []
+    async with guest(EACH_ASKS, mode="protected", cpus=5, start=False) as vm:
+        vm.attach(Asked(), pio=0x300)
+        await vm.start()
+        with anyio.fail_after(30):
+            while vm.memory.read(0x5000, 1)[0] < 4:
+                await anyio.lowlevel.checkpoint()
+    assert sorted(seen) == [(index, index) for index in range(1, 5)]
+
+
+@kvm_test
+async def test_nobody_asks_for_posted_writes(guest: Guest, program: type[Program]) -> None:
+    class Posted(Device):
+        def write(self, offset: int, size: int, value: int) -> None:
+            seen.append(self.vcpu)
+
+        def read(self, offset: int, size: int) -> int:
+            seen.append(self.vcpu)
+            return 0
+
+    seen: list[int | None] = []
+    code = program().write(0x300, 1, bus="pio").read(0x300, bus="pio").end()
+    async with guest(code, mode="protected", start=False) as vm:
+        vm.attach(Posted(), pio=0x300, mode="posted")
+        await vm.start()
+        await vm.wait()
+    assert seen == [None, 0]
