@@ -636,4 +636,5 @@ async def test_many_memory_regions_come_and_go(guest: Guest, resources: Callable
             assert re.search("mmio 0xd0010000-0xd0010fff", repr(attachments[1]))
             for attachment in attachments[::2] + attachments[1::2]:
                 vm.detach(attachment)
+        del attachment, attachments  # which keep their pages
         assert (state(vm), resources()) == before

@@ -14,6 +14,7 @@ import pytest
 
 from aiokvm import VM, Device, Exit, ExitReason, StateError, VcpuState, VmState, boot, kvm
 from aiokvm.machine import attachments, vcpus
+from aiokvm.machine import vm as machine
 from aiokvm.machine.attachments import Attachments
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ STEPS: list[tuple[Any, str]] = [
     (os, "eventfd"),
     (kvm.Vm, "ioeventfd"),
     (kvm.Vm, "irqfd"),
-    (VM, "_load"),
+    (machine, "load"),
 ]
 
 
