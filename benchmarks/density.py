@@ -25,7 +25,7 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from aiokvm import VM, ConfigError, Device, boot, check_limits
+from aiokvm import VM, ConfigError, Device, boot, check_limits, net
 
 RESULTS = Path(__file__).with_name("results")
 PORT = 0x500
@@ -108,9 +108,14 @@ async def lags(seconds: float) -> list[float]:
     return found
 
 
-async def create(sensor: Sensor, name: str) -> VM:
+async def create(sensor: Sensor, name: str, nets: str = "none") -> VM:
+    dataplane: Any = nets
     return await VM.create(
-        boot=boot.Flat(PAYLOAD), memory="2M", name=name, devices=[sensor.at(pio=PORT, size=1)]
+        boot=boot.Flat(PAYLOAD),
+        memory="2M",
+        name=name,
+        devices=[sensor.at(pio=PORT, size=1)],
+        nets=[] if nets == "none" else [net.Nic(net.User(), dataplane=dataplane)],
     )
 
 
@@ -120,12 +125,12 @@ async def close(machines: list[VM]) -> None:
             group.start_soon(vm.aclose)
 
 
-async def warm_up() -> None:
+async def warm_up(nets: str) -> None:
     """What the first machines bring into being stays: imports, worker threads, what the allocators keep."""
     machines = []
 
     async def live(name: str) -> None:
-        machines.append(await create(Sensor(), name))
+        machines.append(await create(Sensor(), name, nets))
         await machines[-1].start()
 
     async with anyio.create_task_group() as group:
@@ -145,16 +150,16 @@ async def settle() -> None:
     await anyio.sleep(0.5)
 
 
-async def inner(count: int, seconds: float) -> None:
+async def inner(count: int, seconds: float, nets: str) -> None:
     """One round; prints its figures as JSON."""
-    await warm_up()
+    await warm_up(nets)
     before, before_kib = taken(), resident_kib()
 
     sensors = [Sensor() for _ in range(count)]
     machines, creates, starts = [], [], []
     for i, sensor in enumerate(sensors):
         begin = time.perf_counter()
-        machines.append(await create(sensor, f"m{i}"))
+        machines.append(await create(sensor, f"m{i}", nets))
         creates.append(1e3 * (time.perf_counter() - begin))
     for vm in machines:
         begin = time.perf_counter()
@@ -169,7 +174,7 @@ async def inner(count: int, seconds: float) -> None:
     reads = sum(sensor.reads for sensor in sensors) - reads
     slowest = min(sensor.reads for sensor in sensors)
     begin = time.perf_counter()
-    more = [await create(Sensor(), f"more{i}") for i in range(MORE)]
+    more = [await create(Sensor(), f"more{i}", nets) for i in range(MORE)]
     busy_create = 1e3 * (time.perf_counter() - begin) / MORE
     await close(more)
 
@@ -207,8 +212,8 @@ async def inner(count: int, seconds: float) -> None:
     print(json.dumps(figures))
 
 
-def measure(count: int, seconds: float, loop: str) -> dict[str, float]:
-    argv = [sys.executable, __file__, "--inner", "--loop", loop]
+def measure(count: int, seconds: float, loop: str, nets: str) -> dict[str, float]:
+    argv = [sys.executable, __file__, "--inner", "--loop", loop, "--nets", nets]
     argv += ["--machines", str(count), "--seconds", str(seconds)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -239,21 +244,23 @@ ROWS = [
 ]
 
 
-def main(count: int, seconds: float, loop: str, rounds: int) -> None:
+def main(count: int, seconds: float, loop: str, rounds: int, nets: str) -> None:
     try:
         check_limits(count)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    all_figures = [measure(count, seconds, loop) for _ in range(rounds)]
+    all_figures = [measure(count, seconds, loop, nets) for _ in range(rounds)]
     figures = {name: statistics.median(f[name] for f in all_figures) for name in all_figures[0]}
-    table = Table(f"{count} machines, {loop}, median of {rounds}", "measured", "target")
+    table = Table(f"{count} machines, {loop}, adapters: {nets}, median of {rounds}", "measured", "target")
     for text, name, form in ROWS:
         target = f"< {TARGETS[name]:g}" if name in TARGETS else "0" if name.endswith("_left") else ""
         table.add_row(text, format(figures[name], form), target)
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
     result = {"machines": count, "loop": loop, "seconds": seconds, "rounds": rounds, **figures}
-    (RESULTS / f"density-{loop}.json").write_text(json.dumps(result, indent=1))
+    (RESULTS / f"density-{loop}{'' if nets == 'none' else '-' + nets}.json").write_text(
+        json.dumps(result, indent=1)
+    )
 
 
 def backend(loop: str) -> dict[str, Any]:
@@ -268,12 +275,14 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=5, help="how long the loop's lag is measured")
     parser.add_argument("--loop", choices=["asyncio", "uvloop", "trio"], default="asyncio")
     parser.add_argument("--rounds", type=int, default=3)
+    nets_help = "give each machine an adapter with a NAT, its frames moved so"
+    parser.add_argument("--nets", choices=["none", "loop", "thread"], default="none", help=nets_help)
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     # The soft limit is for programs that use select(); the hard one is what this process may have.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if arguments.inner:
-        anyio.run(inner, arguments.machines, arguments.seconds, **backend(arguments.loop))
+        anyio.run(inner, arguments.machines, arguments.seconds, arguments.nets, **backend(arguments.loop))
     else:
-        main(arguments.machines, arguments.seconds, arguments.loop, arguments.rounds)
+        main(arguments.machines, arguments.seconds, arguments.loop, arguments.rounds, arguments.nets)
