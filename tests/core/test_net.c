@@ -8,6 +8,7 @@
 #include "check.h"
 #include "clock.h"
 #include "net_fake.h"
+#include "net_filter.h"
 #include "ratelimit.h"
 
 static const uint8_t FRAME[1514] = { 2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45 };
@@ -331,6 +332,36 @@ TEST(frames_wait_in_a_queue_of_bounded_size)
     CHECK_EQ(queue.frames, 0);
     net_leave(net);
     aiokvm_net_free(net);
+}
+
+TEST(a_frame_that_waits_meets_the_filters_of_another_peer)
+{
+    struct aiokvm_net *net = plane(NULL);
+    struct fake_end *ends[2], *other = fake_end_new(net, 0);
+    pair(net, ends);
+    int error = 0;
+    struct aiokvm_net_rule deny = { .verdict = AIOKVM_NET_DENY, .directions = 3 };
+    struct aiokvm_net_filter *filter = aiokvm_net_filter_new(&other->end, &deny, 1, &error);
+    CHECK(filter);
+    aiokvm_net_set_policy(&other->end, filter, NULL, NULL, NULL);
+    struct net_queue queue;
+    net_queue_init(&queue, 3, 4000);
+    struct iovec iov[2] = { [1] = { (void *)(uintptr_t)FRAME, 60 } };
+    struct net_frame frame = { .iov = iov + 1, .count = 1, .size = 60 };
+    ends[1]->blocks = true;
+    CHECK(net_enter(net));
+    CHECK_EQ(net_send(&ends[0]->end, &frame), NET_BLOCKED);
+    CHECK(net_queue_put(&queue, &frame));
+    net_leave(net);
+    aiokvm_net_unlink(&ends[0]->end);
+    CHECK_EQ(aiokvm_net_link(&ends[0]->end, &other->end), 0);
+    CHECK(net_enter(net));
+    CHECK_EQ(net_queue_send(&queue, &ends[0]->end, 1), NET_TAKEN);
+    net_leave(net);
+    CHECK_EQ(other->received, 0);
+    CHECK_EQ(stats(ends[0]).dropped_filtered, 1);
+    aiokvm_net_free(net);
+    aiokvm_net_filter_free(filter);
 }
 
 TEST(a_frame_that_has_to_wait_keeps_what_it_has_passed)
