@@ -6,6 +6,8 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import anyio
+
 from aiokvm.boot.acpi import MAX_VIRTIO, VirtioMmio
 from aiokvm.errors import ConfigError, DeviceError
 from aiokvm.machine.device import Device, RegionMode
@@ -142,9 +144,13 @@ class VirtioDevices:
             attachment.stop()
 
     async def finished(self) -> None:
-        """Waits until nothing is in flight and the devices have given back what they hold."""
-        for attachment in self._all:
-            await attachment.finished()
+        """Waits until nothing is in flight and the devices have given back what they hold.
+
+        All at once: one that does not come to an end keeps no other from it.
+        """
+        async with anyio.create_task_group() as tasks:
+            for attachment in self._all:
+                tasks.start_soon(attachment.finished)
 
     def close(self) -> None:
         """Give everything back. Idempotent."""

@@ -75,7 +75,8 @@ class _Kick:
         self.watch()
 
     def watch(self) -> None:
-        if self._watched is None:
+        # A device may come to its end after its machine: the descriptor's number is another's then.
+        if self._watched is None and self.fd >= 0:
             self._watched = self._loop.watch(self.fd, self._on_readable)
 
     def unwatch(self) -> None:
@@ -87,6 +88,7 @@ class _Kick:
         self.unwatch()
         self._vm.ioeventfd(self._address, self.fd, 4, datamatch=self._queue, deassign=True)
         os.close(self.fd)
+        self.fd = -1
 
     def _on_readable(self) -> None:
         try:
@@ -190,7 +192,13 @@ class VirtioAttachment:
             timer.cancel()
 
     async def finished(self) -> None:
-        """After `stop`: the device touches no buffer any more, and has given back what it holds."""
+        """After `stop`: the device touches no buffer any more, and has given back what it holds.
+
+        That comes about as soon as it can, also when nobody waits any more.
+        """
+        await self._loop.spawn(self._finish, f"{self._name}: close").wait()
+
+    async def _finish(self) -> None:
         if self._run:
             await self._run.wait()
         try:

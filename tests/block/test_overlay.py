@@ -486,3 +486,25 @@ async def test_overlays_stand_on_each_other(memory_disk: Any, tmp_path: Path) ->
         assert base.data == BASE
         await lower.commit()
     assert bytes(base.data[512:1024]) == pattern(1, 512)
+
+
+async def test_memory_is_not_exceeded_by_writes_at_once(memory_disk: Any) -> None:
+    most, each = 4 << 20, 1 << 20
+    written: list[int] = []
+    failed: list[int | None] = []
+    async with Overlay(memory_disk(bytes(16 << 20)), memory_bytes=most) as overlay:
+
+        async def write(at: int) -> None:
+            try:
+                await overlay.write(at, memoryview(b"x" * each))
+            except OSError as error:
+                failed.append(error.errno)
+            else:
+                written.append(at)
+
+        async with anyio.create_task_group() as tasks:
+            for at in range(0, 16 << 20, each):
+                tasks.start_soon(write, at)
+        assert (len(written), failed) == (4, [errno.ENOSPC] * 12)
+        for at in range(0, 16 << 20, each):
+            assert await overlay.read(at, 512) == (b"x" if at in written else b"\0") * 512

@@ -399,6 +399,23 @@ EACH_ENGINE(one_queue_is_taken_away_and_the_other_loses_nothing)
     disk_close(&disk);
 }
 
+EACH_ENGINE(as_many_requests_as_all_queues_hold)
+{
+    enum { COUNT = QUEUE_SIZE / 2 };
+    struct disk disk;
+    disk_open(&disk, engine, MIB);
+    header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
+    for (int round = 0; round < 3; round++) {
+        for (uint32_t i = 0; i < QUEUES * COUNT; i++)
+            put(&disk, i % QUEUES, (struct part[]){ { DATA - 4096, 16, false }, { DATA + 4096, SECTOR + 1, true } }, 2);
+        kick(&disk, 0);
+        kick(&disk, 1);
+        for (uint32_t i = 0; i < QUEUES * COUNT; i++)
+            CHECK_EQ(wait_used(&disk, i / COUNT).length, SECTOR + 1);
+    }
+    disk_close(&disk);
+}
+
 EACH_ENGINE(the_end_comes_with_requests_in_flight)
 {
     for (int round = 0; round < 5; round++) {

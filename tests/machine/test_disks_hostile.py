@@ -103,6 +103,17 @@ async def test_half_a_gibibyte_in_one_request(kind: str, type_: int, tmp_path: P
         assert r.memory.read(STATUS, 1)[0] == VIRTIO_BLK_S_OK
 
 
+@pytest.mark.parametrize("how", ["commit", "discard_changes"])
+async def test_half_a_gibibyte_of_changes_in_memory_goes(how: str) -> None:
+    """Whatever it is: moved away, dropped, or closed."""
+    overlay = Overlay(Eager())
+    async with rig(overlay, memory=24 * MIB) as r:
+        table = write_table(r, VIRTIO_BLK_T_OUT, [(16 * MIB, 8 * MIB)] * 64)
+        await served(r, 1, 1, table)
+        await getattr(overlay, how)()
+        await served(r, 1, 2, table)
+
+
 @pytest.mark.parametrize("type_", [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_GET_ID])
 async def test_requests_in_as_many_pieces_as_can_be_on_all_queues(type_: int) -> None:
     """The pieces are a byte each, and as many requests as the queues hold."""

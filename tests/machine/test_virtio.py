@@ -261,12 +261,17 @@ async def test_what_is_never_drained_holds_the_end_up_for_a_bounded_time(
     guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
-    device = Counter()
-    device.drain = anyio.sleep_forever
-    async with guest(b"\xf4\xeb\xfd", virtio=[device]) as vm:
+    device, other = Counter(), Counter()
+    drained = anyio.Event()
+    device.drain = drained.wait
+    async with guest(b"\xf4\xeb\xfd", virtio=[device, other]) as vm:
         pass
     assert vm.state is VmState.CLOSED
     assert "does not end in 0.05 s" in caplog.text
+    # It keeps no other from ending, and ends itself when it can.
+    assert (device.closed, other.resets, other.closed) == (0, 1, 1)
+    drained.set()
+    await until(lambda: device.closed)
 
 
 @pytest.mark.kvm
