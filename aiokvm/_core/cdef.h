@@ -1060,6 +1060,7 @@ struct aiokvm_net_end *aiokvm_net_datagram_new(struct aiokvm_net *net, int fd, c
 
 #define AIOKVM_NET_SLIRP_MIN_MTU ...
 #define AIOKVM_NET_SLIRP_MAX_MTU ...
+#define AIOKVM_NET_SLIRP_MAX_QUERY ...
 
 struct aiokvm_net_slirp_config {
     uint32_t network, netmask;
@@ -1075,6 +1076,7 @@ struct aiokvm_net_slirp_config {
     uint32_t restricted;
     uint32_t host_loopback;
     uint32_t own_nameserver;
+    uint32_t has_dns;
     uint32_t max_connections;
 };
 
@@ -1097,6 +1099,8 @@ int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
                             struct aiokvm_net_slirp_connection *connection);
 int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
 int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection);
+int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *data);
+int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size);
 
 /* ---- net_port.h: the program as the peer ---- */
 

@@ -63,9 +63,9 @@ static void emit_merged(struct slirp_end *self)
     emit(self, &hdr, self->merge.data, size);
 }
 
-/* A frame whose receiver is known, or everybody. */
-static void deliver(struct slirp_end *self, const uint8_t *data, size_t size)
+void slirp_deliver(struct slirp_end *self, uint8_t *data, size_t size)
 {
+    slirp_dns_from_service(self, data, size);
     bool is_ip6 = data[12] == 0x86;
     uint32_t needs = is_ip6 ? AIOKVM_NET_OFFLOAD_TSO6 : AIOKVM_NET_OFFLOAD_TSO4;
     if (self->end.peer && self->end.peer->offloads & needs) {
@@ -97,7 +97,7 @@ static void hold(struct slirp_end *self, const uint8_t *data, size_t size)
     memcpy(held->data, data, size);
     if (!self->held_count++)
         self->held_until_ns = aiokvm_now_ns() + HOLD_NS;
-    deliver(self, question, slirp_neighbours_ask(&self->guard, data, question));
+    slirp_deliver(self, question, slirp_neighbours_ask(&self->guard, data, question));
 }
 
 /* Somebody has been heard for the first time. */
@@ -108,7 +108,7 @@ static void deliver_held(struct slirp_end *self)
             at = &held->next;
             continue;
         }
-        deliver(self, held->data, held->size);
+        slirp_deliver_datagram(self, held->data, held->size);
         *at = held->next;
         self->held_count--;
         free(held);
@@ -152,7 +152,7 @@ static ssize_t send_packet(const void *data, size_t size, void *opaque)
     /* It has made the frame for this call, and does not look at it again. */
     uint8_t *frame = (uint8_t *)(uintptr_t)data;
     if (slirp_neighbours_fill(&self->neighbours, frame, size))
-        deliver(self, frame, size);
+        slirp_deliver_datagram(self, frame, size);
     else
         hold(self, frame, size);
     return (ssize_t)size;
@@ -271,7 +271,7 @@ void slirp_cut(struct slirp_end *self, struct slirp_socket *socket)
     /* A connection that is still being made does not end so. */
     if (!slirp_sockets_find(&self->sockets, &flow) &&
         slirp_neighbours_fill(&self->neighbours, to_guest, to_guest_size))
-        deliver(self, to_guest, to_guest_size);
+        slirp_deliver(self, to_guest, to_guest_size);
 }
 
 /* Connections that have been silent for too long end. */
@@ -437,6 +437,9 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
     }
     if (slirp_neighbours_learn(&self->neighbours, self->input, size) && self->held)
         deliver_held(self);
+    if (slirp_dns_take(self, self->input, size))
+        return NET_TAKEN;
+    slirp_dns_to_service(self, self->input, size);
     uint8_t reset[SLIRP_RESET_SIZE];
     uint32_t reset_size;
     if (!may_connect(self, size, now_ns, reset, &reset_size)) {
@@ -503,6 +506,7 @@ static void slirp_free(struct aiokvm_net_end *end)
         self->broken = broken->next;
         free(broken);
     }
+    slirp_dns_free(self);
     aiokvm_share_close(&self->descriptors);
     aiokvm_share_close(&self->bytes);
     net_queue_clear(&self->queue);
@@ -560,6 +564,8 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     /* TSO6 is not among them: libslirp takes no IPv6 packet that is larger than the MTU. */
     self->end.offloads = AIOKVM_NET_OFFLOAD_CSUM | AIOKVM_NET_OFFLOAD_TSO4 | AIOKVM_NET_OFFLOAD_ECN;
     self->max = config->max_connections;
+    self->mtu = config->mtu;
+    self->has_dns = config->has_dns && !config->own_nameserver && !config->restricted;
     self->found = -1;
     self->watch.fd = -1;
     self->guard = (struct slirp_guard){

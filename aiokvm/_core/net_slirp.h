@@ -11,6 +11,8 @@ struct aiokvm_net;
 struct aiokvm_net_end;
 
 enum { AIOKVM_NET_SLIRP_MIN_MTU = 576, AIOKVM_NET_SLIRP_MAX_MTU = 65521 };
+/* Of a question to the nameserver by UDP, and of its answer. */
+enum { AIOKVM_NET_SLIRP_MAX_QUERY = 4096, AIOKVM_NET_SLIRP_MAX_ANSWER = 65000 };
 
 /* IPv4 addresses are numbers: 10.0.2.0 is 0x0a000200. What pointers point to is copied. */
 struct aiokvm_net_slirp_config {
@@ -27,6 +29,8 @@ struct aiokvm_net_slirp_config {
     uint32_t restricted;      /* no way out, but for services and answers to what is forwarded to the guest */
     uint32_t host_loopback;   /* 127.0.0.1 of the host is at `host`, ::1 in prefix6 */
     uint32_t own_nameserver;  /* `nameserver` is asked as it is: else it stands for the host's */
+    uint32_t has_dns; /* the program answers for it: aiokvm_net_slirp_take_query, and TCP by a service at port 53 of the
+                       * network's broadcast address */
     uint32_t max_connections; /* of the guest at a time: TCP, and as many UDP and ICMP */
 };
 
@@ -66,5 +70,11 @@ int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
 /* One that is broken: the guest has reset it, or it was given up. What reads it finds an end, as if it was an orderly
  * one. 0: there is none, 1: *connection is one. AIOKVM_NET_NEWS_READABLE tells. */
 int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection);
+
+/* The next question of the guest to the nameserver, into `data` of AIOKVM_NET_SLIRP_MAX_QUERY bytes: its size, -EAGAIN if
+ * there is none. AIOKVM_NET_NEWS_READABLE tells. At most 64 wait for their answers. */
+int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *data);
+/* The answer; of no bytes: there is none. -ENOENT: there is no such question. */
+int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size);
 
 #endif

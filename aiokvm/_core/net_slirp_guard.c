@@ -35,8 +35,7 @@ uint32_t slirp_sum(const uint8_t *data, size_t size, uint32_t sum)
     return fold((uint64_t)sum + ntohs(net_sum_fold(&own)));
 }
 
-/* One 16-bit word that a checksum covers is replaced, RFC 1624. */
-static void replace16(uint8_t *at, uint32_t value, uint8_t *checksum)
+void slirp_replace16(uint8_t *at, uint32_t value, uint8_t *checksum)
 {
     net_store16(checksum, ~fold((~net_load16(checksum) & 0xffff) + (~net_load16(at) & 0xffff) + value));
     net_store16(at, value);
@@ -97,7 +96,7 @@ void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t s
 /* A SYN. No TCP begins with both: libslirp sends a reset. */
 static enum slirp_verdict refuse(uint8_t *tcp)
 {
-    replace16(tcp + 12, net_load16(tcp + 12) | TCP_FIN, tcp + 16);
+    slirp_replace16(tcp + 12, net_load16(tcp + 12) | TCP_FIN, tcp + 16);
     return SLIRP_REFUSE;
 }
 
@@ -153,7 +152,7 @@ static void raise_mss(uint8_t *tcp, uint32_t length, uint32_t least)
             for (uint32_t i = 0; i < 2; i++) {
                 uint32_t byte = at + 2 + i, value = i ? least & 0xff : least >> 8, word = net_load16(tcp + (byte & ~1u));
                 word = byte & 1 ? (word & 0xff00) | value : (word & 0xff) | value << 8;
-                replace16(tcp + (byte & ~1u), word, tcp + 16);
+                slirp_replace16(tcp + (byte & ~1u), word, tcp + 16);
             }
         }
         at += tcp[at + 1];
@@ -173,8 +172,8 @@ static enum slirp_verdict of_tcp(const struct slirp_load *load, uint8_t *tcp, ui
         raise_mss(tcp, length, least_mss);
     /* Urgent data is data: what libslirp does with it is little tried. */
     if (tcp[13] & TCP_URG) {
-        replace16(tcp + 12, net_load16(tcp + 12) & ~(uint32_t)TCP_URG, tcp + 16);
-        replace16(tcp + 18, 0, tcp + 16);
+        slirp_replace16(tcp + 12, net_load16(tcp + 12) & ~(uint32_t)TCP_URG, tcp + 16);
+        slirp_replace16(tcp + 18, 0, tcp + 16);
     }
     return SLIRP_PASS;
 }
@@ -197,7 +196,7 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
     uint32_t length = net_load16(ip + 2);
     if (is_large && length != size) {
         /* Some drivers leave it to the device. */
-        replace16(ip + 2, size, ip + 10);
+        slirp_replace16(ip + 2, size, ip + 10);
         length = size;
     }
     if (length < IP_SIZE || length > size)

@@ -65,4 +65,16 @@ int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connectio
     return -ENOSYS;
 }
 
+int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *data)
+{
+    (void)end, (void)id, (void)data;
+    return -ENOSYS;
+}
+
+int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size)
+{
+    (void)end, (void)id, (void)data, (void)size;
+    return -ENOSYS;
+}
+
 #endif

@@ -50,6 +50,8 @@ enum slirp_verdict slirp_guard(const struct slirp_guard *guard, const struct sli
 void slirp_guard_heard(struct slirp_guard *guard, const uint8_t *frame, size_t size, uint64_t now_ns);
 /* Who has sent a TCP segment over IPv4 that has passed. */
 void slirp_guard_sender(const uint8_t *frame, uint32_t *address, uint16_t *port);
+/* One 16-bit word that a checksum covers is replaced, RFC 1624. */
+void slirp_replace16(uint8_t *at, uint32_t value, uint8_t *checksum);
 /* The ones' complement sum of the bytes, as a number; `sum` is one to go on with. */
 uint32_t slirp_sum(const uint8_t *data, size_t size, uint32_t sum);
 
@@ -307,13 +309,30 @@ struct slirp_end {
     struct slirp_merge merge;
     struct slirp_service *services;
     uint32_t next_service;
+    bool has_dns;
+    struct slirp_query *queries; /* the oldest first */
+    uint32_t next_query, next_fragment, mtu;
+    uint8_t piece[AIOKVM_NET_MAX_FRAME]; /* of a datagram */
     uint8_t input[AIOKVM_NET_MAX_FRAME];
 };
 
 /* ---- net_slirp.c ---- */
 
+/* A frame whose receiver is filled in. */
+void slirp_deliver(struct slirp_end *self, uint8_t *frame, size_t size);
 /* Ends a connection of the guest's by a reset to both sides. Not from inside of libslirp. */
 void slirp_cut(struct slirp_end *self, struct slirp_socket *socket);
+
+/* ---- net_slirp_dns.c ---- */
+
+/* Whether a frame of the guest's that has passed is a question to the nameserver by UDP, and is kept. */
+bool slirp_dns_take(struct slirp_end *self, const uint8_t *frame, size_t size);
+void slirp_dns_free(struct slirp_end *self);
+/* What goes to the nameserver by TCP goes to the service, and comes from there. */
+void slirp_dns_to_service(struct slirp_end *self, uint8_t *frame, size_t size);
+void slirp_dns_from_service(struct slirp_end *self, uint8_t *frame, size_t size);
+/* A datagram, in fragments if it is larger than a frame. */
+void slirp_deliver_datagram(struct slirp_end *self, uint8_t *frame, size_t size);
 
 /* ---- net_slirp_poll.c ---- */
 

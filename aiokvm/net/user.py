@@ -17,6 +17,7 @@ from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
 from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
+from aiokvm.net.dns import PORT, Dns
 from aiokvm.net.forwards import Forward, parse_forward, parse_host
 from aiokvm.net.service import MAX_WAITING, Connections, Service
 from aiokvm.process import Folder
@@ -57,7 +58,7 @@ class User(NetBackend):
     """Connections of the guest are sockets of this process, by libslirp: it needs no privileges.
 
     The guest finds a router at ``host`` (by default the second address of ``network``), DHCP that gives out
-    addresses from ``dhcp_start`` on, a nameserver (the third address) that asks the one of the host, and
+    addresses from ``dhcp_start`` on, a nameserver (the third address) that asks those of the host, and
     IPv6 router advertisements for the /64 ``ipv6``; None is no IPv6. ``dns`` is another nameserver that DHCP
     tells of; one of the network stands for the host's. ``hostname`` and the ``domains`` to search are told
     by DHCP, ``mtu`` by the adapter.
@@ -141,6 +142,9 @@ class User(NetBackend):
         self._services: dict[tuple[str, int], Service] = {}
         self._plane: Plane | None = None
         self._end: End | None = None
+        self._dns: Dns | None = None
+        self._has_dns = not self._own_nameserver and not restrict
+        """Whether the guest's nameserver stands for those of the host."""
         self._directory: Folder | None = None
         self._paths: dict[str, tuple[int, int]] = {}
         """Sockets that were made, with device and inode."""
@@ -294,24 +298,28 @@ class User(NetBackend):
                 raise StateError(f"{self!r} was closed meanwhile")
             if self._handlers.get(at) is not handler:
                 raise StateError(f"the service at {at[0]}:{at[1]} was removed meanwhile")
-            if not self._directory:
-                self._directory = Folder()
-            self._made += 1
-            path = self._directory.socket_path(str(self._made))
-            number = int(IPv4Address(at[0]))
-            result = lib.aiokvm_net_slirp_add_service(
-                self._core, number, at[1], os.fsencode(path), MAX_WAITING
-            )
-            if result < 0:
-                raise OSError(-result, f"no service at {at[0]}:{at[1]} by {path}: {os.strerror(-result)}")
+            self._add(service)
         except BaseException:
             await _stop(service)
             raise
+
+    def _add(self, service: Service) -> None:
+        at = service.address
+        if not self._directory:
+            self._directory = Folder()
+        self._made += 1
+        path = self._directory.socket_path(str(self._made))
+        number = int(IPv4Address(at[0]))
+        result = lib.aiokvm_net_slirp_add_service(self._core, number, at[1], os.fsencode(path), MAX_WAITING)
+        if result < 0:
+            raise OSError(-result, f"no service at {at[0]}:{at[1]} by {path}: {os.strerror(-result)}")
         service.id = result
         self._services[at] = service
 
     def _on_news(self, _news: int, _error: int, _detail: int) -> None:
         self._connections.look()
+        if self._dns:
+            self._dns.look()
         for service in tuple(self._services.values()):
             self._accept(service)
 
@@ -342,6 +350,11 @@ class User(NetBackend):
         self._plane, self._end = plane, end
         self._connections.end = end
         try:
+            if self._has_dns:
+                self._dns = Dns(plane.loop, end, self._log)
+                # libslirp takes it there, where no guest's address is.
+                at = (str(self.network.broadcast_address), PORT)
+                self._add(Service(plane.loop, at, self._dns.resolver.relay, self._log))
             for forwarded in self._forwards:
                 self._listen(forwarded)
             # While one starts, others may be added, which begin to serve by themselves, or removed.
@@ -359,6 +372,9 @@ class User(NetBackend):
         return end
 
     async def _close(self) -> None:
+        dns, self._dns = self._dns, None
+        if dns:
+            await dns.stop()
         services, self._services = self._services, {}
         for service in services.values():
             await _stop(service)
@@ -380,6 +396,7 @@ class User(NetBackend):
         config.network, config.netmask = int(self.network.network_address), int(self.network.netmask)
         config.host, config.dhcp_start = int(self.host), int(self.dhcp_start)
         config.nameserver, config.own_nameserver = int(self._nameserver), self._own_nameserver
+        config.has_dns = self._has_dns
         config.hostname = hostname if self.hostname else ffi.NULL
         if strings:
             config.domain, config.search = strings[0], ffi.cast("char const **", search)

@@ -1,0 +1,128 @@
+"""The nameservers of the host, asked one after the other. Some are here, on addresses of the loopback."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from aiokvm.net import dns
+from aiokvm.net.dns import Resolver, nameservers
+from aiokvm.net.service import Connection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+LIMIT_S = 30
+QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01x\x00\x00\x01\x00\x01"
+
+
+@pytest.mark.parametrize(
+    ("text", "servers"),
+    [
+        ("nameserver 192.0.2.1\n", ["192.0.2.1"]),
+        ("# c\n; d\n\tnameserver\t192.0.2.1 # x\nsearch a", ["192.0.2.1"]),
+        ("nameserver 2001:db8::1\nnameserver 192.0.2.1", ["2001:db8::1", "192.0.2.1"]),
+        ("nameserver fe80::1%eth0\n", ["fe80::1%eth0"]),
+        ("nameserver 192.0.2.1\nnameserver 192.0.2.1\n", ["192.0.2.1"]),
+        ("nameserver name.example\nnameserver\nnameserver 1.2.3\n", ["127.0.0.1"]),
+        ("", ["127.0.0.1"]),
+    ],
+)
+def test_what_a_resolv_conf_names(text: str, servers: list[str]) -> None:
+    assert nameservers(text) == servers
+
+
+@contextmanager
+def answering(address: str, port: int, code: int | None) -> Iterator[int]:
+    """A nameserver that answers with this code, after something that is no answer; None: never."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as server:
+        server.bind((address, port))
+
+        def serve() -> None:
+            while (query := server.recvfrom(4096))[0]:
+                data, whom = query
+                if code is not None:
+                    server.sendto(b"\0\0" + data[2:], whom)
+                    server.sendto(data[:2] + bytes([0x81, 0x80 | code]) + data[4:] + address.encode(), whom)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            with socket.socket(family, socket.SOCK_DGRAM) as last:
+                last.sendto(b"", server.getsockname()[:2])
+            thread.join(LIMIT_S)
+
+
+@pytest.mark.anyio
+async def test_all_of_them_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dns, "PATIENCE_S", 0.1)
+    conf = tmp_path / "resolv.conf"
+    resolver = Resolver(conf)
+
+    async def ask(*servers: str) -> bytes | None:
+        # Of another size: a file system's time may be too coarse to tell two files apart.
+        text = "".join(f"nameserver {server}\n" for server in servers)
+        conf.write_text(text + "#" * (len(conf.read_text()) + 1 if conf.exists() else 0))
+        with anyio.fail_after(LIMIT_S):
+            answer = await resolver.ask(QUERY)
+        return answer and answer[len(QUERY) :]
+
+    with (
+        answering("127.0.0.2", 0, 0) as port,
+        answering("127.0.0.3", port, None),
+        answering("127.0.0.4", port, 2),
+        answering("::1", port, 0),
+    ):
+        monkeypatch.setattr(dns, "PORT", port)
+        assert await ask("127.0.0.2") == b"127.0.0.2"
+        assert await ask("::1") == b"::1"
+        # Nobody there; one that says nothing; one that cannot help.
+        for other in ("127.0.0.9", "127.0.0.3", "127.0.0.4"):
+            assert await ask(other, "127.0.0.2") == b"127.0.0.2"
+            resolver = Resolver(conf)
+        # That is better than nothing.
+        assert await ask("127.0.0.9", "127.0.0.4") == b"127.0.0.4"
+        assert await ask("127.0.0.9") is None
+        # Who has answered is asked first from then on.
+        assert await ask("127.0.0.3", "::1") == b"::1"
+        monkeypatch.setattr(dns, "PATIENCE_S", LIMIT_S * 2)
+        assert await ask("127.0.0.3", "::1") == b"::1"
+        monkeypatch.setattr(dns, "ANSWER_S", 0.1)
+        assert await ask("127.0.0.3") is None
+
+
+@pytest.mark.anyio
+async def test_a_question_by_tcp_goes_to_the_first_that_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "resolv.conf"
+    conf.write_text("nameserver 127.0.0.9\nnameserver 127.0.0.2\n")
+    guest, ours = socket.socketpair()
+    with socket.create_server(("127.0.0.2", 0)) as server, guest:
+        monkeypatch.setattr(dns, "PORT", server.getsockname()[1])
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                client.sendall(client.recv(100).upper())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        guest.sendall(b"question")
+        connection = Connection(ours, ("10.0.2.15", 1), ("10.0.2.255", 53))
+        with anyio.fail_after(LIMIT_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(Resolver(conf).relay, connection)
+                assert await anyio.to_thread.run_sync(guest.recv, 100) == b"QUESTION"
+                guest.shutdown(socket.SHUT_WR)
+        thread.join(LIMIT_S)
+        connection.close()
