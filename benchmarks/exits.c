@@ -21,8 +21,11 @@ uint64_t listen_bare(int fd)
 int run_bare(int fd, struct kvm_run *run, unsigned end_port)
 {
     for (;;) {
-        if (ioctl(fd, KVM_RUN, 0) < 0)
+        if (ioctl(fd, KVM_RUN, 0) < 0) {
+            if (errno == EINTR)
+                continue; /* some hosts come back for nothing when they are busy */
             return errno;
+        }
         if (run->exit_reason != KVM_EXIT_IO)
             return -(int)run->exit_reason;
         if (run->io.port == end_port)

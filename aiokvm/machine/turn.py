@@ -4,7 +4,7 @@ All machines of a loop share a doorbell. When it rings the loop *watches* from t
 come, by polling, until nothing has for as long as the windows of the machines are (turn.c), and no vCPU need
 ring again. Whoever serves looks at the clock after each exit and lets the loop have a turn every `SLICE_NS`,
 and the machine whose news has waited for longest is the next, so no guest keeps the loop from another's exit,
-timer or socket.
+timer or socket. While the loop's turns find nothing to do it has them more seldom, every `LONG_SLICE_NS`.
 
 The polling is done by a task, the *leader*, because a device's handler may be a coroutine: it is run by the
 leader as if it had been awaited there. One that never suspends costs no task. When one does suspend, the
@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
 # How long exits are served before the loop looks at what else there is. The loop's own turn takes some 20 us.
 SLICE_NS = 300_000
+# The same while the loop has nothing else to do: an exit that comes while the loop has its turn waits for it,
+# and this makes such exits fewer than one in a hundred.
+LONG_SLICE_NS = 2_000_000
+# A turn that takes less has found nothing to do.
+_QUIET_TURN_NS = 150_000
 # How many exits are taken at once: enough that the call's costs are shared.
 BATCH = 32
 
@@ -53,14 +58,23 @@ _now_ns = time.monotonic_ns
 class Slice:
     """How long something may keep the loop at a time."""
 
-    __slots__ = ("end_ns",)
+    __slots__ = ("end_ns", "length_ns")
 
     def __init__(self) -> None:
+        self.length_ns = SLICE_NS
         self.begin()
 
     def begin(self) -> None:
         """The loop has had a turn."""
-        self.end_ns = _now_ns() + SLICE_NS
+        self.end_ns = _now_ns() + self.length_ns
+
+    def begin_after(self, turn_ns: int) -> None:
+        """The same; the turn took so long, which tells whether others wait for theirs."""
+        if turn_ns < _QUIET_TURN_NS:
+            self.length_ns = min(2 * self.length_ns, LONG_SLICE_NS)
+        else:
+            self.length_ns = SLICE_NS
+        self.begin()
 
     def is_over(self) -> bool:
         """Whether the loop is to have a turn now."""
@@ -245,8 +259,9 @@ class Turn:
                         continue
                 elif not (self._watching or self._next < self._end):
                     break
+                began_ns = _now_ns()
                 await self._loop.turn()
-                self.slice.begin()
+                self.slice.begin_after(_now_ns() - began_ns)
         finally:
             if self._leader is me:
                 # At its end, or cancelled with the whole loop.

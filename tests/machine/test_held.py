@@ -22,6 +22,7 @@ from aiokvm.aio import current_loop
 from aiokvm.machine import search as module
 from aiokvm.machine.console import OUTPUT_LIMIT, SerialConsole
 from aiokvm.machine.share import LoopShare
+from aiokvm.machine.turn import LONG_SLICE_NS, SLICE_NS, Slice
 from tests.machine.test_smp import CALLS_ALL
 
 if TYPE_CHECKING:
@@ -241,6 +242,19 @@ async def test_what_a_reset_zeroes_is_zeroed_elsewhere() -> None:
         vm.memory.write(128 << 20, b"secret")
         await vm.reset()
         assert vm.memory.read(128 << 20, 6) == bytes(6)
+
+
+# How long a slice is.
+
+
+def test_a_loop_with_nothing_else_to_do_has_its_turns_more_seldom() -> None:
+    part = Slice()
+    lengths = []
+    for turn_ns in (20_000, 20_000, 20_000, 20_000, 500_000, 20_000):
+        part.begin_after(turn_ns)
+        lengths.append(part.length_ns)
+    assert lengths == [600_000, 1_200_000, LONG_SLICE_NS, LONG_SLICE_NS, SLICE_NS, 600_000]
+    assert not part.is_over()
 
 
 # All virtio devices of a loop.
