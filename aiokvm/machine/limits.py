@@ -84,8 +84,9 @@ class Limit:
 def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
     """The limits of this process and host as they stand, for machines of ``cpus`` vCPUs each.
 
-    Devices with an interrupt or a doorbell, and shared memory, take a descriptor each beyond that. Limits
-    that are not set, or do not bind this process, are left out.
+    Devices with an interrupt or a doorbell, and shared memory, take a descriptor each beyond that; a network
+    adapter takes some ten, and on a thread of its own a thread and two mappings. Limits that are not set, or
+    do not bind this process, are left out.
     """
     return tuple(
         limit
