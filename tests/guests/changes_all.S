@@ -11,7 +11,9 @@ start:
   mov %cr4,%eax; or $(1<<22),%eax; mov %eax,%cr4
   mov $0x55555554,%eax; xor %edx,%edx; xor %ecx,%ecx; .byte 0x0f,0x01,0xef /* wrpkru */
 1:
-  mov $1,%eax; cpuid; bt $28,%ecx; jnc 1f /* AVX */
+  mov $1,%eax; cpuid; bt $26,%ecx; jnc 1f /* XSAVE */
+  push %ecx; xor %ecx,%ecx; xor %edx,%edx; mov $3,%eax; xsetbv; pop %ecx
+  bt $28,%ecx; jnc 1f /* AVX */
   xor %ecx,%ecx; xor %edx,%edx; mov $7,%eax; xsetbv
   vpcmpeqb %xmm4,%xmm4,%xmm4; vinsertf128 $1,%xmm4,%ymm4,%ymm4
 1:
@@ -19,7 +21,7 @@ start:
   fninit; fld1
   pcmpeqb %xmm3,%xmm3
   mov $0x1234,%eax; mov %eax,%cr2
-  mov $0x1000,%eax; mov %eax,%dr0; mov $0x402,%eax; mov %eax,%dr7
+  mov $0x1234,%eax; mov %eax,%dr0; mov $0xf0400,%eax; mov %eax,%dr7 /* enables nothing */
   mov $table,%esi
 2:
   mov (%esi),%ecx; mov 4(%esi),%eax; mov 8(%esi),%edx; add $12,%esi
@@ -49,7 +51,7 @@ table:
   .long 0x2ff,0,0,  0x200,6,0, 0x201,0x800,0xff, 0x277,0x01010101,0x01010101, 0x250,0x06060606,0x06060606
   .long 0x268,0x05050505,0x05050505
   .long 0x400,0xffffffff,0xffffffff
-  .long 0xc0000080,0x1101,0 /* EFER: SCE, LME, SVME */
+  .long 0xc0000080,0x1001,0 /* EFER: SCE, SVME */
   .long 0xc0000081,0,0x230010, 0xc0000082,0x1234,0, 0xc0000084,0x700,0, 0xc0000102,0x1234,0, 0xc0000103,7,0
   .long 0xc0000100,0x111,0, 0xc0000101,0x222,0
   .long 0xc0010117,0x5000,0

@@ -36,7 +36,7 @@ OF_TIME = {0x10, 0x4000_0010, 0x4000_0020}
 CHANGED = {
     *("regs", "sregs", "xsave", "xcrs", "debugregs", "lapic", "fpu"),
     *(f"MSR {msr:#x}" for msr in (0x2FF, 0x200, 0x201, 0x277, 0x250, 0x268, 0x174, 0x175, 0x176, 0x3B)),
-    *(f"MSR {msr:#x}" for msr in (0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)),
+    *(f"MSR {msr:#x}" for msr in (0xC000_0081, 0xC000_0082, 0xC000_0084, 0xC000_0102)),
     *(f"MSR {msr:#x}" for msr in (0xC000_0103, 0xC001_0117, 0x400)),
     *(f"MSR {msr:#x}" for msr in (0x4B56_4D01, 0x4B56_4D03, 0x4B56_4D04)),
     *("irqchip 0", "irqchip 2", "pit"),
