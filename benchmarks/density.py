@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aiokvm import VM, ConfigError, Device, boot, check_limits, net
+from bench.resident import resident_kib
 
 RESULTS = Path(__file__).with_name("results")
 PORT = 0x500
@@ -70,17 +71,6 @@ class Sensor(Device):
     def read(self, offset: int, size: int) -> int:
         self.reads += 1
         return self.value
-
-
-def resident_kib() -> int:
-    """Resident KiB beyond guest RAM."""
-    total, counts = 0, True
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0]:
-            counts = "aiokvm-ram" not in line
-        elif line.startswith("Rss:") and counts:
-            total += int(line.split()[1])
-    return total
 
 
 def taken() -> dict[str, int]:

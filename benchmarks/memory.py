@@ -1,7 +1,7 @@
 """Resident memory of the process beyond guest RAM: with one machine, and for each further one.
 
-Each value is taken in a process of its own. Guest RAM is what /proc/self/smaps calls aiokvm-ram; everything
-else that is resident counts, the interpreter and what it imports included.
+Each value is taken in a process of its own. All that is resident beside guest RAM counts, the interpreter
+and what it imports included.
 """
 
 from __future__ import annotations
@@ -19,21 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from aiokvm import VM, boot
+from bench.resident import resident_kib
 
 RESULTS = Path(__file__).with_name("results")
 # sti; 1: hlt; jmp 1b: an idle guest.
 PAYLOAD = bytes.fromhex("fb f4 ebfd")
-
-
-def resident_kib() -> int:
-    """Resident KiB beyond guest RAM."""
-    total, counts = 0, True
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0]:
-            counts = "aiokvm-ram" not in line
-        elif line.startswith("Rss:") and counts:
-            total += int(line.split()[1])
-    return total
 
 
 async def inner(machines: int) -> None:

@@ -286,3 +286,24 @@ def test_lab_carries_input_output_status_and_report(aiokvm: Aiokvm) -> None:
     assert (report["lab"], report["reason"]) == (True, "debug-exit")
     assert report["seconds"].keys() == {"fetch", "lab", "create", "run"}
     assert b"got this\n" in result.stderr
+
+
+@pytest.mark.kvm
+def test_reboot_begins_anew(kernel: Kernel, aiokvm: Aiokvm) -> None:
+    result = aiokvm(*HERE, "--reboot", "--timeout", "5", "--kernel", kernel(HI + RESET))
+    assert result.returncode == 124
+    assert result.stdout.startswith(b"hi\r\nhi\r\nhi\r\n")
+
+
+def test_more_memory_than_there_is_takes_overcommit(kernel: Kernel, aiokvm: Aiokvm) -> None:
+    for lab in ("never", "always"):
+        result = aiokvm("run", "--lab", lab, "-m", "64T", "--kernel", kernel(HI + EXIT_42))
+        assert result.returncode == 125
+        assert b"memory is 6.554e+04 GiB, and " in result.stderr
+        assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.kvm
+def test_overcommit(kernel: Kernel, aiokvm: Aiokvm) -> None:
+    result = aiokvm("run", "--lab", "never", "--overcommit", "-m", "200G", "--kernel", kernel(HI + EXIT_42))
+    assert (result.returncode, result.stdout) == (42, b"hi\r\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -209,3 +210,14 @@ async def test_the_others_wait_to_be_started_after_a_reset(guest: Guest) -> None
         await vm.pause()
         assert second.kvm_vcpu.get_mp_state() == MpState.KVM_MP_STATE_UNINITIALIZED
         assert vm.vcpus[0].read_register("rip") == 0x1000
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("shared", [False, True])
+async def test_memory_is_shared_if_it_is_asked_for(guest: Guest, shared: bool) -> None:
+    code = bytes.fromhex("c6 06 00 30 5a b0 00 e6 f4 f4")  # mov byte [0x3000], 0x5a; exit with 0
+    async with guest(code, shared_memory=shared) as vm:
+        assert await vm.wait() == Exit(ExitReason.DEBUG_EXIT, code=0)
+        assert (vm.memory.fd is not None) == shared
+        if vm.memory.fd is not None:
+            assert os.pread(vm.memory.fd, 1, 0x3000) == b"\x5a"
