@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from aiokvm.machine.virtio_host import VirtioAttachment
     from aiokvm.virtio.device import VirtioDevice, VirtioQueue, VirtioRequest
 
+__version__ = "0.1.0.dev0"
+
 __all__ = [
     "VM",
     "AiokvmError",
@@ -127,6 +129,7 @@ __all__ = [
     "VmStats",
     "WasReset",
     "Watchdog",
+    "__version__",
     "block",
     "boot",
     "check_limits",

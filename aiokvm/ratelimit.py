@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi, lib
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Limit:
     negative numbers and absurd ones.
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -171,7 +171,9 @@ def bare(library: tuple[FFI, Any], doorbell: bool, code: bytes, count: int) -> l
         return machine.differences(count)
 
 
-async def aiokvm(device: Device, mode: str, busy: bool, code: bytes, count: int) -> list[float]:
+async def aiokvm(
+    device: Device, mode: Literal["exit", "posted"], busy: bool, code: bytes, count: int
+) -> list[float]:
     image = boot.Flat(code, mode="protected")
     places = [device.at(pio=PORT, mode=mode)]
     async with await VM.create(boot=image, memory="4M", devices=places) as vm:

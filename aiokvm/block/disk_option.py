@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.proto.image import FORMATS
 from aiokvm.proto.nbd import parse_uri
@@ -19,6 +20,7 @@ class DiskOption:
     readonly: bool = False
 
 
+@checked
 def parse_disk(text: str) -> DiskOption:
     """What PATH[,ro][,format=FORMAT] or URI[,ro] says; raises ConfigError.
 

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from aiokvm import process
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.block.file import in_thread
 from aiokvm.block.nbd_client import CONNECTIONS_MAX, NbdClient
 from aiokvm.errors import ConfigError, ImageError
@@ -55,6 +56,7 @@ class Image(NbdClient):
     missing; OSError if the file cannot be read.
     """
 
+    @checked
     def __init__(
         self,
         path: str | os.PathLike[str],

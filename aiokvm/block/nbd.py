@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiokvm.arguments import checked
 from aiokvm.block.nbd_client import NbdClient
 from aiokvm.proto.nbd import parse_uri
 
@@ -28,6 +29,7 @@ class Nbd(NbdClient):
     no such URI.
     """
 
+    @checked
     def __init__(
         self, uri: str, *, readonly: bool = False, connections: int = 4, timeout: float = 30.0
     ) -> None:

@@ -15,6 +15,7 @@ import anyio
 
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.block.backend import BlockBackend, Data
 from aiokvm.block.file import File, in_thread, read_at, write_at
 from aiokvm.errors import ConfigError, ImageError
@@ -91,6 +92,7 @@ class Overlay(BlockBackend):
     file is no overlay, damaged, or one of a base of another size. ConfigError if the arguments make no sense.
     """
 
+    @checked
     def __init__(
         self,
         base: BlockBackend,

@@ -16,6 +16,7 @@ from anyio import to_thread
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.block.backend import BlockBackend
 from aiokvm.errors import ConfigError, ImageError
 
@@ -61,6 +62,7 @@ class Raw(BlockBackend):
     is every flush after one that has failed.
     """
 
+    @checked
     def __init__(
         self,
         path: str | os.PathLike[str],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from aiokvm.arguments import checked_init
 from aiokvm.boot.entry import long_mode, protected_mode, real_mode
 from aiokvm.boot.layout import FOUR_GIB, HIGH_MEMORY
 from aiokvm.boot.plan import PlanBuilder
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _MODES = {"real": real_mode, "protected": protected_mode, "long": long_mode}
 
 
+@checked_init
 @dataclass(frozen=True)
 class Flat:
     """Load ``image`` at the gpa ``load`` and enter it at the gpa ``entry``, with interrupts off.

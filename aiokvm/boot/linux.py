@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiokvm.arguments import checked_init
 from aiokvm.boot.bzimage import BzImage
 from aiokvm.boot.elf import ELFMAG, EM_X86_64, Elf
 from aiokvm.boot.entry import long_mode, protected_mode
@@ -28,6 +29,7 @@ _ELF_CMDLINE_MAX = 2047
 _ELF_INITRD_ADDR_MAX = {True: 0x7FFF_FFFF, False: 0x37FF_FFFF}
 
 
+@checked_init
 @dataclass(frozen=True)
 class Linux:
     """Boot a Linux kernel directly (Documentation/arch/x86/boot.rst; PVH for an ELF file with its note).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
+from aiokvm.arguments import checked
 from aiokvm.errors import ImageError
 from aiokvm.images import bochs, debian, disk, modules
 from aiokvm.images.cache import Cache, default_root
@@ -122,6 +123,7 @@ def catalogue() -> tuple[Image, ...]:
     return tuple(image for image in _IMAGES.values() if image.kind in ("kernel", "elf", "initramfs"))
 
 
+@checked
 def find(name: str) -> Image:
     """Return the image, or part of one, of that name; ``ImageError`` if there is none."""
     try:
@@ -131,12 +133,14 @@ def find(name: str) -> Image:
         raise ImageError(f"no image is called {name!r}; there are: {names}") from None
 
 
+@checked
 def path(name: str) -> Path | None:
     """Return where the image is cached, or None if it is not; ``pull`` also verifies it."""
     image, cache = find(name), Cache(default_root())
     return cache.path(image.name) if cache.record(image.name) else None
 
 
+@checked
 async def pull(
     name: str, *, progress: Callable[[Progress], None] | None = None, refresh: bool = False
 ) -> Path:
@@ -153,6 +157,7 @@ async def pull(
     return cache.path(name)
 
 
+@checked
 def find_debian(
     *,
     suite: str = "bookworm",
@@ -167,6 +172,7 @@ def find_debian(
     return disk.cached(Cache(default_root()), recipe)
 
 
+@checked
 async def build_debian(
     *,
     suite: str = "bookworm",

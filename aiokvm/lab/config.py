@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aiokvm import images
+from aiokvm.arguments import checked_init
 from aiokvm.errors import ConfigError
 from aiokvm.images.initramfs import command_line, quote
 from aiokvm.proto import cpio
@@ -30,6 +31,7 @@ _DEFAULT_ENV = {
 }
 
 
+@checked_init
 @dataclass(frozen=True)
 class LabConfig:
     """How a command runs in the lab.

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from aiokvm.errors import ConfigError, DeviceError, GuestMemoryError
-from aiokvm.machine.device import Device, ErrorPolicy, RegionMode
+from aiokvm.machine.device import Device, ErrorPolicy, ModeName, PolicyName, RegionMode
 from aiokvm.machine.hardware import KERNEL_MMIO, KERNEL_PORTS
 from aiokvm.machine.irq import GsiIrq, Irq, MsiIrq
 from aiokvm.memory import PAGE_SIZE, SharedPages
@@ -127,9 +127,9 @@ class Attachments:
         size: int = 1,
         irq: int | None = None,
         msi: tuple[int, int] | None = None,
-        mode: RegionMode | str = RegionMode.EXIT,
+        mode: RegionMode | ModeName = RegionMode.EXIT,
         offset: int = 0,
-        on_error: ErrorPolicy | str = ErrorPolicy.KEEP,
+        on_error: ErrorPolicy | PolicyName = ErrorPolicy.KEEP,
     ) -> Attachment:
         """As `VM.attach`; nothing has changed if it raises."""
         try:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from aiokvm.arguments import checked_init
 from aiokvm.errors import ConfigError
 from aiokvm.memory import PAGE_SIZE
 
@@ -22,6 +23,7 @@ POLL_NS = 50_000
 MAX_POLL_NS = 1_000_000
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class RngConfig:
     """How much randomness a guest gets: in a second, if there is a limit, and at once after a pause."""

@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, SerialClosedError
 from aiokvm.machine.search import compiled, search
 
@@ -86,6 +87,7 @@ class SerialConsole:
 
     # The program's side.
 
+    @checked
     async def send(self, data: bytes) -> None:
         """Type ``data``. Returns when all of it is on its way, which may take until the guest reads.
 
@@ -103,12 +105,14 @@ class SerialConsole:
                 self._input += part
                 self.on_room()
 
+    @checked
     async def read(self, limit: int = 65536) -> bytes:
         """At least one and at most ``limit`` bytes of output; b"" when the machine has ended."""
         with self._reading:
             await self._wait_for_output(self.dropped)
             return self._take(min(limit, len(self._output)))
 
+    @checked
     async def expect(
         self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None, *, overlap: int = OVERLAP
     ) -> bytes:

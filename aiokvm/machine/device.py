@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from aiokvm.aio import Handle, Loop
     from aiokvm.machine.irq import Irq
     from aiokvm.memory import GuestMemory
+
+
+ModeName: TypeAlias = Literal["exit", "posted", "doorbell", "memory"]
+PolicyName: TypeAlias = Literal["keep", "stop-device", "stop-machine"]
 
 
 class RegionMode(enum.Enum):
@@ -121,6 +126,7 @@ class Device:
         """
         return Timer(self._attached(), self, deadline_ns, callback, period_ns)
 
+    @checked
     def at(
         self,
         *,
@@ -129,9 +135,9 @@ class Device:
         size: int = 1,
         irq: int | None = None,
         msi: tuple[int, int] | None = None,
-        mode: RegionMode | str = RegionMode.EXIT,
+        mode: RegionMode | ModeName = RegionMode.EXIT,
         offset: int = 0,
-        on_error: ErrorPolicy | str = ErrorPolicy.KEEP,
+        on_error: ErrorPolicy | PolicyName = ErrorPolicy.KEEP,
     ) -> Placement:
         """Where the device is to be, for the ``devices`` of `VM.create`. The arguments are `VM.attach`'s."""
         return Placement(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked_init
 from aiokvm.block import BlockBackend, Raw
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
@@ -52,6 +53,7 @@ class DiskErrorPolicy(enum.Enum):
     the host may have dropped the data, so it ends with an I/O error as well."""
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class Disk:
     """A backend and how a machine has it as a disk; what `VM.create` makes of a bare backend, too.
@@ -66,8 +68,8 @@ class Disk:
     serial: str = ""
     queues: int = 1
     queue_size: int = 256
-    cache: str = "writeback"
-    on_error: DiskErrorPolicy | str = DiskErrorPolicy.REPORT
+    cache: Literal["writeback", "writethrough"] = "writeback"
+    on_error: DiskErrorPolicy | Literal["report", "pause"] = DiskErrorPolicy.REPORT
     limit: Limit | None = None
 
     def __post_init__(self) -> None:

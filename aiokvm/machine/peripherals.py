@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aiokvm.virtio.device import VirtioDevice
 
 
-def port_names(console: bool | Iterable[str]) -> tuple[str, ...] | None:
+def port_names(console: bool | str | Iterable[str]) -> tuple[str, ...] | None:
     """The further ports of a console, as `VM.create` is told; None if there is no console."""
     if isinstance(console, bool):
         return () if console else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, SerialClosedError
 from aiokvm.machine import console as limits
 from aiokvm.machine.console import SerialConsole
@@ -89,6 +90,7 @@ class ConsoleStream(SerialConsole):
         """Tell the guest that somebody listens here, as it is told first, or nobody: reads end there then."""
         self.port.open(is_open)
 
+    @checked
     def resize(self, cols: int, rows: int) -> None:
         """Tell the guest a terminal's size in characters, 0 to 65535 each. Raises DeviceError."""
         self.port.resize(cols, rows)

@@ -15,12 +15,13 @@ from anyio import to_thread
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked, shown
 from aiokvm.errors import AiokvmError, ConfigError, KvmError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, load, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, RngConfig
-from aiokvm.machine.device import ErrorPolicy, RegionMode
+from aiokvm.machine.device import Device, ErrorPolicy, ModeName, Placement, PolicyName, RegionMode
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from aiokvm.hw.bus import BusDevice
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.console import SerialConsole
-    from aiokvm.machine.device import Device, Placement
     from aiokvm.machine.disks import Disk, Disks, VmDisk
     from aiokvm.machine.hardware import Hardware
     from aiokvm.machine.nets import Nets, VmNic
@@ -139,6 +139,7 @@ class VM:
             raise
 
     @classmethod
+    @checked
     async def create(
         cls,
         *,
@@ -155,7 +156,7 @@ class VM:
         nets: Iterable[NetBackend | Nic] = (),
         devices: Iterable[Placement] = (),
         virtio: Iterable[VirtioDevice] = (),
-        console: bool | Iterable[str] = False,
+        console: bool | str | Iterable[str] = False,
         rng: bool | RngConfig = False,
         balloon: bool = False,
         poll_ns: int = POLL_NS,
@@ -184,6 +185,9 @@ class VM:
         Raises ConfigError, BootError and KvmError, and leaves nothing behind. The ConfigError for a limit of
         the host that is too low names it, its value and what to do; `check_limits` tells before.
         """
+        devices, disks, nets, virtio = tuple(devices), tuple(disks), tuple(nets), tuple(virtio)
+        if isinstance(boot, type) or not (hasattr(boot, "files") and hasattr(boot, "plan")):
+            raise ConfigError(f"boot={shown(boot)}: give boot.Linux(kernel, ...), or boot.Flat(image, ...)")
         config = Config(
             boot=boot,
             cpus=cpus,
@@ -200,7 +204,7 @@ class VM:
             balloon=balloon,
         )
         try:
-            return await cls._create(config, tuple(disks), tuple(nets), devices, tuple(virtio), log_unclaimed)
+            return await cls._create(config, disks, nets, devices, virtio, log_unclaimed)
         except (AiokvmError, OSError, RuntimeError) as error:
             raise named(error, f"cannot create machine {config.name}", config.cpus)  # noqa: B904
 
@@ -317,6 +321,7 @@ class VM:
         """What happens to the machine from now on; ends after `Exited`."""
         return self._hub.subscribe()
 
+    @checked
     def attach(
         self,
         device: Device,
@@ -326,9 +331,9 @@ class VM:
         size: int = 1,
         irq: int | None = None,
         msi: tuple[int, int] | None = None,
-        mode: RegionMode | str = RegionMode.EXIT,
+        mode: RegionMode | ModeName = RegionMode.EXIT,
         offset: int = 0,
-        on_error: ErrorPolicy | str = ErrorPolicy.KEEP,
+        on_error: ErrorPolicy | PolicyName = ErrorPolicy.KEEP,
     ) -> Attachment:
         """Give a device ``size`` bytes from port ``pio`` or from guest physical address ``mmio`` on.
 
@@ -391,6 +396,7 @@ class VM:
                 self._kvm_stats = None
         return collect(self.vcpus, self._exits, self._failures, self._kvm_stats)
 
+    @checked
     def trace(self, write: Callable[[bytes], object]) -> Trace:
         """Record the exits that reach the loop, while the asynchronous context manager is entered.
 
@@ -451,6 +457,7 @@ class VM:
         """
         await self._reset_by("", power_cycle=False)
 
+    @checked
     async def stop(self, timeout: float = 30.0) -> Exit:
         """Press the power button and give the guest ``timeout`` seconds to turn itself off; then kill it.
 

@@ -36,6 +36,8 @@ def check_address(address: Address) -> str | tuple[str, int]:
             case (str(host), int(port)) if 0 < port < 65536:
                 return host, port
         raise ConfigError(f"{address!r} is no address: a host's name and a port of 1 to 65535 are")
+    if not isinstance(address, (str, os.PathLike)):
+        raise ConfigError(f"{address!r} is no address: give a path, or a host's name and a port")
     path = os.fspath(address)
     if not isinstance(path, str) or not 0 < len(os.fsencode(path)) <= _PATH_BYTES or "\0" in path[1:]:
         raise ConfigError(f"{path!r} is no path of a Unix socket: these have 1 to {_PATH_BYTES} bytes")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.net.address import (
     bind,
@@ -48,6 +49,7 @@ class Datagram(NetBackend):
     Opening raises OSError if an address cannot be had.
     """
 
+    @checked
     def __init__(
         self,
         local: Address | None = None,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from aiokvm._core import lib
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 
 Direction: TypeAlias = Literal["egress", "ingress"]
@@ -50,6 +51,7 @@ class Rule:
     replies: bool = True
 
 
+@checked
 def allow(
     *,
     direction: Direction | None = None,
@@ -78,6 +80,7 @@ def allow(
     )
 
 
+@checked
 def deny(
     *,
     direction: Direction | None = None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from aiokvm._core import ffi, lib
+from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
 from aiokvm.net.filter import DIRECTIONS, PROTOCOLS, Rule
@@ -64,6 +65,7 @@ class Hook:
     headers that cannot be read, fragments whose first one is not known, ICMP errors about unknown flows.
     """
 
+    @checked
     def __init__(
         self,
         decide: Callable[[Flow], bool | Awaitable[bool]],

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from aiokvm.arguments import checked_init
 from aiokvm.errors import ConfigError
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.plane import check_dataplane
@@ -16,6 +17,7 @@ MIN_MTU, MAX_MTU = 68, 65535
 _LOCAL, _MULTICAST = 2, 1
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class Nic:
     """A backend and how a machine has it as a network adapter; what `VM.create` makes of a bare one, too.

@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.proto import pcapng
 from aiokvm.text import get_logger
@@ -56,6 +57,7 @@ class Pcap:
     the guest. Times are the host's, in nanoseconds. Raises ConfigError for sizes that cannot be.
     """
 
+    @checked
     def __init__(
         self,
         file: str | os.PathLike[str] | Writable,

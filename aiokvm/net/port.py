@@ -12,6 +12,7 @@ import anyio
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.net.backend import NetBackend
 
@@ -175,6 +176,7 @@ class Port(NetBackend):
     Raises ConfigError for sizes that cannot be.
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.net.address import (
     bind,
@@ -49,6 +50,7 @@ class Stream(NetBackend):
     bytes; up to 256 KiB wait for a peer that reads slowly, then the sender waits.
     """
 
+    @checked
     def __init__(
         self,
         where: Address | int | socket.socket,

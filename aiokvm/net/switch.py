@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from aiokvm._core import ffi, lib
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError, StateError
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.plane import Plane, check_dataplane, make_plane
@@ -149,6 +150,7 @@ class Switch:
     ``async with`` opens and closes it. Closing it under machines takes the link of their adapters down.
     """
 
+    @checked
     def __init__(
         self,
         name: str = "",

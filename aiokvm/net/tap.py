@@ -14,6 +14,7 @@ from anyio import to_thread
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.net.backend import NetBackend, Policy
 from aiokvm.net.links import LinkWatch
@@ -59,6 +60,7 @@ class Tap(NetBackend):
     Opening raises ConfigError, with what to do, if the device cannot be had, and OSError.
     """
 
+    @checked
     def __init__(
         self,
         name: str | None = None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
 from aiokvm.net.asgi import Asgi
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from aiokvm.net.service import Handler
 
     Responder = Handler | Application | Asgi
-    Forwards = Mapping[Any, int | str]  # int | str; the type of a mapping's keys is invariant
-    Services = Mapping[Any, Responder]  # tuple[str, int] | str
 
 logger = get_logger("aiokvm.net")
 
@@ -80,6 +79,7 @@ class User(NetBackend):
     Raises ConfigError for what cannot be, and if aiokvm was built without libslirp.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -90,11 +90,11 @@ class User(NetBackend):
         ipv6: str | None = "fec0::/64",
         hostname: str = "",
         domains: Sequence[str] = (),
-        forward: Forwards | None = None,
+        forward: Mapping[Any, int | str] | None = None,
         restrict: bool = False,
         allow_host_loopback: bool = False,
         mtu: int = 1500,
-        services: Services | None = None,
+        services: Mapping[Any, Responder] | None = None,
         **policy: Unpack[Policy],
     ) -> None:
         super().__init__(**policy)

@@ -245,11 +245,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "the cascade": ({"pio": 0x320, "irq": 2}, ConfigError, "irq 2 is no input"),
     "a long message": ({"pio": 0x320, "msi": (0xFEE0_0000, 1 << 32)}, ConfigError, "has 32"),
     "no such message": ({"pio": 0x320, "msi": (-1, 0)}, ConfigError, "64 bits"),
-    "no such mode": ({"pio": 0x320, "mode": "fast"}, ConfigError, "'fast' is not a valid RegionMode"),
+    "no such mode": ({"pio": 0x320, "mode": "fast"}, ConfigError, "mode='fast': give RegionMode or 'exit'"),
     "no such policy": (
         {"pio": 0x320, "on_error": "panic"},
         ConfigError,
-        "'panic' is not a valid ErrorPolicy",
+        "on_error='panic': give ErrorPolicy or 'keep'",
     ),
     "a wide doorbell": (
         {"pio": 0x320, "size": 3, "mode": "doorbell"},

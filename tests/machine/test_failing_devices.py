@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -111,7 +111,7 @@ async def failure(vm: VM, events: Any) -> DeviceFailed:
 
 
 # Where a device fails: the guest's access, the class, the mode; what the event says of the access.
-ACCESSES: dict[str, tuple[type[Failing], str, str]] = {
+ACCESSES: dict[str, tuple[type[Failing], Literal["exit", "posted", "doorbell"], str]] = {
     "read": (Failing, "exit", "read of 4 bytes at offset 0x0 of the region at 0xd0000000-0xd0000003"),
     "write": (Failing, "exit", "write of 2 bytes at offset 0x0 of the region at 0xd0000000-0xd0000003"),
     "string": (

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.lowlevel
@@ -100,7 +100,7 @@ async def test_a_string_ends_in_ones_when_its_device_goes_meanwhile(
 @pytest.mark.kvm
 @pytest.mark.parametrize("mode", ["exit", "posted"])
 async def test_written_strings_and_runs_of_posted_writes_are_served_in_slices(
-    guest: Guest, program: type[Program], mode: str
+    guest: Guest, program: type[Program], mode: Literal["exit", "posted"]
 ) -> None:
     device = Slow()
     code = program().strings(PORT, PIECES, out=True).read(PORT, bus="pio").end()

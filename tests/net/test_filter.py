@@ -19,7 +19,7 @@ A6, B6 = "fd01::1", "fd02::2"
 @pytest.mark.parametrize(
     ("conditions", "says"),
     [
-        ({"direction": "out"}, "'out' is neither 'egress' nor 'ingress'"),
+        ({"direction": "out"}, "direction='out': give 'egress' or 'ingress'"),
         ({"src": "10.0.0.1/8"}, "src: 10.0.0.1/8 has host bits set"),
         ({"dst": "example.org"}, "dst: 'example.org' does not appear"),
         ({"src": A, "dst": A6}, "different versions"),
@@ -32,7 +32,7 @@ A6, B6 = "fd01::1", "fd02::2"
         ({"protocol": "arp", "dst_port": 80}, "arp has no ports"),
         ({"dst_port": 65536}, "dst_port 65536 is no number from 0 to 65535"),
         ({"dst_port": (90, 80)}, "ends before it begins"),
-        ({"dst_port": (1, 2, 3)}, "no number from 0"),
+        ({"dst_port": (1, 2, 3)}, "give a whole number or a tuple of 2 or str"),
         ({"src_port": "80-"}, "no range like '80-90'"),
         ({"src_port": "http"}, "no range like '80-90'"),
         ({"icmp_type": 8}, "icmp_type needs protocol"),

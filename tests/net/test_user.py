@@ -725,7 +725,7 @@ async def handler(stream: Connection) -> None: ...
         ({"mtu": 70000}, "65521"),
         ({"hostname": "a b"}, "no name"),
         ({"hostname": "x" * 33}, "no name"),
-        ({"domains": "example.org"}, "sequence"),
+        ({"domains": "example.org"}, "give a list of str"),
         ({"domains": ["-"]}, "no name"),
         ({"domains": ["a" * 60] * 5}, "200 bytes"),
         ({"forward": {"x": 80}}, "no port of the host"),

@@ -1,0 +1,168 @@
+"""Arguments of public functions, checked against their annotations."""
+
+from __future__ import annotations
+
+import builtins
+import collections.abc as abc
+import inspect
+import os
+import re
+import types
+import typing
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union, cast
+
+from aiokvm.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+# What to pass in words, and whether a value is that.
+Rule = tuple[str, Callable[[Any], bool]]
+
+_SHOWN = 80
+# What annotations name that a module imports for the type checker alone.
+_NAMES: dict[str, Any] = {
+    **{name: getattr(abc, name) for name in ("Callable", "Collection", "Iterable", "Mapping", "Sequence")},
+    "Any": Any,
+    "Literal": Literal,
+    "Path": Path,
+    "PathLike": os.PathLike,
+    "os": os,
+    "re": re,
+}
+# How what is to be passed is called, by the name of its class, where that alone says too little.
+_WORDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "BlockBackend": "block.Raw(path) or another BlockBackend",
+    "NetBackend": "net.User() or another NetBackend",
+    "Placement": "what device.at(mmio=0xd0000000, size=4) gives",
+}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function or method raise ConfigError for an argument that its annotation does not allow.
+
+    What an annotation says that cannot be known at runtime is not checked.
+    """
+    rules: dict[str, Rule] | None = None
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    def check(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal rules
+        if rules is None:
+            rules = _rules(function)
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if (rule := rules.get(name)) and not rule[1](value):
+                raise ConfigError(f"{_title(function)}: {name}={shown(value)}: give {rule[0]}")
+
+    if inspect.iscoroutinefunction(function):
+
+        @wraps(function)
+        async def call_later(*args: P.args, **kwargs: P.kwargs) -> Any:
+            check(args, kwargs)
+            return await function(*args, **kwargs)
+
+        return cast("Callable[P, R]", call_later)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def checked_init(cls: type[T]) -> type[T]:
+    """Have a class's constructor do so; above ``@dataclass``, too."""
+    cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+    return cls
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _title(function: Callable[..., object]) -> str:
+    return function.__qualname__.removesuffix(".__init__")
+
+
+class _Scope(dict[str, Any]):
+    """What is only there for the type checker may be anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+def _rules(function: Callable[..., object]) -> dict[str, Rule]:
+    scope = _Scope(vars(builtins) | _NAMES | function.__globals__)
+    found = {}
+    for name, hint in function.__annotations__.items():
+        try:
+            rule = _rule(eval(hint, {}, scope) if isinstance(hint, str) else hint)  # our own annotations
+        except TypeError:
+            continue
+        if rule:
+            found[name] = rule
+    return found
+
+
+def _rule(hint: Any) -> Rule | None:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        rules = [_rule(arg) for arg in args]
+        if None in rules:
+            return None
+        known = cast("list[Rule]", rules)
+        return " or ".join(text for text, _ in known), lambda value: any(test(value) for _, test in known)
+    if origin is Literal:
+        values = [(type(arg), arg) for arg in args]
+        return " or ".join(map(repr, args)), lambda value: (type(value), value) in values
+    if origin is not None:
+        return _generic(origin, args)
+    if hint is None or hint is type(None):
+        return "None", lambda value: value is None
+    return _class(hint) if isinstance(hint, type) else None
+
+
+def _class(hint: type) -> Rule | None:
+    if hint is object or hint is Any or getattr(hint, "_is_protocol", False):
+        return None
+    if hint is int:
+        return _WORDS["int"], lambda value: hasattr(value, "__index__") and not isinstance(value, bool)
+    if hint is float:
+        return _WORDS["float"], lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is bytes:
+        return "bytes", lambda value: isinstance(value, (bytes, bytearray, memoryview))
+    return _WORDS.get(hint.__name__, hint.__name__), lambda value: isinstance(value, hint)
+
+
+def _generic(origin: Any, args: tuple[Any, ...]) -> Rule | None:
+    if origin is os.PathLike:
+        return "a path", lambda value: isinstance(value, os.PathLike)
+    if origin is abc.Callable:
+        return "a function", callable
+    if not isinstance(origin, type):
+        return None
+    if issubclass(origin, abc.Mapping):
+        return "a dict", lambda value: isinstance(value, abc.Mapping)
+    if issubclass(origin, tuple) and args[-1:] != (...,):
+        return f"a tuple of {len(args)}", lambda value: isinstance(value, tuple) and len(value) == len(args)
+    if issubclass(origin, abc.Iterable) and not issubclass(origin, abc.Iterator):
+        item = _rule(args[0]) if args else None
+        return f"a list of {item[0]}" if item else "a list", lambda value: _is_list(value, item)
+    return origin.__name__, lambda value: isinstance(value, origin)
+
+
+def _is_list(value: object, item: Rule | None) -> bool:
+    if isinstance(value, (str, bytes)) or not isinstance(value, abc.Iterable):
+        return False
+    # What can be walked but once is left to who uses it.
+    return item is None or not isinstance(value, abc.Collection) or all(map(item[1], value))

@@ -1,0 +1,142 @@
+"""Wrong arguments of public functions: a typed error that says what to pass."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import pytest
+
+import aiokvm
+from aiokvm import VM, ConfigError, Device, Disk, block, boot, images, lab, net
+from aiokvm.arguments import checked, shown
+
+FLAT = boot.Flat(b"\xf4")
+
+
+class Wrong:
+    """What nobody takes."""
+
+    def __repr__(self) -> str:
+        return "<wrong>"
+
+
+@checked
+def function(
+    number: int = 1,
+    real: float = 1.0,
+    text: str | None = None,
+    mode: Literal["a", "b"] = "a",
+    flag: bool = False,
+    data: bytes = b"",
+    words: list[str] | tuple[str, ...] = (),
+    what: Unknown = None,  # type: ignore[name-defined]  # noqa: F821
+    *,
+    pair: tuple[int, int] = (1, 2),
+) -> str:
+    return "done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"number": "2"}, "function: number='2': give a whole number"),
+        ({"number": True}, "number=True: give a whole number"),
+        ({"number": 1.5}, "number=1.5: give a whole number"),
+        ({"real": "1"}, "real='1': give a number"),
+        ({"text": 5}, "text=5: give str or None"),
+        ({"mode": "c"}, "mode='c': give 'a' or 'b'"),
+        ({"flag": 1}, "flag=1: give True or False"),
+        ({"data": "text"}, "data='text': give bytes"),
+        ({"words": "text"}, "words='text': give a list of str"),
+        ({"words": [1]}, r"words=\[1\]: give a list of str"),
+        ({"pair": (1,)}, r"pair=\(1,\): give a tuple of 2"),
+    ],
+)
+def test_an_argument_that_the_annotation_does_not_allow(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        function(**arguments)
+
+
+def test_what_fits_passes() -> None:
+    assert function(2, 1, "x", "b", True, bytearray(b""), ["x"], Wrong(), pair=(1, 2)) == "done"  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="mode='c'"):
+        function(2, 1, "x", "c")  # type: ignore[arg-type]
+
+
+def test_what_is_shown_is_short() -> None:
+    assert len(shown("x" * 1000)) < 100
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"boot": "vmlinuz"}, r"boot='vmlinuz': give boot.Linux\(kernel, ...\)"),
+        ({"boot": boot.Linux}, "give boot.Linux"),
+        ({"devices": [Device()]}, r"devices=\[<.*Device.*: give a list of what device.at\("),
+        ({"cpus": "2"}, "VM.create: cpus='2': give a whole number"),
+        ({"name": 5}, "name=5: give str"),
+        ({"memory": 1.5}, "memory=1.5: give a whole number or str"),
+        ({"serial_ports": None}, "serial_ports=None: give a whole number"),
+        ({"disks": ["disk.img"]}, r"backend='disk.img': give block.Raw\(path\) or"),
+        ({"disks": block.Raw("x")}, "disks=.*: give a list"),
+        ({"nets": ["user"]}, r"backend='user': give net.User\(\) or"),
+        ({"on_reset": "restart"}, "on_reset='restart': give 'exit' or 'reboot'"),
+        ({"balloon": "yes"}, "balloon='yes': give True or False"),
+        ({"poll_ns": "fast"}, "poll_ns='fast': give a whole number"),
+        ({"console": 5}, "console=5: give"),
+    ],
+)
+async def test_a_machine_that_is_described_wrongly(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        await VM.create(**{"boot": FLAT, "memory": "2M"} | arguments)
+
+
+@pytest.mark.anyio
+@pytest.mark.kvm
+async def test_methods_that_are_called_wrongly() -> None:
+    async with await VM.create(boot=FLAT, memory="2M") as vm:
+        with pytest.raises(ConfigError, match="send: data='text': give bytes"):
+            await vm.serial.send("text")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="expect: pattern='# ': give bytes or Pattern"):
+            await vm.serial.expect("# ")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="mode='postd': give RegionMode or 'exit' or 'posted'"):
+            vm.attach(Device(), mmio=0xD000_0000, mode="postd")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="stop: timeout='5': give a number"):
+            await vm.stop("5")  # type: ignore[arg-type]
+
+
+CONSTRUCTORS = [
+    *(boot.Linux, boot.Flat, Disk, aiokvm.RngConfig),
+    *(block.Raw, block.Image, block.Nbd, block.Overlay, block.Limit),
+    *(net.User, net.Tap, net.Stream, net.Datagram, net.Port, net.Switch, net.Nic, net.Pcap, net.Hook),
+    *(
+        net.allow,
+        net.deny,
+        images.build_debian,
+        images.find_debian,
+        images.pull,
+        lab.LabConfig,
+    ),
+    *(VM.create, Device.at),
+]
+
+
+@pytest.mark.parametrize("call", CONSTRUCTORS, ids=lambda call: call.__qualname__)
+def test_each_constructor_checks_its_arguments(call: Any) -> None:
+    parameters = inspect.signature(call).parameters.values()
+    assert parameters
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        wrong = Wrong()
+        try:
+            result = call(**{parameter.name: wrong})
+            if inspect.iscoroutine(result):
+                result.send(None)
+        except aiokvm.AiokvmError:
+            continue
+        except TypeError as error:
+            # One that is required is missing, and this one says too little to be known.
+            assert "missing" in str(error), f"{parameter}: {error}"  # noqa: PT017
