@@ -103,7 +103,8 @@ def test_dirty_ring(vm: Vm, guest: Callable[..., Guest], requires: Callable[[Cap
     assert vm.reset_dirty_rings() == len(first)
     g.go()
     g.run_to_hlt()
-    assert [(entry.slot, entry.offset) for entry in ring.harvest()] == [(0, 3), (0, 5)]
+    # Not in the order of the writes: with PML the processor notes them, and KVM reads its log backwards.
+    assert {(entry.slot, entry.offset) for entry in ring.harvest()} == {(0, 3), (0, 5)}
     with pytest.raises(KvmError, match="the dirty ring is enabled"):
         vm.get_dirty_log(0)
 
