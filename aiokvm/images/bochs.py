@@ -1,6 +1,6 @@
 """Bochs, built from Debian's source package: the emulator of a CPU with VT-x.
 
-Its own package is configured without VT-x, and three things that KVM relies on are corrected here.
+Its own package is configured without VT-x, and some things that KVM relies on are corrected here.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ CORRECTIONS: tuple[tuple[str, str, str], ...] = (
         "cpu/vmx.cc",
         "  BX_CPU_THIS_PTR eflags = 0x2; // Bit1 is always set\n",
         "  BX_CPU_THIS_PTR eflags = 0x2;\n  handleInterruptMaskChange();\n",
+    ),
+    # A virtual interrupt waits for the guest's IF (SDM 31.2.2), also if another one comes meanwhile.
+    (
+        "cpu/event.cc",
+        "    if (is_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR)) {\n",
+        "    if (is_unmasked_event_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR)) {\n",
     ),
     # CPUID leaves 15H and 16H name clocks that the emulated TSC does not have.
     (
