@@ -9,6 +9,8 @@ import pytest
 
 from aiokvm import images, lab
 from aiokvm.errors import ConfigError, LabError
+from aiokvm.images.bochs import RECIPE
+from aiokvm.images.cache import Cache, default_root
 from aiokvm.lab import bochs, files
 from aiokvm.lab.config import MACHINES, own_archive
 
@@ -20,6 +22,11 @@ no_tools = pytest.mark.skipif(
     reason="lacks the packages of the Intel lab",
 )
 INTEL = lab.LabConfig(cpu="intel")
+
+
+def compiled() -> bool:
+    record = Cache(default_root()).record("bochs")
+    return record is not None and record.source == RECIPE
 
 
 @pytest.fixture
@@ -225,9 +232,7 @@ async def test_files_are_where_they_are_on_the_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.lab
-@pytest.mark.skipif(
-    "LAB" in os.environ or images.path("bochs") is None, reason="in the lab, or Bochs is not compiled yet"
-)
+@pytest.mark.skipif("LAB" in os.environ or not compiled(), reason="in the lab, or Bochs is not compiled yet")
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_command_runs_in_a_machine_with_kvm_intel(tmp_path: Path) -> None:
     (tmp_path / "carried").mkdir()
