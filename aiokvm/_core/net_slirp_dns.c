@@ -90,9 +90,12 @@ static bool is_tcp(const struct slirp_end *self, const uint8_t *frame, size_t si
 
 void slirp_dns_to_service(struct slirp_end *self, uint8_t *frame, size_t size)
 {
-    if (is_tcp(self, frame, size) && net_load32(frame + 30) == self->guard.nameserver &&
-        net_load16(frame + 36) == PORT_DNS)
-        move(frame + 30, broadcast(&self->guard), frame + 14, frame + 34);
+    if (!is_tcp(self, frame, size) || net_load32(frame + 30) != self->guard.nameserver ||
+        net_load16(frame + 36) != PORT_DNS)
+        return;
+    for (const struct slirp_service *service = self->services; service; service = service->next)
+        if (service->address == broadcast(&self->guard) && service->port == PORT_DNS)
+            move(frame + 30, service->address, frame + 14, frame + 34);
 }
 
 void slirp_dns_from_service(struct slirp_end *self, uint8_t *frame, size_t size)

@@ -1,0 +1,207 @@
+/* net_slirp*.c with libslirp under libFuzzer: frames of a guest with right checksums and hostile fields, to services, to
+ * forwarded ports, to the nameserver and anywhere. No connection but to a service leaves the process: connect and sendto
+ * are here.
+ *
+ * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
+ * Sources: net_rules.c net_slirp*.c budget.c clock.c pace.c ratelimit.c
+ * Libraries: slirp
+ * Runs: 6000
+ */
+#define _GNU_SOURCE
+#include "net_fuzz.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "net_packet.h"
+#include "net_slirp_priv.h"
+
+enum { GUEST = 0x0a00020f, HOST = 0x0a000202, NAMESERVER = 0x0a000203, SERVICE = 0x0a000264 };
+
+int connect(int fd, const struct sockaddr *address, socklen_t size)
+{
+    if (address->sa_family == AF_UNIX)
+        return (int)syscall(SYS_connect, fd, address, size);
+    /* As the system's does when it does not block, or has no way: libslirp frees a packet twice for ECONNREFUSED. */
+    errno = fd % 2 ? EINPROGRESS : ENETUNREACH;
+    return -1;
+}
+
+ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t to_size)
+{
+    if (!to)
+        return syscall(SYS_sendto, fd, data, size, flags, to, to_size);
+    return (ssize_t)size;
+}
+
+static uint32_t seq, ack; /* where the guest is in its last connection */
+
+static void look(struct peer *peer, const uint8_t *data, uint32_t size)
+{
+    (void)peer;
+    if (size < 54 || net_load16(data + 12) != 0x0800 || data[23] != 6)
+        return;
+    uint32_t length = net_load16(data + 16) - 20u - (uint32_t)(data[46] >> 4) * 4;
+    ack = net_load32(data + 38) + length + !!(data[47] & 3);
+    seq = net_load32(data + 42);
+}
+
+static void seal(uint8_t *frame, uint32_t size)
+{
+    bool is_ip6 = net_load16(frame + 12) == 0x86dd;
+    uint8_t *ip = frame + 14, *body = ip + (is_ip6 ? 40 : 20);
+    uint32_t protocol = ip[is_ip6 ? 6 : 9], length = size - (uint32_t)(body - frame);
+    uint32_t at = protocol == 6 ? 16 : protocol == 17 ? 6 : 2;
+    if (is_ip6) {
+        net_store16(ip + 4, length);
+    } else {
+        net_store16(ip + 2, size - 14);
+        net_store16(ip + 10, 0);
+        net_store16(ip + 10, ~slirp_sum(ip, 20, 0));
+    }
+    uint8_t pseudo[4] = { 0, (uint8_t)protocol };
+    net_store16(pseudo + 2, length);
+    net_store16(body + at, 0);
+    uint32_t sum = protocol == 1 ? 0 : slirp_sum(pseudo, 4, is_ip6 ? slirp_sum(ip + 8, 32, 0) : slirp_sum(ip + 12, 8, 0));
+    net_store16(body + at, ~slirp_sum(body, length, sum));
+}
+
+static uint32_t make(struct input *input, uint8_t *frame)
+{
+    static const uint32_t TO[] = { HOST, NAMESERVER, SERVICE, 0x0a0002ff, 0x08080808, 0xffffffff, GUEST, 0x7f000001 };
+    static const uint8_t PROTOCOLS[] = { 6, 17, 1, 6 };
+    static const uint16_t PORTS[] = { 80, 53, 67, 547, 69, 0x3039, 7, 1 };
+    uint32_t kind = take(input, 1), protocol = PROTOCOLS[kind >> 1 & 3], payload = take(input, 1);
+    memset(frame, 0, 600);
+    memcpy(frame, "\x52\x55\x0a\0\2\2\x52\x54\0\0\0\2\x08\0", 14);
+    uint8_t *ip = frame + 14, *body = ip + (kind & 1 ? 40 : 20);
+    if (kind & 1) {
+        net_store16(frame + 12, 0x86dd);
+        protocol = protocol == 1 ? 58 : protocol;
+        ip[0] = 0x60;
+        ip[6] = (uint8_t)(kind & 128 ? take(input, 1) : protocol);
+        ip[7] = kind & 16 ? 255 : 64;
+        memcpy(ip + 8, "\xfe\xc0", 2);
+        ip[23] = 9;
+        memcpy(ip + 24, kind & 32 ? "\xff\2" : "\xfe\xc0", 2);
+        ip[39] = (uint8_t)take(input, 1);
+    } else {
+        ip[0] = 0x45;
+        ip[8] = 64;
+        ip[9] = (uint8_t)(kind & 128 ? take(input, 1) : protocol);
+        net_store16(ip + 6, kind & 64 ? take(input, 2) & 0x203f : 0);
+        net_store32(ip + 12, GUEST + (kind & 32 ? take(input, 1) : 0));
+        net_store32(ip + 16, TO[take(input, 1) % 8]);
+    }
+    uint32_t header = protocol == 6 ? 20 + take(input, 1) % 11 * 4 : 8;
+    uint32_t size = (uint32_t)(body - frame) + header + payload, choice = take(input, 1);
+    net_store16(body, 0x4000 + (choice & 7));
+    net_store16(body + 2, PORTS[choice >> 3 & 7]);
+    if (protocol == 6) {
+        net_store32(body + 4, seq + (choice & 64 ? take(input, 2) : 0));
+        net_store32(body + 8, ack + (choice & 128 ? take(input, 2) : 0));
+        body[12] = (uint8_t)(header / 4 << 4);
+        body[13] = (uint8_t)take(input, 1);
+        net_store16(body + 14, take(input, 2));
+        for (uint32_t i = 20; i < header; i++)
+            body[i] = (uint8_t)take(input, 1);
+    } else if (protocol == 17) {
+        net_store16(body + 4, choice & 64 ? take(input, 2) : header + payload);
+    } else {
+        body[0] = (uint8_t)take(input, 1);
+    }
+    for (uint32_t i = header; i < header + payload && i < header + 60 && input->left; i++)
+        body[i] = (uint8_t)take(input, 1);
+    if (kind & 8)
+        frame[14 + take(input, 1) % 60] = (uint8_t)take(input, 1);
+    seal(frame, size);
+    return size;
+}
+
+static void send_frame(struct peer *peer, const uint8_t *data, uint32_t size)
+{
+    uint8_t private[NET_HEAD];
+    struct iovec iov[3], from = { (void *)(uintptr_t)data, size };
+    struct net_frame frame = { 0 };
+    net_frame_set(&frame, iov + 1, private, &from, 1, 0);
+    REQUIRE(net_enter(peer->end.net));
+    if (net_frame_check(&frame))
+        net_send(&peer->end, &frame);
+    net_leave(peer->end.net);
+}
+
+/* What the program does with its side. */
+static void program(struct input *input, struct aiokvm_net_end *end, int fds[4], uint32_t ids[4])
+{
+    static uint8_t data[AIOKVM_NET_SLIRP_MAX_QUERY], answer[3000];
+    struct aiokvm_net_slirp_connection connection;
+    uint32_t which = take(input, 1), slot = which & 3, id;
+    uint32_t service = 1 + (slot & 1);
+    if (fds[slot] < 0 && (fds[slot] = aiokvm_net_slirp_accept(end, service, &connection)) >= 0)
+        ids[slot] = connection.id;
+    if (fds[slot] >= 0) {
+        if (which & 4)
+            REQUIRE(recv(fds[slot], data, sizeof(data), MSG_DONTWAIT) <= (ssize_t)sizeof(data));
+        if (which & 8)
+            send(fds[slot], answer, take(input, 1) * 10, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (which & 16)
+            aiokvm_net_slirp_abort(end, ids[slot]);
+        if (which & 48) {
+            close(fds[slot]);
+            fds[slot] = -1;
+        }
+    }
+    while (which & 64 && aiokvm_net_slirp_take_query(end, &id, data) >= 0)
+        aiokvm_net_slirp_answer(end, id, answer, take(input, 1) * 10);
+    while (aiokvm_net_slirp_take_broken(end, &id) == 1)
+        continue;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static char path[64];
+    static uint8_t frame[AIOKVM_NET_MAX_FRAME];
+    if (!*path)
+        snprintf(path, sizeof(path), "/tmp/fuzz_net_slirp.%d", (int)getpid());
+    unlink(path);
+    struct input input = { data, size };
+    int error = 0, fds[4] = { -1, -1, -1, -1 };
+    uint32_t ids[4] = { 0 };
+    struct aiokvm_net *net = aiokvm_net_new(NULL, &error);
+    REQUIRE(net);
+    struct aiokvm_net_slirp_config config = {
+        .network = 0x0a000200, .netmask = 0xffffff00, .host = HOST, .dhcp_start = GUEST, .nameserver = NAMESERVER,
+        .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64, .host6 = { 0xfe, 0xc0, [15] = 2 },
+        .nameserver6 = { 0xfe, 0xc0, [15] = 3 }, .mtu = take(&input, 1) & 1 ? 1500 : 9000, .max_connections = 8,
+        .hostname = "guest", .host_loopback = take(&input, 1) & 1, .restricted = take(&input, 1) % 4 == 0, .has_dns = 1,
+    };
+    struct aiokvm_net_end *end = aiokvm_net_slirp_new(net, &config, &error);
+    REQUIRE(end);
+    struct peer *peer = peer_new(net, take(&input, 1) & 1 ? 31 : 0);
+    peer->check = look;
+    REQUIRE(aiokvm_net_link(&peer->end, end) == 0);
+    REQUIRE(aiokvm_net_slirp_add_service(end, SERVICE, 80, path, 2) == 1);
+    strcat(path, "d");
+    unlink(path);
+    REQUIRE(aiokvm_net_slirp_add_service(end, 0x0a0002ff, 53, path, 2) == 2);
+    path[strlen(path) - 1] = 0;
+    seq = ack = 0;
+    while (input.left) {
+        uint32_t what = take(&input, 1);
+        send_frame(peer, frame, make(&input, frame));
+        if (what & 1)
+            program(&input, end, fds, ids);
+        if (what & 2)
+            serve(net, 3);
+        peer_block(peer, what & 4 && what & 8);
+    }
+    aiokvm_net_free(net);
+    for (int i = 0; i < 4; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+    unlink(path);
+    return 0;
+}
