@@ -84,7 +84,7 @@ async def fio(shell: Shell, disk: str, options: str, field: int, seconds: float,
         f"fio --minimal --name=x --filename={disk} --direct=1 --ioengine=libaio --time_based "
         f"--runtime={seconds:g} --ramp_time=1 --norandommap --numjobs={jobs} --group_reporting {options} "
         f"2>/dev/null | cut -d';' -f{field}",
-        60 + 20 * seconds,
+        300 + 20 * seconds,
     )
     return float(output)
 
