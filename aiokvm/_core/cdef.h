@@ -181,6 +181,7 @@ void aiokvm_budget_state(struct aiokvm_budget *budget, struct aiokvm_budget_stat
 struct aiokvm_share *aiokvm_share_new(int which);
 void aiokvm_share_free(struct aiokvm_share *share);
 int aiokvm_share_take(struct aiokvm_share *share, uint64_t amount);
+int aiokvm_share_fits(struct aiokvm_share *share, uint64_t amount);
 void aiokvm_share_add(struct aiokvm_share *share, uint64_t amount);
 void aiokvm_share_give(struct aiokvm_share *share, uint64_t amount);
 

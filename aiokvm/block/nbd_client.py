@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.abc import SocketAttribute
 
+from aiokvm._core import ffi, lib
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.block.backend import BlockBackend, Data
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import SocketStream
 
+    from aiokvm._core import Pointer
     from aiokvm.aio import Task
     from aiokvm.proto.nbd import Address, Export, Reply
 
@@ -47,7 +49,10 @@ REQUEST_BYTES = 4 << 20
 ZEROES_REQUEST_BYTES = 64 << 20
 """The longest discard or write_zeroes that is one request: a server may have to write it out."""
 UNFLUSHED_MAX_BYTES = 64 << 20
-"""Writes that are kept because no flush has covered them; beyond it the client flushes by itself."""
+"""Writes that are kept because no flush has covered them, unless the process's budget for copies leaves less.
+
+Beyond it the client flushes by itself.
+"""
 JOB_BYTES = 1024
 """What a kept request counts beside its data."""
 DROP_BYTES = 1 << 20
@@ -158,6 +163,9 @@ class NbdClient(BlockBackend):
         self._idle = anyio.Event()
         self._unflushed: deque[_Job] = deque()
         self._unflushed_bytes = 0
+        self._share: Pointer = ffi.gc(
+            lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES), lib.aiokvm_share_free
+        )
         self._kept, self._dropped = 0, 0  # jobs that have ever been put into _unflushed, and taken from it
         self._flush_error: OSError | None = None
         self._flush_lock = anyio.Lock()
@@ -244,7 +252,9 @@ class NbdClient(BlockBackend):
         """Some of the writes that are safe now: a hundred thousand of them at once take long."""
         end_bytes = self._unflushed_bytes - DROP_BYTES
         while self._dropped < covered and self._unflushed_bytes > end_bytes:
-            self._unflushed_bytes -= self._unflushed.popleft().kept_bytes
+            kept_bytes = self._unflushed.popleft().kept_bytes
+            self._unflushed_bytes -= kept_bytes
+            lib.aiokvm_share_give(self._share, kept_bytes)
             self._dropped += 1
 
     # Requests.
@@ -275,11 +285,18 @@ class NbdClient(BlockBackend):
             await self._change(_Job(command, at, piece, flags))
 
     async def _change(self, job: _Job) -> None:
-        if self._unflushed_bytes >= UNFLUSHED_MAX_BYTES:
+        if self._keeps_much(job):
             async with self._flush_lock:
-                if self._unflushed_bytes >= UNFLUSHED_MAX_BYTES:
+                if self._keeps_much(job):
                     await self.flush()
         await self._request(job)
+
+    def _keeps_much(self, job: _Job) -> bool:
+        """Whether what it keeps is to be flushed before this one."""
+        kept = self._unflushed_bytes
+        return kept >= UNFLUSHED_MAX_BYTES or bool(
+            kept and not lib.aiokvm_share_fits(self._share, job.kept_bytes)
+        )
 
     async def _request(self, job: _Job) -> _Job:
         self._check_open()
@@ -411,6 +428,7 @@ class NbdClient(BlockBackend):
         elif job.command in _CHANGES and not job.again:
             self._unflushed.append(job)
             self._unflushed_bytes += job.kept_bytes
+            lib.aiokvm_share_add(self._share, job.kept_bytes)
             self._kept += 1
         job.result = reply.data or job.result
         job.ended.set()
@@ -527,3 +545,4 @@ class NbdClient(BlockBackend):
                 task.cancel()
             await task.wait()
         self._unflushed.clear()
+        lib.aiokvm_share_give(self._share, self._unflushed_bytes)
