@@ -6,13 +6,11 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from aiokvm._core import ffi, lib
+from aiokvm.budget import LOG_LINES, Share
 from aiokvm.ratelimit import Limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from aiokvm._core import Pointer
 
     Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -31,7 +29,7 @@ class SeldomLogger:
         self._logger = logger
         self._now_ns = now_ns
         self._limit = Limit(operations_per_second=1, burst_operations=BURST - 1)
-        self._share: Pointer | None = None
+        self._share: Share | None = None
         self._left_out = 0
 
     def log(self, level: int, message: str, *args: object, exc_info: Any = None) -> None:
@@ -64,6 +62,5 @@ class SeldomLogger:
             return False
         # Who logs nothing has no part of the budget.
         if self._share is None:
-            core = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_LOG_LINES)
-            self._share = ffi.gc(core, lib.aiokvm_share_free) if core else None
-        return self._share is not None and lib.aiokvm_share_take(self._share, 1) == 1
+            self._share = Share(LOG_LINES)
+        return self._share.take(1)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.abc import SocketAttribute
 
-from aiokvm._core import ffi, lib
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.block.backend import BlockBackend, Data
+from aiokvm.budget import BOUNCE_BYTES, Share
 from aiokvm.errors import AiokvmError, ConfigError, NbdError
 from aiokvm.logs import SeldomLogger
 from aiokvm.proto import nbd as proto
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from anyio.abc import SocketStream
 
-    from aiokvm._core import Pointer
     from aiokvm.aio import Task
     from aiokvm.proto.nbd import Address, Export, Reply
 
@@ -163,9 +162,7 @@ class NbdClient(BlockBackend):
         self._idle = anyio.Event()
         self._unflushed: deque[_Job] = deque()
         self._unflushed_bytes = 0
-        self._share: Pointer = ffi.gc(
-            lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES), lib.aiokvm_share_free
-        )
+        self._share = Share(BOUNCE_BYTES)
         self._kept, self._dropped = 0, 0  # jobs that have ever been put into _unflushed, and taken from it
         self._flush_error: OSError | None = None
         self._flush_lock = anyio.Lock()
@@ -254,7 +251,7 @@ class NbdClient(BlockBackend):
         while self._dropped < covered and self._unflushed_bytes > end_bytes:
             kept_bytes = self._unflushed.popleft().kept_bytes
             self._unflushed_bytes -= kept_bytes
-            lib.aiokvm_share_give(self._share, kept_bytes)
+            self._share.give(kept_bytes)
             self._dropped += 1
 
     # Requests.
@@ -294,9 +291,7 @@ class NbdClient(BlockBackend):
     def _keeps_much(self, job: _Job) -> bool:
         """Whether what it keeps is to be flushed before this one."""
         kept = self._unflushed_bytes
-        return kept >= UNFLUSHED_MAX_BYTES or bool(
-            kept and not lib.aiokvm_share_fits(self._share, job.kept_bytes)
-        )
+        return kept >= UNFLUSHED_MAX_BYTES or (kept > 0 and not self._share.fits(job.kept_bytes))
 
     async def _request(self, job: _Job) -> _Job:
         self._check_open()
@@ -428,7 +423,7 @@ class NbdClient(BlockBackend):
         elif job.command in _CHANGES and not job.again:
             self._unflushed.append(job)
             self._unflushed_bytes += job.kept_bytes
-            lib.aiokvm_share_add(self._share, job.kept_bytes)
+            self._share.add(job.kept_bytes)
             self._kept += 1
         job.result = reply.data or job.result
         job.ended.set()
@@ -545,4 +540,4 @@ class NbdClient(BlockBackend):
                 task.cancel()
             await task.wait()
         self._unflushed.clear()
-        lib.aiokvm_share_give(self._share, self._unflushed_bytes)
+        self._share.give(self._unflushed_bytes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from aiokvm._core import ffi, lib
+from aiokvm.budget import BOUNCE_BYTES, Share
 from aiokvm.errors import VirtqueueError
 from aiokvm.virtio.blk import (
     SECTOR_BYTES,
@@ -49,16 +49,13 @@ class _Copies:
     def __init__(self) -> None:
         self._given = anyio.Event()
         self._held = 0
-        share = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES)
-        if not share:
-            raise MemoryError("no memory for a disk")
-        self._share = ffi.gc(share, lib.aiokvm_share_free)
+        self._share = Share(BOUNCE_BYTES)
 
     async def take(self, length: int) -> None:
         """Returns when there is room for so many bytes."""
-        while not lib.aiokvm_share_take(self._share, length):
+        while not self._share.take(length):
             if not self._held:
-                lib.aiokvm_share_add(self._share, length)
+                self._share.add(length)
                 break
             await self._given.wait()
         self._held += length
@@ -66,7 +63,7 @@ class _Copies:
     def give(self, length: int) -> None:
         """They are not held any more."""
         self._held -= length
-        lib.aiokvm_share_give(self._share, length)
+        self._share.give(length)
         self._given.set()
         self._given = anyio.Event()
 

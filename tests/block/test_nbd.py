@@ -18,6 +18,7 @@ from aiokvm import ConfigError, NbdError
 from aiokvm._core import ffi, lib
 from aiokvm.block import Nbd
 from aiokvm.block import nbd_client as module
+from aiokvm.budget import BOUNCE_BYTES, Share
 from aiokvm.proto import nbd as proto
 
 if TYPE_CHECKING:
@@ -356,23 +357,23 @@ async def test_a_server_that_goes_on_with_tiny_chunks_is_left(tmp_path: Path) ->
 
 async def test_what_is_kept_is_a_share_of_what_the_process_has(tmp_path: Path) -> None:
     """Where others have it all, each write is flushed before the next."""
-    budget = lib.aiokvm_budget_of_process(lib.AIOKVM_BUDGET_BOUNCE_BYTES)
+    budget = lib.aiokvm_budget_of_process(BOUNCE_BYTES)
     state = ffi.new("struct aiokvm_budget_state *")
     lib.aiokvm_budget_state(budget, state)
-    others, free = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES), state.used
+    others, free, total = Share(BOUNCE_BYTES), state.used, state.total
     server = FakeServer(MIB)
     try:
         async with server.at(tmp_path / "s") as uri, Nbd(uri) as disk:
             for _ in range(3):
                 await disk.write(0, view(b"x" * 512))
             assert [command for command, _, _ in server.requests] == [proto.NBD_CMD_WRITE] * 3
-            lib.aiokvm_share_add(others, state.total)
+            others.add(total)
             for _ in range(3):
                 await disk.write(0, view(b"x" * 512))
             commands = [command for command, _, _ in server.requests][3:]
             assert commands == [proto.NBD_CMD_FLUSH, proto.NBD_CMD_WRITE] * 3
     finally:
-        lib.aiokvm_share_free(others)
+        others.give(total)
     lib.aiokvm_budget_state(budget, state)
     assert state.used == free
 

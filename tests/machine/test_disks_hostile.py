@@ -12,6 +12,7 @@ import pytest
 from aiokvm import Disk, DiskFailed
 from aiokvm._core import ffi, lib
 from aiokvm.block import BlockBackend, Overlay, Raw
+from aiokvm.budget import BOUNCE_BYTES, Share
 from aiokvm.virtio.blk import (
     MAX_CLEAR_SECTORS,
     MAX_SEGMENTS,
@@ -170,9 +171,9 @@ async def test_failures_are_told_a_few_at_a_time(
 async def test_copies_are_a_share_of_what_the_process_has() -> None:
     """One piece goes on though others have it all."""
     state = ffi.new("struct aiokvm_budget_state *")
-    lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(lib.AIOKVM_BUDGET_BOUNCE_BYTES), state)
-    others = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_BOUNCE_BYTES)
-    lib.aiokvm_share_add(others, state.total)
+    lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(BOUNCE_BYTES), state)
+    others = Share(BOUNCE_BYTES)
+    others.add(state.total)
 
     class Counting(Eager):
         running = most = 0
@@ -191,4 +192,4 @@ async def test_copies_are_a_share_of_what_the_process_has() -> None:
             await served(r, 1, 64, table)
         assert disk.most == 1
     finally:
-        lib.aiokvm_share_free(others)
+        others.give(state.total)

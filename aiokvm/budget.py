@@ -1,0 +1,42 @@
+"""What the guests of a process share: ``_core/budget.c`` for Python."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiokvm._core import ffi, lib
+
+if TYPE_CHECKING:
+    from aiokvm._core import Pointer
+
+BOUNCE_BYTES = lib.AIOKVM_BUDGET_BOUNCE_BYTES
+LOG_LINES = lib.AIOKVM_BUDGET_LOG_LINES
+
+
+class Share:
+    """What one of them has of a budget of the process: `BOUNCE_BYTES` or `LOG_LINES`.
+
+    It is given back with the object. Raises MemoryError.
+    """
+
+    def __init__(self, budget: int) -> None:
+        core = lib.aiokvm_share_new(budget)
+        if not core:
+            raise MemoryError("no memory for a share of a budget")
+        self._core: Pointer = ffi.gc(core, lib.aiokvm_share_free)
+
+    def take(self, amount: int) -> bool:
+        """Take so much more, unless that were more than this share may have now."""
+        return bool(lib.aiokvm_share_take(self._core, amount))
+
+    def fits(self, amount: int) -> bool:
+        """Whether so much more could be taken now."""
+        return bool(lib.aiokvm_share_fits(self._core, amount))
+
+    def add(self, amount: int) -> None:
+        """Count what is there already, whether it fits or not."""
+        lib.aiokvm_share_add(self._core, amount)
+
+    def give(self, amount: int) -> None:
+        """Give so much back."""
+        lib.aiokvm_share_give(self._core, amount)
