@@ -63,11 +63,10 @@ test: build/installed lint core-tests
 acceptance: build/installed
 	$(BIN)/python tools/acceptance
 
+# SHORT=1: only whether they work.
 bench: build/installed
 	$(BIN)/pip install -q --disable-pip-version-check 'matplotlib>=3.8'
-	for benchmark in benchmarks/*.py; do \
-		grep -q __main__ $$benchmark || continue; $(BIN)/python $$benchmark || exit 1; \
-	done
+	tools/bench $(if $(SHORT),--short)
 
 docs: build/installed
 	$(BIN)/python tools/api-reference docs/api.md
