@@ -449,6 +449,9 @@ class FakeLoop:
         self.now = 0
         self.handles: list[FakeHandle] = []
 
+    def is_here(self) -> bool:
+        return True
+
     def now_ns(self) -> int:
         return self.now
 
