@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from aiokvm.cli import common
+from aiokvm.cli import common, nets
 
 if TYPE_CHECKING:
     from aiokvm.cli.common import Interrupts
@@ -83,6 +83,15 @@ def _parameters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     help="Have a copy of it in the Intel lab, too; may be repeated.",
 )
 @click.option("--network", is_flag=True, help="Let it reach what this machine reaches, by a NAT.")
+@click.option(
+    "-p",
+    "--publish",
+    "forwards",
+    metavar="[ADDR:]PORT:PORT[/udp]",
+    type=nets.parse_forward,
+    multiple=True,
+    help="Lead a port of this host (of 127.0.0.1 unless ADDR says) to one of the lab, by that NAT.",
+)
 @click.argument("command", metavar="-- CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def lab(
@@ -92,6 +101,7 @@ def lab(
     timeout: float | None,
     writable: tuple[Path, ...],
     network: bool,
+    forwards: tuple[nets.Forward, ...],
     cpu: Literal["amd", "intel"],
     kvm: dict[str, str],
     include: tuple[Path, ...],
@@ -119,7 +129,8 @@ def lab(
             cpus=cpus,
             timeout=timeout,
             writable=writable,
-            network=network,
+            network=network or bool(forwards),
+            forwards=nets.hostfwd(forwards),
             cpu=cpu,
             kvm=kvm,
             include=include,

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -115,14 +115,18 @@ def lab_forwards(options: Sequence[NetOption], forwards: Sequence[Forward]) -> t
     for option in options:
         if option.kind != "user":
             raise ConfigError(f"--net {option}: the lab has no way to it, only user works there")
+    return hostfwd([replace(forward, guest_port=forward.host_port) for forward in forwards])
+
+
+def hostfwd(forwards: Sequence[Forward]) -> tuple[str, ...]:
+    """Return ports that lead into the lab as QEMU says it. ConfigError for what cannot be had."""
     ports = [(forward.protocol, forward.host_port) for forward in forwards]
     for forward in forwards:
         # QEMU's hostfwd knows IPv4, and in the lab all are on one address.
         if ":" in forward.address or ports.count((forward.protocol, forward.host_port)) > 1:
-            raise ConfigError(f"-p {forward}: the lab takes each port once, at an address of IPv4")
-    for forward in forwards:
+            raise ConfigError(f"-p {forward.key}: the lab takes each port once, at an address of IPv4")
         _check_free(forward)
-    return tuple(f"{f.protocol}:{f.address}:{f.host_port}-:{f.host_port}" for f in forwards)
+    return tuple(f"{f.protocol}:{f.address}:{f.host_port}-:{f.guest_port}" for f in forwards)
 
 
 def _check_free(forward: Forward) -> None:
@@ -134,7 +138,8 @@ def _check_free(forward: Forward) -> None:
         try:
             probe.bind((forward.address, forward.host_port))
         except OSError as error:
-            raise ConfigError(f"-p {forward}: {error.strerror}") from None
+            where = f"{forward.protocol} port {forward.host_port} of {forward.address}"
+            raise ConfigError(f"-p: {where}: {error.strerror}") from None
 
 
 def lab_arguments(options: Sequence[NetOption], forwards: Sequence[Forward]) -> list[str]:

@@ -22,6 +22,7 @@ from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, load, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, RngConfig
 from aiokvm.machine.device import Device, ErrorPolicy, ModeName, Placement, PolicyName, RegionMode
+from aiokvm.machine.emulated import warn_if_emulated
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
@@ -413,6 +414,8 @@ class VM:
     async def start(self) -> None:
         """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
         await anyio.lowlevel.checkpoint()
+        if hasattr(self._config.boot, "kernel") and not warn_if_emulated.cache_info().currsize:
+            await to_thread.run_sync(warn_if_emulated)
         self._require(VmState.CREATED)
         self._state = VmState.RUNNING
         try:

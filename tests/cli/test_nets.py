@@ -93,6 +93,7 @@ def test_the_first_nat_has_the_ports_and_all_are_recorded(tmp_path: Path) -> Non
 
 def test_the_lab_passes_ports_on() -> None:
     assert nets.lab_forwards([USER], [WEB]) == ("tcp:127.0.0.1:8080-:8080",)
+    assert nets.hostfwd([WEB]) == ("tcp:127.0.0.1:8080-:80",)
     assert nets.lab_arguments([USER], [WEB]) == ["--net", "user", "-p", "0.0.0.0:8080:80/tcp"]
 
 
@@ -113,7 +114,7 @@ def test_a_port_in_use_is_told_before_the_lab_starts(protocol: Literal["tcp", "u
         if protocol == "tcp":
             taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"-p 127.0.0.1:{port}:80/{protocol}: Address already in use"):
+        with pytest.raises(ConfigError, match=f"-p: {protocol} port {port} of 127.0.0.1: Address already"):
             nets.lab_forwards([USER], [Forward("127.0.0.1", port, 80, protocol)])
 
 

@@ -1,0 +1,31 @@
+"""Hosts whose KVM emulates ring 0: kernels run there, but so slowly that it looks as if nothing happened."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import cache
+
+from aiokvm.errors import KvmError
+from aiokvm.text import get_logger
+
+# Where one of these serves /dev/kvm there is hardware behind it, and nothing to be measured.
+HARDWARE = ("/sys/module/kvm_amd", "/sys/module/kvm_intel")
+
+
+@cache
+def warn_if_emulated() -> None:
+    """Warn once a process if a kernel takes minutes here. To measure it blocks for a tenth of a second."""
+    if any(map(os.path.exists, HARDWARE)):
+        return
+    from aiokvm.kvm import System, ring0_speed
+    from aiokvm.kvm.probe import HARDWARE_RING0
+
+    with suppress(KvmError), System() as system:
+        speed = ring0_speed(system)
+        if speed < HARDWARE_RING0:
+            get_logger("aiokvm.machine").warning(
+                "KVM emulates ring 0 here, at %.1f million instructions a second: a Linux is silent for "
+                "minutes, and may stop; `aiokvm lab -- COMMAND` runs a program where KVM has hardware",
+                speed / 1e6,
+            )
