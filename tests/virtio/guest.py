@@ -8,6 +8,7 @@ guest.notify(0)
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiokvm.virtio.device import VirtioDevice
+    from tests.holdups import Step
     from tests.virtio.driver import Memory
 
 # Each queue's rings and buffers have a range of RAM of their own.
@@ -97,6 +99,9 @@ class DeviceGuest:
     them. ``missing`` queues are not set up.
     """
 
+    step: Step = nullcontext
+    """What a callback of the loop does is done in one of these, which is measured (conftest.py)."""
+
     def __init__(
         self,
         device: VirtioDevice,
@@ -146,13 +151,15 @@ class DeviceGuest:
     def notify(self, queue: int) -> None:
         """Ring for a queue if its driver would."""
         if self.drivers[queue].notifies():
-            self.device.notified(queue)
+            with self.step():
+                self.device.notified(queue)
 
     def again(self) -> bool:
         """A turn of the loop: whether the device had asked for it."""
         agains, self.host.agains = self.host.agains, []
         for queue in agains:
-            self.device.notified(queue)
+            with self.step():
+                self.device.notified(queue)
         return bool(agains)
 
 

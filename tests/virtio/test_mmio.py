@@ -26,6 +26,7 @@ from aiokvm.virtio.constants import (
     VIRTIO_F_VERSION_1,
 )
 from tests.virtio.driver import SplitDriver
+from tests.virtio.guest import FakeHost
 from tests.virtio.transport import ALIVE, STARTED, RecordingDevice, Transport
 
 if TYPE_CHECKING:
@@ -670,3 +671,17 @@ def test_a_closed_transport_lets_go_of_memory(transport: Transport, device: Reco
     transport.registers.close()
     assert transport.registers.queues == ()
     assert device.queues == ()
+
+
+def test_driver_ok_serves_one_queue_and_leaves_the_others_to_later_turns() -> None:
+    """Full queues, all at once, do not add up to one long write."""
+
+    class Many(RecordingDevice):
+        queue_size_max = (8,) * 16
+
+    device, host = Many(), FakeHost()
+    device._host = host
+    transport = Transport(device)
+    transport.start()
+    assert [call for call in device.calls if call[0] == "notified"] == [("notified", 0)]
+    assert host.agains == list(range(1, 16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from aiokvm.virtio import mmio
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
     from aiokvm.virtio.queue import Virtqueue
+    from tests.holdups import Step
 
 STARTED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
 ALIVE = STARTED | VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK
@@ -77,6 +79,9 @@ class FakeInterrupts:
 class Transport:
     """A device behind registers, and a driver's hands on them."""
 
+    step: Step = nullcontext
+    """An access is a callback of the loop, and measured (conftest.py)."""
+
     def __init__(self, device: VirtioDevice, **more: Any) -> None:
         count = max(1, len(device.queue_size_max))
         self.memory = FakeMemory(*((index * RANGE_BYTES, RANGE_BYTES) for index in range(count)))
@@ -91,7 +96,8 @@ class Transport:
         return self.registers.read(register, 4)
 
     def write(self, register: int, value: int) -> None:
-        done = self.registers.write(register, 4, value)
+        with self.step():
+            done = self.registers.write(register, 4, value)
         assert done is None
 
     @property
