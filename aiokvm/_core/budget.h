@@ -1,7 +1,7 @@
 /* What the process has once and its guests share: descriptors, memory, lines of its log.
  *
- * Each who takes from a budget has a share of it, which may become as large as a quarter of what is left. So one alone
- * gets a fifth of the whole, those that want all they can get come to have as much each, and there is always something
+ * Each who takes from a budget has a share of it, which may become as large as half of what is left. So one alone gets
+ * a third of the whole, those that want all they can get come to have as much each, and there is always something
  * left for who comes later. All calls may come from any thread. */
 #ifndef AIOKVM_BUDGET_H
 #define AIOKVM_BUDGET_H

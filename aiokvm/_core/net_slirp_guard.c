@@ -214,6 +214,8 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
     bool is_nobody = is_inside(guard, to) && to != guard->host && to != guard->nameserver && !load->is_service;
     if (protocol == PROTOCOL_TCP) {
         verdict = of_tcp(load, payload, rest, MIN_MSS);
+        if (!verdict && guard->restricted && is_syn(payload) && !load->is_service)
+            return refuse(payload);
         if (!verdict && is_nobody)
             verdict = to_nobody(guard, load, net_load32(ip + 12), protocol, payload);
         if (!verdict && to == guard->host)

@@ -65,7 +65,7 @@ class Limit:
     kept back for the program itself, and each machine takes ``each``. ``advice`` says how to raise it.
 
     Budgets that the guests of the process share are among them, with 0 as ``each``: it is what their guests
-    do that takes of these. A guest may have as much as a quarter of what is left, so that others are served.
+    do that takes of these. A guest may have as much as half of what is left, so that others are served.
     """
 
     name: str

@@ -148,7 +148,10 @@ TEST(restriction_is_for_ipv6_too)
     CHECK_EQ(frame[67], SYN | FIN);
     guard.host_loopback = true;
     CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, SYN)), SLIRP_REFUSE);
+    CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, 0x08080808, 80, 1, 0, SYN, NULL, 0)), SLIRP_REFUSE);
+    CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, 0x08080808, 80)), SLIRP_DENY);
     /* Answers to what is forwarded. */
+    CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, HOST, 80, 1, 1, SYN | ACK, NULL, 0)), SLIRP_PASS);
     CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, SYN | ACK)), SLIRP_PASS);
     CHECK_EQ(GUARD(frame, frame6(frame, 6, HOST6, 80, ACK)), SLIRP_PASS);
 }

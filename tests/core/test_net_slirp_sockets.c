@@ -329,7 +329,7 @@ TEST(a_guest_leaves_descriptors_to_the_others)
 {
     struct rlimit limits;
     CHECK_EQ(getrlimit(RLIMIT_NOFILE, &limits), 0);
-    limit_descriptors(256);
+    limit_descriptors(200);
     struct aiokvm_net_slirp_config many = config();
     many.host_loopback = 1;
     many.max_connections = 512;

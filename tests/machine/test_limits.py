@@ -338,3 +338,12 @@ def test_what_kvm_maps_for_a_processor_without_real_mode_is_counted(
     assert each() == with_real_mode
     parameter.write_text("N\n")
     assert each() == with_real_mode + limits.REAL_MODE_MAPPINGS
+
+
+def test_what_guests_share_limits_no_machines() -> None:
+    shared = [limit for limit in host_limits() if not limit.each]
+    assert {limit.unit for limit in shared} == {"descriptors", "bytes", "lines in a second"}
+    for limit in shared:
+        assert limit.value > limit.used >= 0
+        assert limit.machines > 10**9
+        assert limit.advice
