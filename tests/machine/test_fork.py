@@ -150,7 +150,7 @@ with start_blocking_portal() as portal:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     portal.call(progress)
     portal.call(vm.pause)
-    print(status, hex(vm.vcpus[0].read_register("rip") & ~7))
+    print(status, hex(portal.call(vm.vcpus[0].read_register, "rip") & ~7))
     portal.call(vm.aclose)
 """
     done = subprocess.run(
