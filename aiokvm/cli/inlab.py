@@ -83,7 +83,7 @@ class InLab:
         options = self._options
         # The command line has what --append adds to; the same is added to in there.
         argv = [sys.executable, "-P", "-m", "aiokvm", "run", "--lab", "never", "--json"]
-        argv += ["--kernel", str(self._kernel), "--append", options.append]
+        argv += ["--kernel", str(self._kernel), "--append", options.appended]
         argv += ["--cpus", str(options.cpus), "--memory", str(options.memory), "--name", options.name]
         for disk in options.disks:
             argv += ["--disk", disks.text(disk)]

@@ -73,7 +73,15 @@ class Options:
     @property
     def cmdline(self) -> str:
         """The kernel's command line."""
-        return " ".join(filter(None, (CMDLINE, disks.root(self.disks, self.append), self.append)))
+        return " ".join(filter(None, (CMDLINE, disks.root(self.disks, self.append), self.appended)))
+
+    @property
+    def appended(self) -> str:
+        """What follows, with the size of this terminal: a serial port cannot tell it."""
+        if not os.isatty(0) or self.command or "aiokvm.tty=" in self.append:
+            return self.append
+        cols, rows = os.get_terminal_size(0)
+        return f"{self.append} aiokvm.tty={rows}x{cols}".strip() if cols and rows else self.append
 
 
 @dataclass

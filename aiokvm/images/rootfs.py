@@ -50,6 +50,12 @@ read -r cmdline </proc/cmdline
 case " $cmdline " in
     *" aiokvm.autologin "*) set -- --autologin root ;;
 esac
+# How large the terminal is on which the first serial port is shown.
+for word in $cmdline; do
+    case $(tty):$word in
+        /dev/ttyS0:aiokvm.tty=*x*) size=${word#*=} && stty rows "${size%x*}" cols "${size#*x}" ;;
+    esac
+done
 exec /sbin/agetty "$@" --keep-baud 115200,57600,38400,9600 - "$TERM"
 """
 # networkd waits for udev to announce the adapters.

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from aiokvm import KvmError, kvm
 from aiokvm.cli import cli, host
+from aiokvm.cli.run import Options
 
 Kernel = Callable[[str], Path]
 Aiokvm = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -307,3 +308,36 @@ def test_more_memory_than_there_is_takes_overcommit(kernel: Kernel, aiokvm: Aiok
 def test_overcommit(kernel: Kernel, aiokvm: Aiokvm) -> None:
     result = aiokvm("run", "--lab", "never", "--overcommit", "-m", "200G", "--kernel", kernel(HI + EXIT_42))
     assert (result.returncode, result.stdout) == (42, b"hi\r\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "append", "command", "appended"),
+    [
+        (True, "", (), "aiokvm.tty=33x101"),
+        (True, "quiet", (), "quiet aiokvm.tty=33x101"),
+        (True, "aiokvm.tty=1x2", (), "aiokvm.tty=1x2"),
+        (True, "quiet", ("ls",), "quiet"),
+        (False, "quiet", (), "quiet"),
+    ],
+)
+def test_the_guest_is_told_the_terminal_s_size(
+    terminal: bool, append: str, command: tuple[str, ...], appended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "isatty", lambda _: terminal)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((101, 33)))
+    options = Options(
+        kernel=None,
+        initrd=None,
+        append=append,
+        cpus=1,
+        memory=512 << 20,
+        name="",
+        as_json=False,
+        timeout=None,
+        lab="never",
+        log=None,
+        trace=None,
+        command=command,
+    )
+    assert options.appended == appended
+    assert options.cmdline.endswith(appended)

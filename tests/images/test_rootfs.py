@@ -168,7 +168,7 @@ def test_image_that_is_too_small_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cmdline", "options"),
-    [("root=/dev/vda aiokvm.autologin", "--autologin root "), ("root=/dev/vda", "")],
+    [("root=/dev/vda aiokvm.autologin aiokvm.tty=24x80", "--autologin root "), ("root=/dev/vda", "")],
 )
 def test_login_asks_unless_told_otherwise(cmdline: str, options: str, tmp_path: Path) -> None:
     overlay = io.BytesIO()
