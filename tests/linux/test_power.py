@@ -71,7 +71,7 @@ async def test_a_pause_is_no_lockup(boot_linux: LinuxBooter) -> None:
         assert "kvm-clock" in await guest.run("dmesg | grep kvm-clock | tail -n 1")
         await guest.run("echo 1 >/proc/sys/kernel/watchdog_thresh")
         # A system call that takes a while: the CPU is in the kernel when the pause comes.
-        await guest.vm.serial.send(b"dd if=/dev/zero of=/dev/null bs=256M count=40 2>/dev/null\n")
+        await guest.vm.serial.send(b"dd if=/dev/zero of=/dev/null bs=64M count=40 2>/dev/null\n")
         for _ in range(3):
             await anyio.sleep(1)
             await guest.vm.pause()
