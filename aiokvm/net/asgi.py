@@ -215,6 +215,10 @@ class _Http:
                 return
             if not isinstance(event, self.h11.Request):
                 return
+            if event.method == b"CONNECT":
+                # ASGI has no tunnels: an application that says yes to it cannot say more.
+                await self._refuse(HTTPStatus.NOT_IMPLEMENTED)
+                return
             await _Exchange(self, event).run()
             if not await self._is_done():
                 return

@@ -438,3 +438,13 @@ async def test_a_flood_of_failing_requests_does_not_fill_the_log(caplog: pytest.
             await client.until(b"Internal Server Error")
             await client.until(b"Internal Server Error")
     assert 0 < len([record for record in caplog.records if record.levelname == "ERROR"]) < 30
+
+
+async def test_a_request_for_a_tunnel_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise NotImplementedError
+
+    async with served(app) as client:
+        await client.send(b"CONNECT example.org:80 HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await client.rest()).startswith(b"HTTP/1.1 501 ")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
