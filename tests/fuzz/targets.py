@@ -237,8 +237,15 @@ class _Guest:
             raise anyio.EndOfStream
         return self._chunks.pop()
 
+    @property
+    def has_ended(self) -> bool:
+        return not self._chunks
+
     async def send(self, item: bytes) -> None:
         await anyio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        self._chunks.clear()
 
 
 async def _echo(scope: Any, receive: Any, send: Any) -> None:
