@@ -100,8 +100,8 @@ class NicData:
             try:
                 old = await self._open(backend, plane, opened, swap)
             except BaseException:
-                if own is not self._own_plane:
-                    plane.close()
+                if own and own is not self._own_plane:
+                    own.close()
                 raise
             before, self._backend = self._backend, backend
             plane_before, self._own_plane = self._own_plane, own

@@ -425,6 +425,20 @@ async def test_a_replacement_that_fails_changes_nothing() -> None:
         assert r.host.changes == 0
 
 
+async def test_a_replacement_by_a_port_of_a_switch_that_fails_leaves_the_switch_alone() -> None:
+    async with net.Switch() as switch, rig(nic(mtu=1400)) as r:
+        taken = switch.port()
+        other = await switch.connect(Cable())
+        await taken.open(taken.plane, lambda _: None)
+        with pytest.raises(ConfigError, match="in use"):
+            await r.nic.replace(taken)
+        assert taken.end is not None
+        assert taken.end.is_open
+        assert other.end is not None
+        assert other.end.is_open
+        await taken.close()
+
+
 async def test_a_replacement_that_is_cancelled_changes_nothing(cancelled: Any) -> None:
     async with rig(nic()) as r:
         before = r.cable
