@@ -230,6 +230,7 @@ class _Guest:
 
     def __init__(self, data: bytes) -> None:
         self._chunks = [data[at : at + 61] for at in range(0, len(data), 61)][::-1]
+        self.got = b""
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         await anyio.lowlevel.checkpoint()
@@ -237,12 +238,12 @@ class _Guest:
             raise anyio.EndOfStream
         return self._chunks.pop()
 
-    @property
     def has_ended(self) -> bool:
         return not self._chunks
 
     async def send(self, item: bytes) -> None:
         await anyio.lowlevel.checkpoint()
+        self.got += item
 
     def abort(self) -> None:
         self._chunks.clear()
@@ -261,13 +262,22 @@ async def _echo(scope: Any, receive: Any, send: Any) -> None:
     await receive()
 
 
-def _asgi(data: bytes, call: Call) -> None:
-    logging.getLogger("aiokvm.net").setLevel(logging.CRITICAL)
+def answered(data: bytes, call: Call) -> bytes:
+    """What a service says to a guest that has said this."""
     connection: Any = _Guest(data)
-    call(anyio.run, asgi.Asgi(_echo, lifespan=False), connection)
+    logger = logging.getLogger("aiokvm.net")
+    level = logger.level
+    # That a guest has gone in the middle of it is told, and often.
+    logger.setLevel(logging.CRITICAL)
+    try:
+        call(anyio.run, asgi.Asgi(_echo, lifespan=False), connection)
+    finally:
+        logger.setLevel(level)
+    got: bytes = connection.got
+    return got
 
 
-_ASGI_SEEDS = (
+ASGI_SEEDS = (
     b"GET /%41?q=1 HTTP/1.1\r\nhost: a\r\n\r\nPOST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc",
     b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\n"
     b"3\r\nabc\r\n0\r\n\r\n",
@@ -286,7 +296,7 @@ TARGETS = {
     "nbd_handshake": Target(_handshake, (_handshake_seed(),)),
     "nbd_simple": Target(_transmission(False), (_transmission_seed(False),)),
     "nbd_structured": Target(_transmission(True), (_transmission_seed(True),)),
-    "asgi": Target(_asgi, _ASGI_SEEDS, (), mutations=300),
+    "asgi": Target(answered, ASGI_SEEDS, (), mutations=300),
     **{
         f"mmio_{name}": Target(run, mmio.SEEDS, (), memory_bytes=8 << 20, mutations=300)
         for name, run in mmio.RUNS.items()

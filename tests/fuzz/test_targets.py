@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import tracemalloc
 
 import pytest
 
-from tests.fuzz.targets import TARGETS, found, mutate
+from tests.fuzz.targets import ASGI_SEEDS, TARGETS, Meter, answered, found, mutate
 
-pytestmark = pytest.mark.parametrize("name", TARGETS)
+each = pytest.mark.parametrize("name", TARGETS)
 
 
 def inputs(name: str) -> list[bytes]:
     return [*TARGETS[name].seeds, *found(name)]
 
 
+@each
 def test_what_is_known_does_no_harm(name: str) -> None:
     for data in inputs(name):
         TARGETS[name].check(data)
 
 
+@each
 def test_mutations_do_no_harm(name: str) -> None:
     chance = random.Random(name)
     known = inputs(name)
@@ -28,6 +31,7 @@ def test_mutations_do_no_harm(name: str) -> None:
         TARGETS[name].check(mutate(chance.choice(known), chance))
 
 
+@each
 def test_memory_is_bounded(name: str) -> None:
     chance = random.Random(f"{name}, again")
     known = inputs(name)
@@ -39,3 +43,11 @@ def test_memory_is_bounded(name: str) -> None:
         finally:
             tracemalloc.stop()
         assert peak < TARGETS[name].memory_bytes + 4 * len(data)
+
+
+def test_the_application_is_reached() -> None:
+    before = logging.getLogger("aiokvm.net").level
+    statuses = [answered(seed, Meter()).split(b" ", 2)[1] for seed in ASGI_SEEDS[:3]]
+    assert statuses == [b"200", b"200", b"501"]
+    assert answered(ASGI_SEEDS[0], Meter()).endswith(b"\r\n\r\nabc")
+    assert logging.getLogger("aiokvm.net").level == before
