@@ -26,11 +26,6 @@ PARENT = """
 import sys, threading, anyio
 from aiokvm import process
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from anyio.abc import Process
-
 async def start():
     await process.start(["sh", "-c", sys.argv[1]], stdout=1, grace_s=float(sys.argv[2]))
 
@@ -147,6 +142,7 @@ def test_programs_end_with_a_process_that_is_killed(script: str, grace_s: float,
     ) as parent:
         assert parent.stdout is not None
         fds = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+        assert len(fds) == 2
         try:
             # They do not end with the thread that started them.
             assert not select.select(fds, [], [], 0.2)[0]
