@@ -108,12 +108,14 @@ class NicData:
             if old:
                 self._before = _sum([self._before, old.stats()])
                 old.close()
-            # The guest does not wait for what the old one has to end.
-            swapped()
-            if before:
-                await self._loop.uncancelled(before.close)
-            if plane_before and plane_before is not own:
-                plane_before.close()
+            try:
+                # The guest does not wait for what the old one has to end.
+                swapped()
+                if before:
+                    await self._loop.uncancelled(before.close)
+            finally:
+                if plane_before and plane_before is not own:
+                    plane_before.close()
 
     async def _open(
         self, backend: NetBackend, plane: Plane, opened: Callable[[], None], swap: Callable[[], None]

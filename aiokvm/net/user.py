@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
 
+from anyio import to_thread
+
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
@@ -294,19 +296,34 @@ class User(NetBackend):
             await handler.start(loop)
         service = Service(loop, at, handler, self._log)
         try:
+            await self._make_directory()
             if not self._is_there:
                 raise StateError(f"{self!r} was closed meanwhile")
             if self._handlers.get(at) is not handler:
                 raise StateError(f"the service at {at[0]}:{at[1]} was removed meanwhile")
             self._add(service)
         except BaseException:
-            await _stop(service)
+            await loop.uncancelled(lambda: _stop(service))
             raise
+
+    async def _make_directory(self) -> None:
+        """Where the sockets of services are. In a thread, as what killed processes have left is removed."""
+        assert self._plane
+
+        async def make() -> None:
+            folder = await to_thread.run_sync(Folder)
+            # Several services may be about to be added.
+            if self._directory or not self._plane:
+                folder.close()
+            else:
+                self._directory = folder
+
+        if not self._directory:
+            await self._plane.loop.uncancelled(make)
 
     def _add(self, service: Service) -> None:
         at = service.address
-        if not self._directory:
-            self._directory = Folder()
+        assert self._directory
         self._made += 1
         path = self._directory.socket_path(str(self._made))
         number = int(IPv4Address(at[0]))
@@ -344,12 +361,14 @@ class User(NetBackend):
 
     async def _open(self, plane: Plane, _on_lost: Callable[[str], None]) -> End:
         error = ffi.new("int *")
-        end = plane.adopt(
-            lib.aiokvm_net_slirp_new(plane.core, self._config(), error), error[0], self._on_news
-        )
-        self._plane, self._end = plane, end
-        self._connections.end = end
+        self._plane = plane
+        end: End | None = None
         try:
+            # Before it is there: what is added meanwhile waits until then.
+            if self._has_dns or self._handlers:
+                await self._make_directory()
+            core = lib.aiokvm_net_slirp_new(plane.core, self._config(), error)
+            self._end = self._connections.end = end = plane.adopt(core, error[0], self._on_news)
             if self._has_dns:
                 self._dns = Dns(plane.loop, end, self._log)
                 # libslirp takes it there, where no guest's address is.
@@ -366,7 +385,8 @@ class User(NetBackend):
                     if not self._is_there or self._handlers.get(at) is handler:
                         raise
         except BaseException:
-            end.close()
+            if end:
+                end.close()
             await plane.loop.uncancelled(self._close)
             raise
         return end
