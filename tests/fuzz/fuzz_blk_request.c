@@ -208,7 +208,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     blk->features = how & 32 ? ~UINT64_C(0) : 0;
     memcpy(blk->id, "serial", 6);
     /* Of which two are for this disk. */
-    struct aiokvm_budget *budget = aiokvm_budget_new(10 * BLK_BOUNCE_BYTES);
+    struct aiokvm_budget *budget = aiokvm_budget_new(8 * BLK_BOUNCE_BYTES);
     REQUIRE(budget);
     aiokvm_share_open(&blk->bounces, budget);
     for (uint32_t i = 0; i < QUEUES; i++) {
