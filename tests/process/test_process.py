@@ -144,10 +144,12 @@ def test_programs_end_with_a_process_that_is_killed(script: str, grace_s: float,
         fds = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(fds) == 2
         try:
+            assert len(fds) == 2
             # They do not end with the thread that started them.
             assert not select.select(fds, [], [], 0.2)[0]
             parent.kill()
             assert all(map(gone, fds))
         finally:
+            parent.kill()
             for fd in fds:
                 os.close(fd)
