@@ -326,7 +326,7 @@ static bool serve(struct aiokvm_net_end *end)
 
 /* ---- frames from the guest ---- */
 
-/* The service that an IPv4 frame goes to, if it is of TCP. */
+/* The service that a frame goes to. It has to be a whole one of TCP over IPv4: of any other this means nothing. */
 static struct slirp_service *find_service(struct slirp_end *self)
 {
     uint32_t address = net_load32(self->input + 30), port = net_load16(self->input + 36);
@@ -407,6 +407,7 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         end->stats.dropped_invalid += is_invalid;
         if (!size)
             return NET_TAKEN;
+        load.is_service = find_service(self);
         verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
     }
     if (verdict == SLIRP_FULL) {

@@ -211,10 +211,11 @@ static enum slirp_verdict of_ip(const struct slirp_guard *guard, const struct sl
     if (net_load16(ip + 6) & 0x3fff)
         return length > IP_SIZE ? SLIRP_FRAGMENT : SLIRP_INVALID;
     enum slirp_verdict verdict;
-    bool is_nobody = is_inside(guard, to) && to != guard->host && to != guard->nameserver && !load->is_service;
+    bool is_service = protocol == PROTOCOL_TCP && load->is_service;
+    bool is_nobody = is_inside(guard, to) && to != guard->host && to != guard->nameserver && !is_service;
     if (protocol == PROTOCOL_TCP) {
         verdict = of_tcp(load, payload, rest, MIN_MSS);
-        if (!verdict && guard->restricted && is_syn(payload) && !load->is_service)
+        if (!verdict && guard->restricted && is_syn(payload) && !is_service)
             return refuse(payload);
         if (!verdict && is_nobody)
             verdict = to_nobody(guard, load, net_load32(ip + 12), protocol, payload);

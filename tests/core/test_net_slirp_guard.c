@@ -289,11 +289,14 @@ TEST(nobody_is_where_nobody_is)
     CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, NAMESERVER, 53, 1, 0, SYN, NULL, 0)), SLIRP_PASS);
     CHECK_EQ(GUARD(frame, tcp_frame(frame, GUEST, 1, 0x0a000300, 53, 1, 0, SYN, NULL, 0)), SLIRP_PASS);
     CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, SERVICE, 80)), SLIRP_DENY);
+    /* A service is one of TCP: to anything else nobody is there. */
+    CHECK_EQ(slirp_guard(&guard, &service, &hdr, frame, put_udp(frame, GUEST, 1, SERVICE, 80)), SLIRP_DENY);
     CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, 0x0a0002ff, 80)), SLIRP_DENY);
     CHECK_EQ(GUARD(frame, put_udp(frame, GUEST, 1, NAMESERVER, 53)), SLIRP_PASS);
     memset(frame + 34, 0, 8);
     frame[34] = 8;
     CHECK_EQ(GUARD(frame, seal(frame, 1, GUEST, SERVICE, 8)), SLIRP_DENY);
+    CHECK_EQ(slirp_guard(&guard, &service, &hdr, frame, seal(frame, 1, GUEST, SERVICE, 8)), SLIRP_DENY);
     CHECK_EQ(GUARD(frame, seal(frame, 1, GUEST, HOST, 8)), SLIRP_PASS);
     /* Who has come from there by a forwarded port is answered. */
     put_udp(frame, SERVICE, 4000, GUEST, 53);

@@ -199,6 +199,34 @@ TEST(connections_to_a_service_that_are_begun_alone_are_bounded)
     remove_path();
 }
 
+/* A SYN to another port of the service's address, in two pieces: the last has the service's port where a whole one has
+ * it. */
+TEST(what_is_a_service_is_seen_in_the_whole_datagram)
+{
+    make_path();
+    struct nat nat = nat_new();
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8) > 0);
+    greet(&nat);
+    uint8_t whole[100], frame[100];
+    uint32_t size = tcp_frame(whole, GUEST, 5000, SERVICE, 81, 1000, 80, SYN, NULL, 0);
+    for (uint32_t at = 0; at <= 8; at += 8) {
+        uint32_t length = at ? 12 : 8;
+        memcpy(frame, whole, 34);
+        memcpy(frame + 34, whole + 34 + at, length);
+        net_store16(frame + 16, 20 + length);
+        net_store16(frame + 20, at ? at / 8 : 0x2000);
+        net_store16(frame + 24, 0);
+        net_store16(frame + 24, ~slirp_sum(frame + 14, 20, 0));
+        say(&nat, frame, 34 + length);
+    }
+    CHECK_EQ(stats(nat.slirp).dropped_filtered, 1);
+    CHECK_EQ(((struct slirp_end *)nat.slirp)->tcp, 0);
+    say(&nat, whole, size);
+    CHECK_EQ(stats(nat.slirp).dropped_filtered, 2);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
 TEST(a_restricted_guest_has_its_services_alone)
 {
     make_path();
