@@ -41,14 +41,28 @@ static struct slirp_end *self_of(struct aiokvm_net_end *end)
 
 /* ---- frames to the guest ---- */
 
+/* Frames of the guest's are taken again. */
+static void let_in(struct slirp_end *self)
+{
+    self->is_inside = false;
+    if (self->is_refused) {
+        self->is_refused = false;
+        net_resume(&self->end);
+    }
+}
+
 static void emit(struct slirp_end *self, const struct virtio_net_hdr_v1 *hdr, const void *data, size_t size)
 {
     /* [0] is the receiver's. */
     struct iovec iov[3] = { [1] = { (void *)(uintptr_t)data, size } };
     struct net_frame frame = { .hdr = *hdr, .iov = iov + 1, .count = 1, .size = (uint32_t)size };
-    if (!self->queue.first && net_send(&self->end, &frame) == NET_TAKEN)
-        return;
-    if (!net_queue_put(&self->queue, &frame))
+    /* Who gets it may answer at once. That waits: what is sent may lie in `input`, in `merge` or among `held`. */
+    bool was_inside = self->is_inside;
+    self->is_inside = true;
+    enum net_result result = self->queue.first ? NET_BLOCKED : net_send(&self->end, &frame);
+    if (!was_inside)
+        let_in(self);
+    if (result == NET_BLOCKED && !net_queue_put(&self->queue, &frame))
         self->end.stats.dropped_full++;
 }
 
@@ -250,11 +264,7 @@ static void leave(struct slirp_end *self)
         self->has_answered = false;
         slirp_pollfds_poll(self->slirp, 1, slirp_get_revents, self);
     }
-    self->is_inside = false;
-    if (self->is_refused) {
-        self->is_refused = false;
-        net_resume(&self->end);
-    }
+    let_in(self);
 }
 
 void slirp_cut(struct slirp_end *self, struct slirp_socket *socket)

@@ -281,7 +281,7 @@ struct slirp_end {
     uint32_t round;
     int found; /* a descriptor that was not there the last time, -1: none */
     uint32_t tcp, other, max;
-    bool is_inside;  /* libslirp runs: it cannot be entered again */
+    bool is_inside;  /* libslirp runs, which cannot be entered again, or a frame is on its way to the guest */
     bool is_refused; /* a frame had to wait for that */
     bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
     bool is_connected; /* it has made a connection to a service */

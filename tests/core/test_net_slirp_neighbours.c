@@ -162,6 +162,72 @@ TEST(neighbours_of_ipv6_are_asked_for)
     aiokvm_net_free(nat.net);
 }
 
+/* Who answers each frame at once, each time from another adapter: as another NAT does behind a switch. */
+struct hasty {
+    struct aiokvm_net_end end;
+    bool answers;
+    uint32_t received, blocked;
+};
+
+static bool hasty_serve(struct aiokvm_net_end *end)
+{
+    (void)end;
+    return false;
+}
+
+static enum net_result hasty_send(struct hasty *hasty, uint32_t from)
+{
+    uint8_t data[100];
+    struct iovec iov[3] = { [1] = { data, ping(data, from) } };
+    struct net_frame frame = { .iov = iov + 1, .count = 1, .size = (uint32_t)iov[1].iov_len };
+    data[11] = (uint8_t)hasty->received;
+    return net_send(&hasty->end, &frame);
+}
+
+static enum net_result hasty_receive(struct aiokvm_net_end *end, struct net_frame *frame)
+{
+    struct hasty *hasty = (struct hasty *)end;
+    (void)frame;
+    hasty->received++;
+    if (hasty->answers && hasty->received < 100 && hasty_send(hasty, 0x0a000263) == NET_BLOCKED)
+        hasty->blocked++;
+    return NET_TAKEN;
+}
+
+static void hasty_free(struct aiokvm_net_end *end)
+{
+    free(end);
+}
+
+static const struct net_type HASTY = { .serve = hasty_serve, .receive = hasty_receive, .free = hasty_free };
+
+TEST(who_answers_what_waited_at_once_has_to_wait)
+{
+    struct nat nat = nat_new();
+    struct slirp_end *slirp = (struct slirp_end *)nat.slirp;
+    int error, port = aiokvm_net_slirp_add_forward(nat.slirp, 1, "127.0.0.1", 0, "10.0.2.99", 53);
+    int fd = connect_udp(port);
+    for (int i = 0; i < 5; i++)
+        CHECK_EQ(write(fd, "x", 1), 1);
+    CHECK_SOON((fake_end_serve(nat.net), slirp->held_count == 5));
+    struct hasty *hasty = net_end_new(nat.net, &HASTY, sizeof(*hasty), &error);
+    CHECK(hasty);
+    aiokvm_net_unlink(nat.slirp);
+    CHECK_EQ(aiokvm_net_link(nat.slirp, &hasty->end), 0);
+    hasty->answers = true;
+    CHECK(net_enter(nat.net));
+    CHECK_EQ(hasty_send(hasty, 0x0a000263), NET_TAKEN);
+    net_leave(nat.net);
+    CHECK_EQ(slirp->held_count, 0);
+    /* What waited, and the answer to the ping. */
+    CHECK_EQ(hasty->received, 6);
+    CHECK_EQ(hasty->blocked, 6);
+    hasty->answers = false;
+    CHECK(!hasty->end.waits);
+    close(fd);
+    aiokvm_net_free(nat.net);
+}
+
 /* LeakSanitizer sees to it. */
 TEST(what_waits_for_a_socket_goes_with_the_end)
 {
