@@ -314,8 +314,10 @@ static bool serve(struct aiokvm_net_end *end)
         return true;
     if (self->held && self->held_until_ns <= aiokvm_now_ns())
         drop_held(self);
+    /* libslirp looks after them in an order of its own. If the time was over before it came to the last, the one that
+     * is first in the epoll's, which goes round, has its turn alone. */
     struct epoll_event events[READY];
-    int count = epoll_wait(self->epoll, events, READY, 0);
+    int count = epoll_wait(self->epoll, events, self->is_late ? 1 : READY, 0);
     if (count <= 0)
         self->watch.events = 0;
     uint64_t now_ns = aiokvm_now_ns();
@@ -329,6 +331,7 @@ static bool serve(struct aiokvm_net_end *end)
         for (int i = 0; i < count; i++)
             self->watched[events[i].data.fd].ready = 0;
     }
+    self->is_late = count > 1 && end->net->is_over;
     leave(self);
     reap(self, now_ns);
     return count > 0;

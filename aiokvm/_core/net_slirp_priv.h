@@ -283,6 +283,7 @@ struct slirp_end {
     uint32_t tcp, other, max;
     bool is_inside;  /* libslirp runs, which cannot be entered again, or a frame is on its way to the guest */
     bool is_refused; /* a frame had to wait for that */
+    bool is_late;    /* the time was over before all descriptors that were ready had been looked after */
     bool is_guarded; /* until `flush` this thread has SIGPIPE blocked, and had not before */
     bool is_connected; /* it has made a connection to a service */
     bool is_starved;   /* which could not be accepted for want of descriptors */

@@ -108,6 +108,55 @@ TEST(a_guest_that_takes_nothing_is_not_sent_more)
     remove_path();
 }
 
+/* Those that always have something to read, and take all the time that there is. */
+TEST(busy_connections_leave_time_for_others)
+{
+    enum { BUSY = 4 };
+    make_path();
+    struct nat nat = nat_new();
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, BUSY) > 0);
+    greet(&nat);
+    uint32_t next[BUSY], rounds = 0, bytes = 0;
+    int streams[BUSY], fd = connect_udp(aiokvm_net_slirp_add_forward(nat.slirp, 1, "127.0.0.1", 0, "", 53));
+    struct aiokvm_net_slirp_connection connection;
+    for (uint32_t i = 0; i < BUSY; i++) {
+        next[i] = open_connection(&nat, 5000 + i, SERVICE, 80);
+        streams[i] = aiokvm_net_slirp_accept(nat.slirp, 1, &connection);
+        CHECK(streams[i] >= 0);
+    }
+    static uint8_t data[1 << 16];
+    uint8_t frame[100];
+    for (bool has_come = false; !has_come; rounds++) {
+        CHECK(rounds < 200);
+        if (rounds == 20)
+            CHECK_EQ(write(fd, "x", 1), 1);
+        for (uint32_t i = 0; i < BUSY; i++)
+            while (send(streams[i], data, sizeof(data), MSG_DONTWAIT) > 0)
+                continue;
+        aiokvm_net_serve(nat.net, 1);
+        /* The guest takes all of it at once. */
+        while (nat.guest->kept) {
+            for (uint32_t i = 0; i < nat.guest->kept; i++) {
+                const uint8_t *got = nat.guest->frames[i].data;
+                has_come |= got[23] == 17;
+                if (got[23] != 6)
+                    continue;
+                bytes += net_load16(got + 16) - 40;
+                next[net_load16(got + 36) - 5000] = net_load32(got + 38) + net_load16(got + 16) - 40;
+            }
+            fake_end_clear(nat.guest);
+            for (uint32_t i = 0; i < BUSY; i++)
+                say(&nat, frame, tcp_frame(frame, GUEST, 5000 + i, SERVICE, 80, 1001, next[i], ACK, NULL, 0));
+        }
+    }
+    CHECK(rounds > 20 && bytes > 20 * 1460);
+    for (uint32_t i = 0; i < BUSY; i++)
+        close(streams[i]);
+    close(fd);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
 TEST(a_flood_of_connections_is_bounded)
 {
     struct aiokvm_net_slirp_config open = config();
