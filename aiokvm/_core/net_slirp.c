@@ -291,7 +291,8 @@ static void reap(struct slirp_end *self, uint64_t now_ns)
         return;
     self->reaped_ns = now_ns;
     struct slirp_socket *idle;
-    for (int i = 0; i < READY && (idle = slirp_sockets_idle(&self->sockets, now_ns, self->tcp >= self->max)); i++)
+    bool is_full = self->tcp >= self->max || self->accept_at_ns;
+    for (int i = 0; i < READY && (idle = slirp_sockets_idle(&self->sockets, now_ns, is_full)); i++)
         slirp_cut(self, idle);
 }
 

@@ -165,6 +165,18 @@ static void find(struct slirp_end *self, int fd, struct slirp_watched *watched)
     listen(fd, BACKLOG);
 }
 
+static bool is_listener(const struct slirp_watched *watched)
+{
+    return watched->kind == SLIRP_LISTENER || watched->kind == SLIRP_UNIX_LISTENER;
+}
+
+/* Whether one more may come in. */
+static bool may_accept(struct slirp_end *self)
+{
+    return aiokvm_share_fits(&self->descriptors, 1) && aiokvm_share_fits(&self->bytes, SLIRP_TCP_BYTES) &&
+           slirp_has_descriptors();
+}
+
 static int add_poll(int fd, int events, void *opaque)
 {
     struct slirp_end *self = opaque;
@@ -176,8 +188,7 @@ static int add_poll(int fd, int events, void *opaque)
     watched->asked = self->round;
     watched->events = (uint32_t)events;
     /* Who connects waits until somebody has gone, or there are descriptors again. */
-    bool is_listener = watched->kind == SLIRP_LISTENER || watched->kind == SLIRP_UNIX_LISTENER;
-    if ((is_listener && self->tcp >= self->max) || (watched->kind == SLIRP_UNIX_LISTENER && self->unix_at_ns))
+    if (is_listener(watched) && (self->tcp >= self->max || self->accept_at_ns))
         watched->events = 0;
     if (watched->is_broken && !watched->socket->is_told && !(watched->events & SLIRP_POLL_IN))
         watched->events = 0;
@@ -210,8 +221,8 @@ int slirp_get_revents(int index, void *opaque)
     /* What there is no time for is still ready the next time. */
     if (!ready || self->end.net->is_over)
         return 0;
-    if (watched->kind == SLIRP_UNIX_LISTENER && !slirp_has_descriptors()) {
-        self->unix_at_ns = aiokvm_now_ns() + PAUSE_NS;
+    if (is_listener(watched) && !may_accept(self)) {
+        self->accept_at_ns = aiokvm_now_ns() + PAUSE_NS;
         return 0;
     }
     int events = 0;
@@ -235,8 +246,8 @@ void slirp_ask(struct slirp_end *self)
 {
     uint32_t timeout_ms = UINT32_MAX;
     uint64_t now_ns = aiokvm_now_ns();
-    if (self->unix_at_ns <= now_ns)
-        self->unix_at_ns = 0;
+    if (self->accept_at_ns <= now_ns)
+        self->accept_at_ns = 0;
     self->round++;
     slirp_pollfds_fill(self->slirp, &timeout_ms, add_poll, self);
     for (uint32_t i = 0; i < self->count;) {
@@ -256,8 +267,8 @@ void slirp_ask(struct slirp_end *self)
     for (struct slirp_timer *timer = self->timers; timer < self->timers + SLIRP_TIMERS; timer++)
         if (timer->used && timer->at_ns && (!at_ns || timer->at_ns < at_ns))
             at_ns = timer->at_ns;
-    if (self->unix_at_ns && (!at_ns || self->unix_at_ns < at_ns))
-        at_ns = self->unix_at_ns;
+    if (self->accept_at_ns && (!at_ns || self->accept_at_ns < at_ns))
+        at_ns = self->accept_at_ns;
     if (self->held && (!at_ns || self->held_until_ns < at_ns))
         at_ns = self->held_until_ns;
     net_at(&self->end, at_ns);

@@ -272,7 +272,7 @@ struct slirp_end {
     int epoll;
     uint64_t poll_at_ns; /* libslirp's timers, 0: none */
     uint64_t polled_ns;  /* when it has last been told the time */
-    uint64_t unix_at_ns; /* nobody is let in by a path before */
+    uint64_t accept_at_ns; /* nobody is let in by a forward before */
     struct slirp_timer timers[SLIRP_TIMERS];
     struct slirp_watched *watched;
     uint32_t size;  /* of watched */

@@ -62,6 +62,26 @@ TEST(a_path_is_forwarded)
     remove_path();
 }
 
+/* Those of other guests are not for who comes in by a forward. */
+TEST(who_comes_in_waits_for_descriptors)
+{
+    struct nat nat = nat_new();
+    struct slirp_end *slirp = (struct slirp_end *)nat.slirp;
+    greet(&nat);
+    int port = aiokvm_net_slirp_add_forward(nat.slirp, 0, "127.0.0.1", 0, "", 80);
+    struct aiokvm_share *others = aiokvm_share_new(AIOKVM_BUDGET_DESCRIPTORS);
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(others->budget, &state);
+    aiokvm_share_add(others, state.total);
+    int fd = connect_to(port);
+    fake_end_serve(nat.net);
+    CHECK_EQ(slirp->tcp, 0);
+    aiokvm_share_free(others);
+    check_forward(&nat, fd);
+    close(fd);
+    aiokvm_net_free(nat.net);
+}
+
 TEST(udp_is_forwarded)
 {
     struct nat nat = nat_new();
