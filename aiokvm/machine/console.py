@@ -12,6 +12,7 @@ from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, SerialClosedError
 from aiokvm.machine.search import compiled, search
+from aiokvm.machine.turn import Slice
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -51,6 +52,7 @@ class SerialConsole:
         self._sending = anyio.Lock()
         self._news = anyio.Event()
         self._room = anyio.Event()
+        self._slice = Slice()
         self.dropped = 0
         """Bytes of output that were dropped because nobody read them."""
 
@@ -109,6 +111,7 @@ class SerialConsole:
     async def read(self, limit: int = 65536) -> bytes:
         """At least one and at most ``limit`` bytes of output; b"" when the machine has ended."""
         with self._reading:
+            await self._let_others()
             await self._wait_for_output(self.dropped)
             return self._take(min(limit, len(self._output)))
 
@@ -130,6 +133,8 @@ class SerialConsole:
             raise ConfigError(f"overlap is {overlap}: at least 1 byte is searched again")
         shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
         with self._reading:
+            # Not in the time that it has: what is there already is found whatever that is.
+            await self._let_others()
             try:
                 with anyio.fail_after(timeout):
                     if isinstance(pattern, re.Pattern):
@@ -144,6 +149,7 @@ class SerialConsole:
         """The lines of the output, without their CR and LF, until the machine has ended."""
         while True:
             with self._reading:
+                await self._let_others()
                 searched = self.dropped
                 while (end := self._output.find(b"\n", max(0, searched - self.dropped))) < 0:
                     if self._closed:
@@ -200,11 +206,18 @@ class SerialConsole:
             raise SerialClosedError(f"{self._closed} before {shown!r}{self._tail()}")
         await self._wait_for_output(seen)
 
+    async def _let_others(self) -> None:
+        """A reader that finds something each time would never let the loop go on."""
+        if self._slice.is_over():
+            await anyio.lowlevel.checkpoint()
+            self._slice.begin()
+
     async def _wait_for_output(self, seen: int) -> None:
         """Wait until more than ``seen`` bytes have come in all, or the end."""
         while self._end <= seen and not self._closed:
             self._news = anyio.Event()
             await self._news.wait()
+            self._slice.begin()
 
     def _take(self, count: int) -> bytes:
         data = bytes(self._output[:count])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 import anyio
+import anyio.lowlevel
 
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
@@ -41,6 +42,8 @@ SLOWEST_BYTES_S = 1024
 # Of a request's body that the application did not read.
 MAX_SKIPPED = 1 << 20
 SKIP_TIMEOUT_S = 5.0
+# Of what has come at once, so many pieces are taken before the loop has its turn: a millisecond.
+_PIECES = 32
 
 
 class Asgi:
@@ -201,6 +204,7 @@ class _Http:
         self.stream = stream
         self.state = state
         self.sent = _Patience()
+        self._pieces = 0
 
     async def run(self) -> None:
         while True:
@@ -224,8 +228,17 @@ class _Http:
                 return
             self.http.start_next_cycle()
 
+    async def let_others(self) -> None:
+        """A guest that sends thousands of tiny chunks at once is not to keep the loop with them."""
+        self._pieces += 1
+        if self._pieces > _PIECES:
+            # Before it waits: who only looks, without waiting, is sent away once and not for good.
+            self._pieces = 0
+            await anyio.lowlevel.checkpoint()
+
     async def next_event(self) -> Any:
         """The next of h11's events; raises its RemoteProtocolError. Bytes for it are read as needed."""
+        await self.let_others()
         while True:
             event = self.http.next_event()
             if event is not self.h11.NEED_DATA:
@@ -234,6 +247,7 @@ class _Http:
                 data = await self.stream.receive()
             except (anyio.EndOfStream, anyio.BrokenResourceError):
                 data = b""
+            self._pieces = 0
             self.http.receive_data(data)
 
     async def send(self, event: Any) -> None:
@@ -327,6 +341,8 @@ class _Exchange:
 
     async def _receive(self) -> Message:
         h11, http = self._connection.h11, self._connection.http
+        if not self._has_body:
+            await self._connection.let_others()
         # An application may look, without waiting, whether the guest has gone: what is known is told at once.
         if not self._has_body and (event := self._at_hand()) is not None:
             return self._body(event)

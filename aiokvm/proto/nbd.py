@@ -68,6 +68,8 @@ ERRORS_MAX = 64
 """Of one reply: other chunks bring some of the data, and so come to an end."""
 STEPS_AT_ONCE = 1024
 """Headers, messages and pieces of what a server has sent that are looked at in one go: a millisecond."""
+STEP_BYTES = 2048
+"""Of memory for what is read that take as long to make as a step."""
 DEFAULT_MAX_REQUEST_BYTES = 32 << 20
 """What a server takes that does not say what it takes."""
 
@@ -173,18 +175,20 @@ class _Parser:
         self._rest: bytes | memoryview = b""
         self.more = False
         self.done = False
+        self.left = 0
+        """Steps until the end of this go; what takes long takes some more of them."""
 
     def feed(self, data: bytes | memoryview) -> None:
         if self._rest:
             data = b"".join((self._rest, data)) if data else self._rest
         view = memoryview(data)
         self._rest, self.more = b"", False
-        left = STEPS_AT_ONCE
+        self.left = STEPS_AT_ONCE
         while not self.done:
-            if not left:
+            if self.left <= 0:
                 self._rest, self.more = view, True
                 return
-            left -= 1
+            self.left -= 1
             want = self._want
             if isinstance(want, memoryview):
                 count = min(len(want), len(view))
@@ -350,11 +354,6 @@ class _Request:
             if len(self.starts) > PIECES_MAX:
                 raise _broken("a read in too many pieces")
 
-    def memory(self) -> memoryview:
-        if self.data is None:
-            self.data = bytearray(self.length)
-        return memoryview(self.data)
-
 
 class Transmission:
     """The requests of one connection, after its `Handshake`, and their replies."""
@@ -408,6 +407,13 @@ class Transmission:
             raise _broken(f"a reply to request {cookie}, which is not waiting for one")
         return request
 
+    def _memory(self, request: _Request) -> memoryview:
+        """Where its data goes."""
+        if request.data is None:
+            request.data = bytearray(request.length)
+            self._parser.left -= request.length // STEP_BYTES
+        return memoryview(request.data)
+
     def _end(self, cookie: int, request: _Request) -> None:
         del self._requests[cookie]
         data = request.data if request.command == NBD_CMD_READ and not request.error else None
@@ -420,7 +426,7 @@ class Transmission:
             if self._structured:
                 raise _broken("a simple reply to a read after it had agreed to structured ones")
             if not error:
-                yield request.memory()
+                yield self._memory(request)
         request.error = _errno(error)
         self._end(cookie, request)
 
@@ -441,13 +447,13 @@ class Transmission:
             start = _OFFSET.unpack((yield _OFFSET.size))[0] - request.offset
             end = start + length - _OFFSET.size
             request.cover(start, end)
-            yield request.memory()[start:end]
+            yield self._memory(request)[start:end]
         elif kind == NBD_REPLY_TYPE_OFFSET_HOLE:
             if length != _HOLE.size:
                 raise _broken(f"a hole described by {length} bytes")
             offset, hole = _HOLE.unpack((yield _HOLE.size))
             request.cover(offset - request.offset, offset - request.offset + hole)
-            request.memory()
+            self._memory(request)
         else:
             raise _broken(f"a chunk of type {kind}")
         if done:

@@ -264,12 +264,12 @@ class Console(VirtioDevice):
         if not (port.guest_open and self._ready(index)):
             return 0
         queue = self.queues[index]
-        taken = 0
+        view, taken = memoryview(data), 0
         try:
             for _ in range(queue.size):
                 if taken == len(data) or (chain := queue.pop()) is None:
                     break
-                taken += chain.write(data[taken:])
+                taken += chain.write(view[taken:])
                 chain.push()
             else:
                 self.host.again(index)

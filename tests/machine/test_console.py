@@ -7,6 +7,7 @@ import re
 import anyio
 import pytest
 
+from aiokvm.aio import current_loop
 from aiokvm.errors import SerialClosedError
 from aiokvm.hw.serial import Serial
 from aiokvm.machine import console as module
@@ -211,3 +212,29 @@ async def test_a_reset_forgets_what_was_not_read() -> None:
     await port.console.send(b"y")
     assert port.guest_reads().endswith(b"y")
     assert len(port.guest_reads()) == 0
+
+
+@pytest.mark.parametrize(("reader", "count"), [("lines", 1 << 17), ("read", 1 << 16), ("expect", 1 << 14)])
+async def test_a_flood_of_short_lines_does_not_keep_the_loop(reader: str, count: int) -> None:
+    """Each is there already, so that nothing has to be waited for."""
+    console = SerialConsole(lambda data: 0, current_loop())
+    console.on_transmit(b"\n" * count)
+    console.close()
+    seen = 0
+    if reader == "lines":
+        async for _ in console.lines():
+            seen += 1
+    elif reader == "read":
+        while await console.read(1):
+            seen += 1
+    else:
+        for _ in range(count):
+            seen += len(await console.expect(b"\n"))
+    assert seen == count
+
+
+async def test_what_is_there_is_found_without_waiting() -> None:
+    console = SerialConsole(lambda data: 0, current_loop())
+    console.on_transmit(b"login: " * 1000)
+    for _ in range(1000):
+        assert await console.expect(b"login: ", timeout=0) == b"login: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import anyio
 import pytest
 
@@ -18,6 +20,9 @@ from aiokvm.virtio.console import (
     VIRTIO_CONSOLE_PORT_REMOVE,
 )
 from tests.virtio.guest import DeviceGuest
+
+if TYPE_CHECKING:
+    from tests.holdups import Step
 
 pytestmark = pytest.mark.anyio
 
@@ -297,3 +302,31 @@ def test_a_stream_without_a_console_is_quiet() -> None:
     stream.on_room()
     stream.port.resume()
     assert stream.port.receive(b"x") == 0
+
+
+def test_a_driver_that_gives_tiny_buffers_without_end_does_not_keep_the_loop(step: Step) -> None:
+    rig = Rig(AGENT)
+    agent = rig.consoles[AGENT]
+    driver, host = rig.guest.drivers[RECEIVEQ], rig.guest.host
+    received = bytearray()
+
+    def refill(queue: int) -> None:
+        # As a vCPU of the guest's may, which runs meanwhile.
+        received.extend(b"".join(used.data for used in driver.used()))
+        for _ in range(64):
+            driver.add([], [1])
+
+    host.interrupt = refill  # type: ignore[method-assign]
+    data = bytes(range(256)) * 64
+    agent._input += data
+    refill(RECEIVEQ)
+    rounds = 0
+    while len(received) < len(data) and rounds < len(data):
+        host.agains.clear()
+        before = len(received)
+        with step():
+            rig.guest.device.notified(RECEIVEQ)
+        assert len(received) - before <= 64
+        assert host.agains == [RECEIVEQ] or len(received) == len(data)
+        rounds += 1
+    assert received == data

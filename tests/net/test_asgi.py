@@ -448,3 +448,25 @@ async def test_a_request_for_a_tunnel_is_refused(caplog: pytest.LogCaptureFixtur
         await client.send(b"CONNECT example.org:80 HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (await client.rest()).startswith(b"HTTP/1.1 501 ")
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_body_of_tiny_chunks_does_not_keep_the_loop(reads: bool) -> None:
+    chunks = 8000
+    body = bytearray()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        more = reads and scope["method"] == "POST"
+        while more:
+            message = await receive()
+            body.extend(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async with served(app) as client:
+        head = b"POST / HTTP/1.1\r\nHost: guest\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await client.send(head + b"1\r\nx\r\n" * chunks + b"0\r\n\r\nGET / HTTP/1.1\r\nHost: guest\r\n\r\n")
+        for _ in range(2):
+            assert b"200 OK" in await client.until(b"\r\n\r\n")
+    assert len(body) == (chunks if reads else 0)

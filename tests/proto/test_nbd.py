@@ -243,6 +243,25 @@ def test_a_reply_in_many_chunks_is_looked_at_a_part_at_a_time(step: Step) -> Non
     assert parts > 32
 
 
+def test_memory_for_many_reads_is_not_made_in_one_go(step: Step) -> None:
+    """A few bytes a read are enough to say that all of it is a hole."""
+    transmission = Transmission(structured=True)
+    cookies = [transmission.request(nbd.NBD_CMD_READ, 0, 4 << 20)[0] for _ in range(64)]
+    data = b"".join(
+        struct.pack(">IHHQI", nbd.NBD_STRUCTURED_REPLY_MAGIC, 1, nbd.NBD_REPLY_TYPE_OFFSET_HOLE, cookie, 12)
+        + struct.pack(">QI", 0, 4 << 20)
+        for cookie in cookies
+    )
+    ended, parts = [], 0
+    while data or transmission.more:
+        with step():
+            ended += [reply.cookie for reply in transmission.feed(data)]
+        data = b""
+        parts += 1
+    assert ended == cookies
+    assert parts >= 64
+
+
 @pytest.mark.parametrize("command", [nbd.NBD_CMD_READ, nbd.NBD_CMD_WRITE, nbd.NBD_CMD_FLUSH])
 def test_chunks_without_an_end_are_no_reply(command: int, step: Step) -> None:
     transmission = Transmission(structured=True)
