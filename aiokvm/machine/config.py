@@ -62,8 +62,6 @@ class Config:
                 f"memory is {self.memory_bytes} bytes: it has to be a multiple of {PAGE_SIZE}, "
                 f"at least {MIN_MEMORY_BYTES >> 20}M"
             )
-        if self.on_reset not in ("exit", "reboot"):
-            raise ConfigError(f'on_reset is {self.on_reset!r}: say "exit" or "reboot"')
         if not isinstance(self.poll_ns, int) or not 0 <= self.poll_ns <= MAX_POLL_NS:
             raise ConfigError(f"poll_ns is {self.poll_ns!r}: 0 to {MAX_POLL_NS} nanoseconds")
         if not 1 <= self.serial_ports <= MAX_SERIAL_PORTS:

@@ -46,12 +46,13 @@ class Power:
         self._logger = logger
         self._end = end
         self._reboot = reboot
-        self._rebooting = False
+        self.is_rebooting = False
+        """Whether the guest has reset the machine, which has not begun anew yet."""
         self._faults = 0
 
     def rebooted(self) -> None:
         """The machine has begun anew."""
-        self._rebooting = False
+        self.is_rebooting = False
 
     # Told by the devices.
 
@@ -67,8 +68,8 @@ class Power:
         """The guest asked for a reset, by ``cause``."""
         if self._reboot is None:
             self._end(Exit(ExitReason.RESET, detail=cause))
-        elif not self._rebooting:
-            self._rebooting = True
+        elif not self.is_rebooting:
+            self.is_rebooting = True
             self._reboot(cause)
 
     def on_debug_exit(self, code: int) -> None:
@@ -79,7 +80,7 @@ class Power:
 
     def on_exit(self, index: int, reason: int, error: int) -> None:
         """A vCPU's KVM_RUN came back with what no device can answer."""
-        if self._rebooting:
+        if self.is_rebooting:
             return
         vcpu = self._hardware.vcpus[index]
         who = f"vCPU {index}"

@@ -83,8 +83,8 @@ class VM:
     """A virtual machine inside the program; made by `VM.create`, used as an async context manager.
 
     All methods belong to the loop that created it, raise StateError on any other loop or thread, and are safe
-    to cancel. Leaving the context ends the
-    machine whatever state it is in, and gives back its threads, descriptors and memory.
+    to cancel. Leaving the context ends the machine whatever state it is in, and gives back its threads,
+    descriptors and memory.
     """
 
     def __init__(self, config: Config, loop: Loop, hardware: Hardware) -> None:
@@ -560,7 +560,7 @@ class VM:
 
     def _reboot(self, cause: str) -> None:
         """The guest has reset the machine."""
-        # At once: what follows a reset is not to be executed.
+        # At once: what follows a reset is not executed.
         self._vcpus.hold()
         self._rebooting = self._loop.spawn(partial(self._reboot_by, cause), f"{self.name}: reboot")
 
@@ -624,7 +624,9 @@ class VM:
 
     def _unpark(self) -> None:
         self._state = VmState.RUNNING
-        self._vcpus.resume()
+        # What follows a guest's reset is not executed, whoever pauses and resumes until it begins anew.
+        if not self._power.is_rebooting:
+            self._vcpus.resume()
 
     def _end(self, exit: Exit) -> None:  # noqa: A002
         """The machine ends; the first reason stands."""
@@ -658,6 +660,7 @@ class VM:
         try:
             await self.kill()
             if self._rebooting:
+                self._rebooting.cancel()
                 await self._rebooting.wait()
             # A reset under way writes to what is freed here, until it sees that the machine has ended.
             async with self._changing:

@@ -10,6 +10,8 @@ import anyio.lowlevel
 import pytest
 
 from aiokvm import VM, ConfigError, Exit, ExitReason, KvmError, StateError, WasReset, boot, kvm
+from aiokvm.machine import build
+from aiokvm.machine import vm as machine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -82,6 +84,40 @@ async def test_a_machine_that_reboots_can_be_paused_and_reset(guest: Guest) -> N
         assert vm.exit is None
 
 
+async def test_nothing_is_executed_between_a_reset_and_the_new_beginning(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = anyio.Event(), anyio.Event()
+
+    async def slow(*args: Any) -> boot.BootPlan:
+        asked.set()
+        await go_on.wait()
+        return await plan(*args)
+
+    plan = build.boot_plan
+    code = bytes.fromhex(
+        "ba f9 0c b0 06 ee"  # mov dx, 0xcf9; mov al, 6; out dx, al
+        "b0 07 e6 f4"  # mov al, 7; out 0xf4, al
+    )
+    async with guest(code, on_reset="reboot", start=False) as vm:
+        events = vm.events()
+        monkeypatch.setattr(machine, "boot_plan", slow)
+        await vm.start()
+        await asked.wait()
+        await vm.pause()
+        await vm.resume()
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await vm.pause()
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+        assert vm.exit is None
+        go_on.set()
+        while not isinstance(await anext(events), WasReset):
+            pass
+        assert vm.exit is None
+
+
 async def test_what_can_no_longer_be_booted_ends_the_machine(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(bytes.fromhex(WAYS["port 0x92"]))
@@ -106,7 +142,7 @@ async def test_a_machine_can_be_closed_while_it_reboots(guest: Guest) -> None:
 
 async def test_what_on_reset_says_is_checked() -> None:
     wrong: Any = "restart"
-    with pytest.raises(ConfigError, match='on_reset is \'restart\': say "exit" or "reboot"'):
+    with pytest.raises(ConfigError, match="on_reset='restart': give 'exit' or 'reboot'"):
         await VM.create(boot=boot.Flat(UD2), memory="2M", on_reset=wrong)
 
 
