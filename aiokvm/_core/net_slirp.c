@@ -363,14 +363,14 @@ static bool may_connect(struct slirp_end *self, uint32_t size, uint64_t now_ns, 
 
 /* Whether there is room for what a frame of the guest's opens. A connection that is closed at one side, and silent,
  * makes room. */
-static struct slirp_load measure(struct slirp_end *self, uint32_t size, uint64_t now_ns)
+static struct slirp_load measure(struct slirp_end *self, uint32_t size, uint64_t now_ns, bool is_service)
 {
     struct slirp_flow flow;
-    struct slirp_load load = { .now_ns = now_ns };
+    struct slirp_load load = { .is_service = is_service, .now_ns = now_ns };
     bool has_flow = slirp_flow_of(&flow, self->input, size, false);
     if (has_flow && slirp_sockets_find(&self->sockets, &flow))
         return load;
-    bool has_descriptor = aiokvm_share_fits(&self->descriptors, 1);
+    bool has_descriptor = aiokvm_share_fits(&self->descriptors, is_service ? 2 : 1);
     if (!has_flow || !flow.is_tcp) {
         load.other_full = self->other >= self->max || !has_descriptor;
         return load;
@@ -425,9 +425,7 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
     }
     if (verdict == SLIRP_FULL) {
-        bool is_service = load.is_service;
-        load = measure(self, size, now_ns);
-        load.is_service = is_service;
+        load = measure(self, size, now_ns, load.is_service);
         verdict = slirp_guard(&self->guard, &load, &(struct virtio_net_hdr_v1){ 0 }, self->input, size);
     }
     switch (verdict) {

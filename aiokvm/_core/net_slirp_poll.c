@@ -53,16 +53,16 @@ static void forget(struct slirp_end *self, int fd)
         slirp_sockets_remove(&self->sockets, watched->socket);
         free(watched->socket);
     }
-    if (watched->is_counted)
-        aiokvm_share_give(&self->descriptors, 1);
-    if (watched->is_counted && watched->kind == SLIRP_TCP)
+    if (watched->descriptors)
+        aiokvm_share_give(&self->descriptors, watched->descriptors);
+    if (watched->descriptors && watched->kind == SLIRP_TCP)
         aiokvm_share_give(&self->bytes, SLIRP_TCP_BYTES);
     /* A copy that a child has would keep it in the epoll, were it only closed. */
     if (watched->in_epoll && slirp_is_ours(self))
         epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL);
-    if (watched->is_counted && watched->kind == SLIRP_TCP)
+    if (watched->descriptors && watched->kind == SLIRP_TCP)
         self->tcp--;
-    else if (watched->is_counted)
+    else if (watched->descriptors)
         self->other--;
     if (watched->in_epoll)
         for (uint32_t i = 0; i < self->count; i++)
@@ -94,12 +94,13 @@ void slirp_register(int fd, void *opaque)
     if (option_of(fd, SO_ACCEPTCONN) == 1)
         return;
     watched->kind = option_of(fd, SO_TYPE) == SOCK_STREAM ? SLIRP_TCP : SLIRP_OTHER;
-    watched->is_counted = true;
+    bool is_unix = watched->kind == SLIRP_TCP && option_of(fd, SO_DOMAIN) == AF_UNIX;
+    watched->descriptors = is_unix && self->is_receiving ? 2 : 1;
     if (watched->kind == SLIRP_TCP)
         self->tcp++;
     else
         self->other++;
-    aiokvm_share_add(&self->descriptors, 1);
+    aiokvm_share_add(&self->descriptors, watched->descriptors);
     if (watched->kind == SLIRP_TCP)
         aiokvm_share_add(&self->bytes, SLIRP_TCP_BYTES);
     struct slirp_socket *socket = watched->socket = calloc(1, sizeof(*socket));
@@ -111,7 +112,7 @@ void slirp_register(int fd, void *opaque)
         else if (!self->is_receiving && watched->kind == SLIRP_TCP)
             self->sockets.unnamed = socket;
     }
-    if (watched->kind == SLIRP_TCP && option_of(fd, SO_DOMAIN) == AF_UNIX && option_of(fd, SO_ACCEPTCONN) == 0) {
+    if (is_unix) {
         self->is_connected = true;
         self->sender.id = ++self->next_connection;
         if (socket)
@@ -148,7 +149,7 @@ void slirp_unregister(int fd, void *opaque)
         return;
     struct slirp_watched *watched = &self->watched[fd];
     /* A child of fork shares the sockets of its parent. */
-    if (watched->is_counted && watched->kind == SLIRP_TCP && slirp_is_ours(self))
+    if (watched->descriptors && watched->kind == SLIRP_TCP && slirp_is_ours(self))
         end_connection(self, fd, watched);
     forget(self, fd);
 }

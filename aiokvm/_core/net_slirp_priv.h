@@ -227,7 +227,7 @@ struct slirp_watched {
     uint32_t ready;
     uint32_t asked; /* in which round */
     uint8_t kind;
-    bool is_counted;
+    uint8_t descriptors; /* that are counted: a connection to a service has one more, at the program */
     bool is_broken; /* it has an error for who reads it, for which libslirp has no room now */
     struct slirp_socket *socket;
 };

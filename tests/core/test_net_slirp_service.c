@@ -63,6 +63,34 @@ TEST(a_connection_to_a_service_is_a_stream)
     remove_path();
 }
 
+/* libslirp has one end of it, and the program the other. */
+TEST(a_connection_to_a_service_is_two_descriptors)
+{
+    make_path();
+    struct nat nat = nat_new();
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 8) > 0);
+    greet(&nat);
+    struct aiokvm_budget *budget = aiokvm_budget_of_process(AIOKVM_BUDGET_DESCRIPTORS);
+    struct aiokvm_budget_state state;
+    for (uint32_t i = 0; i < 3; i++)
+        open_connection(&nat, 5000 + i, SERVICE, 80);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 6);
+    /* With one that is left there is none to be had. */
+    struct aiokvm_share others;
+    aiokvm_share_open(&others, budget);
+    while (aiokvm_share_fits(&((struct slirp_end *)nat.slirp)->descriptors, 2))
+        aiokvm_share_add(&others, 1);
+    uint8_t frame[100];
+    say(&nat, frame, tcp_frame(frame, GUEST, 6000, SERVICE, 80, 1000, 0, SYN, NULL, 0));
+    CHECK_EQ(stats(nat.slirp).dropped_full, 1);
+    aiokvm_share_close(&others);
+    aiokvm_net_free(nat.net);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 0);
+    remove_path();
+}
+
 TEST(connections_that_nobody_accepts_are_bounded)
 {
     make_path();
