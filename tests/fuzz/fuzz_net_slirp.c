@@ -1,6 +1,6 @@
 /* net_slirp*.c with libslirp under libFuzzer: frames of a guest with right checksums and hostile fields, to services, to
- * forwarded ports, to the nameserver and anywhere. No connection but to a service leaves the process: connect and sendto
- * are here.
+ * who has come in by a forward, to the nameserver and anywhere. Only connections to a path and datagrams to a forwarded
+ * port are real: connect and sendto are here.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
  * Sources: net_rules.c net_slirp*.c budget.c clock.c pace.c ratelimit.c
@@ -10,10 +10,12 @@
 #define _GNU_SOURCE
 #include "net_fuzz.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "net_packet.h"
@@ -133,6 +135,40 @@ static void send_frame(struct peer *peer, const uint8_t *data, uint32_t size)
     net_leave(peer->end.net);
 }
 
+/* Who comes in by a forward. */
+struct outside {
+    struct sockaddr_un path;
+    struct sockaddr_in port;
+    int fd, udp;
+};
+
+static void come_in(struct outside *outside, uint32_t what)
+{
+    static uint8_t data[3000];
+    int flags = SOCK_NONBLOCK | SOCK_CLOEXEC;
+    if (outside->fd < 0) {
+        outside->fd = socket(AF_UNIX, SOCK_STREAM | flags, 0);
+        REQUIRE(outside->fd >= 0);
+        REQUIRE(!connect(outside->fd, (struct sockaddr *)&outside->path, sizeof(outside->path)) || errno == EAGAIN);
+    } else if (what & 4) {
+        REQUIRE(recv(outside->fd, data, sizeof(data), MSG_DONTWAIT) <= (ssize_t)sizeof(data));
+    } else if (what & 8) {
+        send(outside->fd, data, what * 10, MSG_NOSIGNAL | MSG_DONTWAIT);
+    } else if (what & 16) {
+        close(outside->fd);
+        outside->fd = -1;
+    }
+    if (what & 3)
+        return;
+    if (outside->udp < 0) {
+        outside->udp = socket(AF_INET, SOCK_DGRAM | flags, 0);
+        REQUIRE(outside->udp >= 0);
+        long result = syscall(SYS_connect, outside->udp, &outside->port, sizeof(outside->port));
+        REQUIRE(!result);
+    }
+    send(outside->udp, data, what * 10, MSG_DONTWAIT);
+}
+
 /* What the program does with its side. */
 static void program(struct input *input, struct aiokvm_net_end *end, int fds[4], uint32_t ids[4])
 {
@@ -187,13 +223,24 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     strcat(path, "d");
     unlink(path);
     REQUIRE(aiokvm_net_slirp_add_service(end, 0x0a0002ff, 53, path, 2) == 2);
+    path[strlen(path) - 1] = 'f';
+    unlink(path);
+    REQUIRE(aiokvm_net_slirp_add_forward(end, 0, path, 0, "10.0.2.15", 80) == 0);
+    struct outside outside = { .path.sun_family = AF_UNIX, .port.sin_family = AF_INET, .fd = -1, .udp = -1 };
+    strcpy(outside.path.sun_path, path);
     path[strlen(path) - 1] = 0;
+    int port = aiokvm_net_slirp_add_forward(end, 1, "127.0.0.1", 0, "10.0.2.15", 53);
+    REQUIRE(port > 0);
+    outside.port.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    outside.port.sin_port = htons((uint16_t)port);
     seq = ack = 0;
     while (input.left) {
         uint32_t what = take(&input, 1);
         send_frame(peer, frame, make(&input, frame));
         if (what & 1)
             program(&input, end, fds, ids);
+        if (what & 16)
+            come_in(&outside, take(&input, 1));
         if (what & 2)
             serve(net, 3);
         peer_block(peer, what & 4 && what & 8);
@@ -202,6 +249,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int i = 0; i < 4; i++)
         if (fds[i] >= 0)
             close(fds[i]);
+    if (outside.fd >= 0)
+        close(outside.fd);
+    if (outside.udp >= 0)
+        close(outside.udp);
     unlink(path);
+    unlink(outside.path.sun_path);
     return 0;
 }
