@@ -53,7 +53,8 @@ static bool is_absence(int error)
 static void lose(struct datagram *datagram, int error)
 {
     net_unwatch(&datagram->watch);
-    datagram->end.stats.dropped_down += datagram->in_count - datagram->in_next + datagram->out_count - datagram->out_next;
+    datagram->end.stats.dropped_down += datagram->in_count - datagram->in_next;
+    datagram->end.stats.dropped_down += datagram->out_count - datagram->out_next;
     datagram->in_next = datagram->in_count = 0;
     datagram->out_next = datagram->out_count = datagram->out_bytes = 0;
     datagram->is_full = false;

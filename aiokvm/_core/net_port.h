@@ -37,8 +37,8 @@ struct aiokvm_net_port_batch {
 
 struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct aiokvm_net_port_config *config,
                                            int *error);
-/* The next frames, at most so many, and of BATCH_BYTES in all; `data` is theirs until they are released. Returns how many; after 0
- * AIOKVM_NET_NEWS_READABLE tells when there are some. */
+/* The next frames, at most so many, and of BATCH_BYTES in all; `data` is theirs until they are released. Returns how
+ * many; after 0 AIOKVM_NET_NEWS_READABLE tells when there are some. */
 int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokvm_net_port_batch *batch);
 /* The oldest `count` are not looked at any more. */
 void aiokvm_net_port_release(struct aiokvm_net_end *end, uint32_t count);

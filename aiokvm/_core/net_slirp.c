@@ -582,7 +582,8 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     self->found = -1;
     self->watch.fd = -1;
     self->guard = (struct slirp_guard){
-        .network = config->network, .netmask = config->netmask, .host = config->host, .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
+        .network = config->network, .netmask = config->netmask, .host = config->host,
+        .nameserver = config->nameserver, .prefix6_length = config->prefix6_length,
         .host_loopback = config->host_loopback, .own_nameserver = config->own_nameserver,
         .restricted = config->restricted,
     };

@@ -109,7 +109,7 @@ void slirp_register(int fd, void *opaque)
         socket->heard_ns = aiokvm_now_ns();
         if (self->is_receiving)
             slirp_sockets_begin(&self->sockets, socket, self->input, self->input_size);
-        else if (!self->is_receiving && watched->kind == SLIRP_TCP)
+        else if (watched->kind == SLIRP_TCP)
             self->sockets.unnamed = socket;
     }
     if (is_unix) {

@@ -11,8 +11,8 @@ struct aiokvm_ratelimit *aiokvm_ratelimit_new(uint64_t bytes_per_second, uint64_
                                               uint64_t operations_per_second, uint64_t burst_operations);
 void aiokvm_ratelimit_free(struct aiokvm_ratelimit *limit);
 
-/* Takes tokens for one operation of so many bytes (at most 2^33) at now_ns, and returns 0; or takes none and
- * returns how many ns to wait before asking again. An operation may be larger than the burst: the bucket then
+/* Takes tokens for so many operations that have so many bytes together (at most 2^34) at now_ns, and returns 0; or
+ * takes none and returns how many ns to wait before asking again. They may be more than the burst: the bucket then
  * is in debt, and whoever comes next waits for it. */
 uint64_t aiokvm_ratelimit_take(struct aiokvm_ratelimit *limit, uint64_t now_ns, uint64_t bytes,
                                uint64_t operations);

@@ -56,8 +56,8 @@ TEST(what_waits_takes_nothing_from_either_bucket)
 
 TEST(large_numbers_do_not_wrap)
 {
-    struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(1, UINT64_C(1) << 33, 0, 0);
-    CHECK_EQ(aiokvm_ratelimit_take(limit, 1, UINT64_C(1) << 33, 1), 0);
+    struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(1, UINT64_C(1) << 34, 0, 0);
+    CHECK_EQ(aiokvm_ratelimit_take(limit, 1, UINT64_C(1) << 34, 1), 0);
     CHECK(aiokvm_ratelimit_take(limit, 1, 1, 1) > 1000 * second);
     aiokvm_ratelimit_free(limit);
 }
