@@ -205,8 +205,7 @@ int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *
 int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size)
 {
     struct slirp_end *self = (struct slirp_end *)end;
-    if (size > AIOKVM_NET_SLIRP_MAX_ANSWER)
-        return -EMSGSIZE;
+    bool is_long = size > AIOKVM_NET_SLIRP_MAX_ANSWER;
     if (!net_enter(end->net))
         return -EOWNERDEAD;
     int result = -ENOENT;
@@ -215,10 +214,11 @@ int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void 
         if (query->id != id)
             continue;
         *at = query->next;
-        if (size)
+        end->stats.dropped_invalid += is_long;
+        if (size && !is_long)
             answer(self, query, data, size);
         free(query);
-        result = 0;
+        result = is_long ? -EMSGSIZE : 0;
         break;
     }
     net_leave(end->net);

@@ -68,6 +68,15 @@ TEST(a_question_is_the_programs_to_answer)
     while (aiokvm_net_slirp_take_query(nat.slirp, &id, data) >= 0)
         CHECK_EQ(aiokvm_net_slirp_answer(nat.slirp, id, NULL, 0), 0);
     CHECK_EQ(nat.guest->kept, 0);
+    /* Answers that are too long do not take the places of other questions. */
+    static uint8_t large[AIOKVM_NET_SLIRP_MAX_ANSWER + 1];
+    for (int i = 0; i < 100; i++) {
+        say(&nat, frame, query(frame, 4000, "long"));
+        CHECK_EQ(aiokvm_net_slirp_take_query(nat.slirp, &id, data), 4);
+        CHECK_EQ(aiokvm_net_slirp_answer(nat.slirp, id, large, sizeof(large)), -EMSGSIZE);
+    }
+    CHECK_EQ(nat.guest->kept, 0);
+    CHECK_EQ(stats(nat.slirp).dropped_invalid, 101);
     aiokvm_net_free(nat.net);
 }
 
