@@ -15,6 +15,8 @@ enum {
     ETH_SIZE = 14, IP_SIZE = 20, IP6_SIZE = 40, UDP_SIZE = 8, FRAGMENT_SIZE = 8, PORT_DNS = 53,
     PROTOCOL_TCP = 6, PROTOCOL_UDP = 17, PROTOCOL_FRAGMENT = 44, MORE = 0x2000,
     MAX_QUERIES = 64, /* that are not answered yet */
+    /* What the program takes for one, at most: it asks one nameserver more each second, for five. */
+    QUERY_DESCRIPTORS = 5,
 };
 
 struct slirp_query {
@@ -50,7 +52,9 @@ bool slirp_dns_take(struct slirp_end *self, const uint8_t *frame, size_t size)
         self->end.stats.dropped_invalid++;
         return true;
     }
-    struct slirp_query *query = count < MAX_QUERIES ? malloc(sizeof(*query) + length - UDP_SIZE) : NULL;
+    struct slirp_query *query = NULL;
+    if (count < MAX_QUERIES && aiokvm_share_fits(&self->descriptors, QUERY_DESCRIPTORS))
+        query = malloc(sizeof(*query) + length - UDP_SIZE);
     if (!query) {
         self->end.stats.dropped_full++;
         return true;
@@ -59,6 +63,7 @@ bool slirp_dns_take(struct slirp_end *self, const uint8_t *frame, size_t size)
     memcpy(query->head, frame, query->headers);
     memcpy(query->data, frame + query->headers, query->size);
     *last = query;
+    aiokvm_share_add(&self->descriptors, QUERY_DESCRIPTORS);
     net_tell(&self->end, AIOKVM_NET_NEWS_READABLE, 0, 0);
     return true;
 }
@@ -214,6 +219,7 @@ int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void 
         if (query->id != id)
             continue;
         *at = query->next;
+        aiokvm_share_give(&self->descriptors, QUERY_DESCRIPTORS);
         end->stats.dropped_invalid += is_long;
         if (size && !is_long)
             answer(self, query, data, size);

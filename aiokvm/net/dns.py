@@ -23,7 +23,7 @@ PORT = 53
 RESOLV_CONF = Path("/etc/resolv.conf")
 # How long one of them may take before the next is asked as well: guests ask again after five seconds.
 PATIENCE_S = 1.0
-# And how long to the last answer.
+# And how long to the last answer: so long there are sockets, which the core counts for each question.
 ANSWER_S = 5.0
 # Of a connection: to be made, and without a word of either side.
 CONNECT_S = 2.0

@@ -80,6 +80,35 @@ TEST(a_question_is_the_programs_to_answer)
     aiokvm_net_free(nat.net);
 }
 
+/* The program asks nameservers by sockets. */
+TEST(questions_have_a_share_of_the_descriptors)
+{
+    struct nat nat = nat_with_dns();
+    struct aiokvm_budget *budget = aiokvm_budget_of_process(AIOKVM_BUDGET_DESCRIPTORS);
+    struct aiokvm_budget_state state;
+    struct aiokvm_share others;
+    static uint8_t frame[100], data[AIOKVM_NET_SLIRP_MAX_QUERY];
+    uint32_t id;
+    for (int i = 0; i < 3; i++)
+        say(&nat, frame, query(frame, 4000, "what"));
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 3 * 5);
+    aiokvm_share_open(&others, budget);
+    aiokvm_share_add(&others, state.total);
+    say(&nat, frame, query(frame, 4000, "what"));
+    CHECK_EQ(stats(nat.slirp).dropped_full, 1);
+    aiokvm_share_close(&others);
+    for (int i = 0; i < 2; i++) {
+        CHECK_EQ(aiokvm_net_slirp_take_query(nat.slirp, &id, data), 4);
+        CHECK_EQ(aiokvm_net_slirp_answer(nat.slirp, id, i ? "that" : NULL, i ? 4 : 0), 0);
+    }
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 5);
+    aiokvm_net_free(nat.net);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 0);
+}
+
 TEST(an_answer_that_is_larger_than_a_frame_comes_in_fragments)
 {
     struct nat nat = nat_with_dns();
