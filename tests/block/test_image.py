@@ -10,15 +10,19 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
 from aiokvm import ConfigError, ImageError
+from aiokvm.aio import current_loop
 from aiokvm.block import Image, Raw
+from aiokvm.block import image as module
 from aiokvm.process import Folder
 
 if TYPE_CHECKING:
@@ -88,6 +92,14 @@ async def test_discarded_clusters_of_a_qcow2_are_given_back(tmp_path: Path) -> N
     qemu_img("check", "-f", "qcow2", path)
 
 
+def server_of(disk: Image) -> int:
+    """The process that answers, not its keeper: when that is killed, it answers for a moment more."""
+    assert disk._process is not None
+    keeper = disk._process.pid
+    (server,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    return int(server)
+
+
 async def test_a_server_that_is_killed_is_started_again_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "8M")
@@ -103,8 +115,7 @@ async def test_a_server_that_is_killed_is_started_again_and_loses_nothing(tmp_pa
                 for at in range(round_number * 4096, 8 * MIB, 256 << 10):
                     tasks.start_soon(write, at)
                 await anyio.lowlevel.checkpoint()
-                assert disk._process is not None
-                os.kill(disk._process.pid, signal.SIGKILL)
+                os.kill(server_of(disk), signal.SIGKILL)
             assert bytes(await disk.read(0, 8 * MIB)) == model
         await disk.flush()
     qemu_img("check", "-f", "qcow2", "-r", "leaks", path)
@@ -232,6 +243,27 @@ def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path, temporary
     assert Path(directory).exists()
     with Folder():
         assert not Path(directory).exists()
+
+
+async def test_opening_that_is_cancelled_at_its_beginning_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    made: list[Folder] = []
+
+    def slow() -> Folder:
+        began.set()
+        go_on.wait()
+        made.append(Folder())
+        return made[-1]
+
+    monkeypatch.setattr(module, "Folder", slow)
+    opening = current_loop().spawn(Image(tmp_path / "disk.qcow2").open, "opening")
+    await anyio.to_thread.run_sync(began.wait)
+    opening.cancel()
+    go_on.set()
+    await opening.wait()
+    assert not made[0].path.exists()
 
 
 async def test_a_place_for_temporary_files_with_a_long_name(
