@@ -80,7 +80,10 @@ class Watchdog:
             task, stack = loop.running_task(), clock.stack()
             if not stack:
                 return
-            cpu_seconds = (clock.now_ns() - before_ns) / 1e9
+            try:
+                cpu_seconds = (clock.now_ns() - before_ns) / 1e9
+            except OSError:  # the thread has ended
+                return
             # Else it went on before all this was read.
             if not alive.is_set():
                 self._tell(HoldUp(self._threshold, task, stack, cpu_seconds))

@@ -85,9 +85,8 @@ class Image(NbdClient):
         if shutil.which(PROGRAM) is None:
             raise ImageError(f"the program {PROGRAM} is missing: install the Debian package {PACKAGE}")
         self._failure = None
-        # Also removes what killed processes have left.
-        self._directory = await in_thread(Folder)
         try:
+            await in_thread(self._make_directory)
             await super().open()
         except BaseException as error:
             await current_loop().uncancelled(self._end)
@@ -101,6 +100,10 @@ class Image(NbdClient):
             await super().close()
         finally:
             await current_loop().uncancelled(self._end)
+
+    def _make_directory(self) -> None:
+        """Blocks: what killed processes have left is removed, too."""
+        self._directory = Folder()
 
     async def _locate(self) -> Address:
         """Starts a server; one that is there has lost its clients, or was given up."""

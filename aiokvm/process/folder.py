@@ -36,6 +36,9 @@ class Folder:
                 self._fd = _lock(self.path)
             except (BlockingIOError, FileNotFoundError):
                 continue  # another process has swept it between the two
+            except BaseException:
+                self.path.rmdir()
+                raise
             break
 
     def socket_path(self, name: str) -> str:
@@ -80,7 +83,9 @@ def _lock(path: Path) -> int:
 @cache  # once a process and place, however many folders it makes there
 def _sweep(where: str, _pid: int) -> None:
     """Remove the folders of this user's processes that are no more."""
-    with os.scandir(where) as entries:
+    found: list[str] = []
+    # A place may be for making folders, and not for looking at others'.
+    with suppress(PermissionError), os.scandir(where) as entries:
         found = [entry.path for entry in entries if entry.name.startswith(_PREFIX)]
     for path in found:
         with suppress(OSError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -87,3 +88,27 @@ def test_a_socket_in_a_folder_of_a_long_name(tmp_path: Path) -> None:
         listener.listen()
         assert (folder.path / "socket").is_socket()
         one.connect(folder.socket_path("socket"))
+
+
+def test_a_folder_that_cannot_be_had_leaves_nothing_behind(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptor(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_descriptor)
+        with pytest.raises(OSError, match="Too many open files"):
+            Folder()
+    assert list(place.iterdir()) == []
+
+
+def test_a_place_that_may_not_be_listed_is_no_hindrance(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        made = Folder()
+    made.close()
+    assert list(place.iterdir()) == []
