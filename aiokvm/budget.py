@@ -9,12 +9,13 @@ from aiokvm._core import ffi, lib
 if TYPE_CHECKING:
     from aiokvm._core import Pointer
 
+DESCRIPTORS = lib.AIOKVM_BUDGET_DESCRIPTORS
 BOUNCE_BYTES = lib.AIOKVM_BUDGET_BOUNCE_BYTES
 LOG_LINES = lib.AIOKVM_BUDGET_LOG_LINES
 
 
 class Share:
-    """What one of them has of a budget of the process: `BOUNCE_BYTES` or `LOG_LINES`.
+    """What one of them has of a budget of the process: `DESCRIPTORS`, `BOUNCE_BYTES` or `LOG_LINES`.
 
     It is given back with the object. Raises MemoryError.
     """
@@ -40,3 +41,25 @@ class Share:
     def give(self, amount: int) -> None:
         """Give so much back."""
         lib.aiokvm_share_give(self._core, amount)
+
+
+class Descriptors:
+    """What a guest's connections have open in the program: a share of the process's, and one in any case."""
+
+    def __init__(self) -> None:
+        self._share = Share(DESCRIPTORS)
+        self._held = 0
+
+    def take(self) -> bool:
+        """Count one more, unless there may be none now."""
+        if not self._share.take(1):
+            if self._held:
+                return False
+            self._share.add(1)
+        self._held += 1
+        return True
+
+    def give(self) -> None:
+        """One has been closed."""
+        self._held -= 1
+        self._share.give(1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aiokvm._core import ffi, lib
+from aiokvm.budget import Descriptors
 
 if TYPE_CHECKING:
     from anyio.abc import ByteStream
@@ -56,6 +57,7 @@ class Resolver:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path or RESOLV_CONF
         self._read: tuple[object, list[str]] = (None, [])
+        self._descriptors = Descriptors()
         self._good = ""
         """Who has answered last is asked first."""
 
@@ -85,11 +87,15 @@ class Resolver:
         self, server: str, query: bytes, answers: list[bytes], ended: anyio.Event, scope: anyio.CancelScope
     ) -> None:
         """``scope`` is cancelled when ``answers`` has one that helps, at its end; others come before it."""
+        if not self._descriptors.take():
+            ended.set()
+            return
         try:
             answer = await _exchange(server, query)
         except OSError:
             return
         finally:
+            self._descriptors.give()
             ended.set()
         if answer[3] & 15 in (_SERVFAIL, _NOTIMP, _REFUSED):
             answers.insert(0, answer)
@@ -100,6 +106,15 @@ class Resolver:
 
     async def relay(self, guest: Connection) -> None:
         """Connect a guest that asks by TCP to the first that can be connected to."""
+        if not self._descriptors.take():
+            guest.abort()
+            return
+        try:
+            await self._relay(guest)
+        finally:
+            self._descriptors.give()
+
+    async def _relay(self, guest: Connection) -> None:
         for server in self._servers():
             try:
                 with anyio.fail_after(CONNECT_S):

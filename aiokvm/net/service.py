@@ -15,6 +15,7 @@ from anyio.abc import ByteStream, SocketAttribute
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.budget import Descriptors
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -174,18 +175,22 @@ class Connections:
         self._number = ffi.new("uint32_t *")
         self._broken: dict[int, None] = {}
         """Those that the guest has reset, the oldest first."""
+        self._descriptors = Descriptors()
+        self._open: set[int] = set()
 
     @property
     def _core(self) -> Pointer | None:
         return self.end.core if self.end and self.end.is_open else None
 
     def accept(self, service: Service) -> Connection | None:
-        """The next one of a service; None: nobody waits."""
-        if not (core := self._core):
+        """The next one of a service; None: nobody waits, or there may be no more now."""
+        if not (core := self._core) or not self._descriptors.take():
             return None
         fd = lib.aiokvm_net_slirp_accept(core, service.id, self._accepted)
         if fd < 0:
+            self._descriptors.give()
             return None
+        self._open.add(int(self._accepted.id))
         guest = (str(IPv4Address(self._accepted.address)), int(self._accepted.port))
         return Connection(socket.socket(fileno=fd), guest, service.address, self, int(self._accepted.id))
 
@@ -210,6 +215,9 @@ class Connections:
     def forget(self, number: int) -> None:
         """It is closed."""
         self._broken.pop(number, None)
+        if number in self._open:
+            self._open.remove(number)
+            self._descriptors.give()
 
 
 Handler = Callable[[Connection], Awaitable[object]]

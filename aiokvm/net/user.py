@@ -337,6 +337,9 @@ class User(NetBackend):
         self._connections.look()
         if self._dns:
             self._dns.look()
+        self._accept_all()
+
+    def _accept_all(self) -> None:
         for service in tuple(self._services.values()):
             self._accept(service)
 
@@ -345,7 +348,8 @@ class User(NetBackend):
             connection = self._connections.accept(service)
             if connection is None:
                 return
-            service.start(connection, lambda: self._accept(service))
+            # Another service's may wait for a descriptor.
+            service.start(connection, self._accept_all)
 
     # ---- the end
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from aiokvm.budget import DESCRIPTORS, Share
 from aiokvm.net import dns
 from aiokvm.net.dns import Resolver, nameservers
 from aiokvm.net.service import Connection
@@ -126,3 +127,31 @@ async def test_a_question_by_tcp_goes_to_the_first_that_takes_it(
                 guest.shutdown(socket.SHUT_WR)
         thread.join(LIMIT_S)
         connection.close()
+
+
+@pytest.mark.anyio
+async def test_where_descriptors_are_scarce_one_question_is_asked_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "resolv.conf"
+    conf.write_text("nameserver 127.0.0.3\n")
+    resolver = Resolver(conf)
+    others = Share(DESCRIPTORS)
+    others.add(1 << 40)
+    answers: list[bytes | None] = []
+
+    async def ask() -> None:
+        answers.append(await resolver.ask(QUERY))
+
+    with answering("127.0.0.3", 0, None) as port:
+        monkeypatch.setattr(dns, "PORT", port)
+        with anyio.fail_after(LIMIT_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+                # Nobody has to wait to hear that there is no second one.
+                for _ in range(10):
+                    assert await resolver.ask(QUERY) is None
+                assert answers == []
+                tasks.cancel_scope.cancel()
+    others.give(1 << 40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,8 +20,9 @@ import pytest
 from anyio import to_thread
 
 from aiokvm import ConfigError, net
-from aiokvm._core import lib
+from aiokvm._core import ffi, lib
 from aiokvm.aio import current_loop
+from aiokvm.budget import DESCRIPTORS
 from aiokvm.net import user as module
 from aiokvm.net.plane import Plane
 from aiokvm.process import Folder
@@ -68,6 +70,24 @@ async def guest_of(
                     await user.close()
                     await guest.tap.close()
                 plane.close()
+
+
+@contextmanager
+def descriptors(count: int) -> Iterator[None]:
+    """A process that may have more of them than most shells allow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(count, soft), hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def in_use() -> int:
+    """How many descriptors of the process's budget guests have."""
+    state = ffi.new("struct aiokvm_budget_state *")
+    lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(DESCRIPTORS), state)
+    return int(state.used)
 
 
 def is_there(path: str | Path) -> bool:
@@ -510,8 +530,28 @@ async def test_two_hundred_connections(tmp_path: Path) -> None:
         async for data in stream:
             await stream.send(data)
 
+    with descriptors(4096):
+        async with guest_of(net.User(services={PAGE: echo}), tmp_path) as guest:
+            assert await guest.python(MANY, "200", *map(str, PAGE)) == "200\n"
+
+
+@needs()
+@pytest.mark.anyio
+async def test_both_ends_of_a_service_s_connections_are_counted(tmp_path: Path) -> None:
+    """Each has a descriptor of libslirp's and one of the handler's: both are the process's."""
+    count = 20
+    used: list[int] = []
+    before = in_use()
+
+    async def echo(stream: Connection) -> None:
+        async for data in stream:
+            used.append(in_use() - before)
+            await stream.send(data)
+
     async with guest_of(net.User(services={PAGE: echo}), tmp_path) as guest:
-        assert await guest.python(MANY, "200", *map(str, PAGE)) == "200\n"
+        assert await guest.python(MANY, str(count), *map(str, PAGE)) == f"{count}\n"
+    assert max(used) >= 2 * count
+    assert in_use() == before
 
 
 FLOOD = """
