@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "proto": {"errors"},
     "virtio": {"_core", "errors", "hw", "memory"},
     "block": {"_core", "aio", "budget", "errors", "logs", "process", "proto", "ratelimit"},
-    "net": {"_core", "aio", "errors", "logs", "process", "proto", "ratelimit"},
+    "net": {"_core", "aio", "budget", "errors", "logs", "process", "proto", "ratelimit"},
     "machine": {
         *("_core", "aio", "block", "boot", "budget", "errors", "hw", "kvm", "logs", "memory", "net", "proto"),
         *("ratelimit", "size", "virtio"),

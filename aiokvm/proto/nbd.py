@@ -68,6 +68,8 @@ ERRORS_MAX = 64
 """Of one reply: other chunks bring some of the data, and so come to an end."""
 STEPS_AT_ONCE = 1024
 """Headers, messages and pieces of what a server has sent that are looked at in one go: a millisecond."""
+STEP_CHARACTERS = 16
+"""Of a message whose escaping takes as long as a step."""
 STEP_BYTES = 2048
 """Of memory for what is read that take as long to make as a step."""
 DEFAULT_MAX_REQUEST_BYTES = 32 << 20
@@ -477,6 +479,7 @@ class Transmission:
         message = yield size
         yield rest + at_offset
         if not request.error:  # the first one says it
+            self._parser.left -= size // STEP_CHARACTERS
             request.error, request.message = _errno(error), _text(message)
 
 

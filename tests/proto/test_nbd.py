@@ -381,3 +381,23 @@ def test_feeding_nothing_changes_nothing() -> None:
     feeds: list[Callable[[bytes], object]] = [Handshake("").feed, Transmission(structured=True).feed]
     for feed in feeds:
         assert not feed(b"")
+
+
+def test_long_messages_are_not_escaped_in_one_go(step: Step) -> None:
+    transmission = Transmission(structured=True)
+    cookies = [transmission.request(nbd.NBD_CMD_READ, 0, 512)[0] for _ in range(64)]
+    size = nbd.STRING_MAX_BYTES
+    data = b"".join(
+        struct.pack(">IHHQI", nbd.NBD_STRUCTURED_REPLY_MAGIC, 1, nbd.NBD_REPLY_TYPE_ERROR, cookie, 6 + size)
+        + struct.pack(">IH", errno.EIO, size)
+        + b"\x1b" * size
+        for cookie in cookies
+    )
+    ended, parts = [], 0
+    while data or transmission.more:
+        with step():
+            ended += [reply.cookie for reply in transmission.feed(data)]
+        data = b""
+        parts += 1
+    assert ended == cookies
+    assert parts >= 8
