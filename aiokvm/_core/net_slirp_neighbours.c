@@ -36,9 +36,7 @@ static void map(uint8_t address[16], const uint8_t *ip)
 
 static struct slirp_neighbour *bucket_of(struct slirp_neighbours *neighbours, const uint8_t address[16])
 {
-    uint64_t hash = neighbours->seed;
-    for (size_t i = 0; i < 16; i += 4)
-        hash = (hash ^ net_load32(address + i)) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
+    uint64_t hash = slirp_hash(neighbours->seed, address, 16);
     return &neighbours->known[hash % SLIRP_NEIGHBOUR_BUCKETS * SLIRP_NEIGHBOUR_WAYS];
 }
 

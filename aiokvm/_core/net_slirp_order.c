@@ -32,10 +32,7 @@ static uint32_t find_tcp(const uint8_t *frame, size_t size, uint32_t *rest)
 
 static struct slirp_gaps *bucket_of(struct slirp_order *order, const struct slirp_flow *flow)
 {
-    uint64_t hash = order->seed;
-    const uint8_t *bytes = (const uint8_t *)flow;
-    for (size_t i = 0; i < sizeof(*flow); i += 4)
-        hash = (hash ^ net_load32(bytes + i)) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
+    uint64_t hash = slirp_hash(order->seed, flow, sizeof(*flow));
     return &order->gaps[hash % SLIRP_BUCKETS * SLIRP_WAYS];
 }
 

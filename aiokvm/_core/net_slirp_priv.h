@@ -153,6 +153,8 @@ struct slirp_sockets {
 
 /* Who a frame of TCP or UDP is of; gives where the transport's header is, 0 if it is none. */
 uint32_t slirp_flow_of(struct slirp_flow *flow, const uint8_t *frame, size_t size, bool to_guest);
+/* Of what a guest says: with a seed that it does not know it cannot fill one bucket. `size` is a multiple of 4. */
+uint64_t slirp_hash(uint64_t seed, const void *data, size_t size);
 struct slirp_socket *slirp_sockets_find(struct slirp_sockets *sockets, const struct slirp_flow *flow);
 struct slirp_socket *slirp_sockets_by_id(struct slirp_sockets *sockets, uint32_t id);
 /* The frame of the guest's is what the socket was made for. */

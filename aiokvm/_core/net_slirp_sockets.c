@@ -49,13 +49,18 @@ uint32_t slirp_flow_of(struct slirp_flow *flow, const uint8_t *frame, size_t siz
     return at;
 }
 
+uint64_t slirp_hash(uint64_t seed, const void *data, size_t size)
+{
+    for (size_t i = 0; i < size; i += 4) {
+        seed = (seed ^ net_load32((const uint8_t *)data + i)) * UINT64_C(0x9e3779b97f4a7c15);
+        seed ^= seed >> 29;
+    }
+    return seed;
+}
+
 static struct slirp_socket **bucket_of(struct slirp_sockets *sockets, const struct slirp_flow *flow)
 {
-    uint64_t hash = sockets->seed;
-    const uint8_t *bytes = (const uint8_t *)flow;
-    for (size_t i = 0; i + 4 <= sizeof(*flow); i += 4)
-        hash = (hash ^ net_load32(bytes + i)) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
-    return &sockets->buckets[hash % SLIRP_SOCKET_BUCKETS];
+    return &sockets->buckets[slirp_hash(sockets->seed, flow, sizeof(*flow)) % SLIRP_SOCKET_BUCKETS];
 }
 
 static bool is_same(const struct slirp_flow *one, const struct slirp_flow *other)
