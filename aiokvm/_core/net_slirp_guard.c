@@ -314,7 +314,7 @@ static enum slirp_verdict of_ip6(const struct slirp_guard *guard, const struct s
     static const uint8_t DHCP_SERVERS[16] = { 0xff, 2, [13] = 1, [15] = 2 };
     if (port == PORT_DHCP6 && (!memcmp(to, DHCP_SERVERS, 16) || !memcmp(to, guard->host6, 16)))
         return SLIRP_PASS;
-    if (to[0] == 0xff || is_denied6(to))
+    if (to[0] == 0xff || is_denied6(to) || guard->restricted)
         return SLIRP_DENY;
     if (port == PORT_TFTP)
         return SLIRP_UNSUPPORTED;

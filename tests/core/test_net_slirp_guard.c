@@ -141,7 +141,10 @@ TEST(restriction_is_for_ipv6_too)
     uint8_t frame[100];
     memcpy(guard.host6, HOST6, 16);
     CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN)), SLIRP_PASS);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, OUTSIDE6, 80, 0)), SLIRP_PASS);
     guard.restricted = true;
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, OUTSIDE6, 80, 0)), SLIRP_DENY);
+    CHECK_EQ(GUARD(frame, frame6(frame, 17, HOST6, 547, 0)), SLIRP_PASS);
     CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN)), SLIRP_REFUSE);
     CHECK_EQ(frame[67], SYN | FIN);
     CHECK_EQ(GUARD(frame, frame6(frame, 6, OUTSIDE6, 80, SYN | URG)), SLIRP_REFUSE);
