@@ -260,6 +260,8 @@ def check_command(options: Options) -> None:
     """Raise a usage error for a command that the initramfs cannot be told."""
     if not options.command:
         return
+    if options.initrd is None and options.kernel and _is_misspelt(options.kernel):
+        return  # That there is no such kernel is what has to be said.
     if not _takes_command(options):
         from aiokvm import images
 
@@ -334,13 +336,17 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
 
 def _path(name: str, kinds: tuple[str, ...]) -> Path:
     """Return the absolute path. Raises ConfigError if it looks like a misspelt image."""
-    path = Path(name).absolute()
-    if os.sep not in name and not path.exists():
+    if _is_misspelt(name):
         from aiokvm import images
 
         names = ", ".join(image.name for image in images.catalogue() if image.kind in kinds)
         raise ConfigError(f"{name} is neither a file nor one of the images {names}")
-    return path
+    return Path(name).absolute()
+
+
+def _is_misspelt(name: str) -> bool:
+    """Tell whether it looks like the name of an image, and is neither that of one nor a file."""
+    return os.sep not in name and _image(name) is None and not Path(name).exists()
 
 
 async def _file(name: str, *kinds: str) -> Path:

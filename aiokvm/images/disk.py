@@ -45,6 +45,19 @@ _STAGES: tuple[tuple[bytes, Literal["index", "download", "unpack", "install", "b
     (b"I: creating tarball", "build"),
 )
 _COMPLAINT_LINES = 5
+# Complaints whose cause is an argument, and what to say of them.
+_CAUSES = (
+    (
+        re.compile(r"Failed to enable unit, unit (\S+) does not exist"),
+        "there is no unit {} to enable: a package has to have it, or a file put at /etc/systemd/system",
+    ),
+    (
+        re.compile(r"The repository '(\S+) (\S+) Release' does not have a Release file"),
+        "{} has no suite {}, or cannot be reached",
+    ),
+)
+# As sshd has them, options before the type included.
+_PUBLIC_KEY = re.compile(r"(?:^|\s)(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+\s+AAAA[A-Za-z0-9+/]+=*(?:\s|$)")
 # An unshared mmdebstrap has to remove its directory itself: the files are not this user's.
 _GRACE_S = 20.0
 
@@ -133,7 +146,13 @@ def recipe(
             raise ConfigError(f"{name}={words!r}: give a list of str")
     found = [(path, *_file(path, content)) for path, content in files.items()]
     if authorized_keys:
-        keys = "".join(f"{line.strip()}\n" for key in authorized_keys for line in key.splitlines())
+        lines = [line.strip() for key in authorized_keys for line in key.splitlines()]
+        # The line is not shown: it may be of a private key.
+        if not all(_PUBLIC_KEY.search(line) for line in lines if line and not line.startswith("#")):
+            raise ConfigError(
+                "authorized_keys has a line that is no public key, such as a file whose name ends in .pub has"
+            )
+        keys = "".join(f"{line}\n" for line in lines)
         found.append(("/root/.ssh/authorized_keys", keys.encode(), 0o600))
         packages = (*packages, rootfs.SSH_SERVER)
     return Recipe(suite, tuple(packages), size_bytes, tuple(found), tuple(enable))
@@ -317,6 +336,7 @@ class _Build:
         argv += ["--format=tar", f"--include={packages}", *options]
         argv += [self._recipe.suite, str(self._folder / "root.tar"), *sources]
         missing: list[str] = []
+        causes: list[str] = []
         last: deque[bytes] = deque(maxlen=_COMPLAINT_LINES)
         async with child(argv, stderr=subprocess.STDOUT, env=self._env, grace_s=_GRACE_S) as process:
             assert process.stdout is not None
@@ -325,11 +345,19 @@ class _Build:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     self._line(line)
-                    missing += debian.MISSING.findall(line.decode(errors="replace"))
+                    text = line.decode(errors="replace")
+                    missing += debian.MISSING.findall(text)
+                    causes += [
+                        words.format(*match.groups())
+                        for cause, words in _CAUSES
+                        if (match := cause.search(text))
+                    ]
                     last.append(line)
             status = await process.wait()
         if status:
             self._check(missing)
+            if causes:
+                raise ImageError(causes[0])
             raise failed("mmdebstrap", status, b"\n".join([*last, rest]))
 
     def _check(self, missing: list[str]) -> None:

@@ -23,7 +23,8 @@ MACHINES = {"amd": INIT.with_name("machine-qemu"), "intel": INIT.with_name("mach
 
 # Less than this does not hold the kernel, the initramfs and its copy.
 MIN_MEMORY_BYTES = 256 << 20
-_PASSED_ON = ("HOME", "PATH", "LANG", "TERM")
+# With the cache's place: what has been fetched need not be fetched there, where there may be no network.
+_PASSED_ON = ("HOME", "PATH", "LANG", "TERM", "AIOKVM_CACHE", "XDG_CACHE_HOME")
 _DEFAULT_ENV = {
     "HOME": "/root",
     "TERM": "dumb",
@@ -40,9 +41,10 @@ class LabConfig:
     are parameters of the module kvm_amd or kvm_intel, such as ``{"ept": "0"}``. All ``cpus`` are emulated by
     one of the host's (docs/hosts.md). ``timeout`` is in seconds from the start of the machine. ``writable``
     are directories of the host that writes go through to; all other writes are gone at the end. ``workdir``
-    is the current directory if None. ``env`` is added to ``HOME``, ``PATH``, ``LANG`` and ``TERM`` of the
-    caller and ``LAB=1``. ``network`` lets the lab reach what the host reaches, by QEMU's NAT; ``forwards``
-    lead ports of the host to the lab's, each as QEMU's ``hostfwd`` has it.
+    is the current directory if None. ``env`` is added to ``HOME``, ``PATH``, ``LANG``, ``TERM``,
+    ``AIOKVM_CACHE`` and ``XDG_CACHE_HOME`` of the caller and ``LAB=1``. ``network`` lets the lab reach what
+    the host reaches, by QEMU's NAT; ``forwards`` lead ports of the host to the lab's, each as QEMU's
+    ``hostfwd`` has it.
 
     The Intel lab has one CPU, no network, nothing writable, and not all of the host's files: those of
     `intel_files`, and ``include``.

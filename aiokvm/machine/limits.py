@@ -267,7 +267,7 @@ def _number(file: Path) -> int | None:
 
 
 def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 30):.4g} GiB"
+    return f"{round(size_bytes / (1 << 30), 2):.15g} GiB"
 
 
 def _is_capable(bit: int) -> bool:

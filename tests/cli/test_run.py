@@ -205,6 +205,7 @@ def test_bare_run_imports_no_more_than_it_needs(kernel: Kernel) -> None:
     ("args", "status", "message"),
     [
         (["--kernel", "nope"], 125, "aiokvm: nope is neither a file nor one of the images cloud, "),
+        (["--kernel", "nope", "--", "ls"], 125, "aiokvm: nope is neither a file nor one of the images"),
         (["--kernel", "./nope"], 125, "nope: No such file or directory"),
         (["--kernel", "initramfs"], 125, "the image initramfs (busybox, for cloud) is no kernel"),
         (["--kernel", "./nope", "--append", "a\udcff"], 125, "cannot be encoded"),
@@ -300,7 +301,7 @@ def test_more_memory_than_there_is_takes_overcommit(kernel: Kernel, aiokvm: Aiok
     for lab in ("never", "always"):
         result = aiokvm("run", "--lab", lab, "-m", "64T", "--kernel", kernel(HI + EXIT_42))
         assert result.returncode == 125
-        assert b"memory is 6.554e+04 GiB, and " in result.stderr
+        assert b"memory is 65536 GiB, and " in result.stderr
         assert result.stderr.count(b"\n") == 1
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 one_loop = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA"
 MMDEBSTRAP = """#!/bin/sh
 echo "$@" >"$HOME/arguments"
 for word; do
@@ -33,6 +34,7 @@ done
 echo "I: running apt-get update..."
 echo "I: installing essential packages..." >&2
 [ -e "$HOME/missing" ] && { echo "E: Unable to locate package nosuchpkg"; echo "E: apt failed"; exit 25; }
+[ -e "$HOME/complaint" ] && { cat "$HOME/complaint"; exit 25; }
 [ -e "$HOME/fail" ] && { echo "E: it cannot" >&2; exit 25; }
 mkdir "$TMPDIR/root"
 echo content >"$TMPDIR/root/file"
@@ -112,6 +114,8 @@ def test_what_is_put_in_is_checked(tmp_path: Path) -> None:
         ({"enable": "ssh.service"}, "enable='ssh.service': give a list of str"),
         ({"packages": "fio"}, "packages='fio': give a list of str"),
         ({"authorized_keys": [5]}, "give a list of str"),
+        ({"authorized_keys": ["-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n"]}, "is no public key"),
+        ({"authorized_keys": [f"# mine\n{KEY}\nmistake"]}, "is no public key"),
     ):
         with pytest.raises(ConfigError, match=message):
             images.find_debian(**arguments)
@@ -127,14 +131,18 @@ def test_what_is_put_in_belongs_to_the_name(tmp_path: Path) -> None:
 
     plain = recipe({}, [], [])
     assert plain.name == disk.Recipe("bookworm", (), 1 << 30).name
-    made = recipe({"/a": "text", "/b": b"#!/bin/sh", "/c": program}, ["key 1\n", "key 2"], ["ssh.service"])
+    made = recipe(
+        {"/a": "text", "/b": b"#!/bin/sh", "/c": program},
+        [f"{KEY}\n", f'from="10.0.2.2" {KEY} me'],
+        ["ssh.service"],
+    )
     assert made.packages == ("openssh-server",)
     assert made.enable == ("ssh.service",)
     assert made.files == (
         ("/a", b"text", 0o644),
         ("/b", b"#!/bin/sh", 0o755),
         ("/c", b"\x7fELF", 0o755),
-        ("/root/.ssh/authorized_keys", b"key 1\nkey 2\n", 0o600),
+        ("/root/.ssh/authorized_keys", f'{KEY}\nfrom="10.0.2.2" {KEY} me\n'.encode(), 0o600),
     )
     others = [recipe({"/a": "text"}, [], []), recipe({"/a": "other"}, [], []), recipe({}, [], ["a.service"])]
     assert len({one.name for one in (plain, made, *others)}) == 5
@@ -234,6 +242,24 @@ async def test_output_is_a_copy_of_ones_own(home: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot write .*taken"):
         await build(output=home / "taken")
     assert not list(home.glob(".*.tmp"))  # noqa: ASYNC240
+
+
+@pytest.mark.anyio
+@one_loop
+@pytest.mark.parametrize(
+    ("complaint", "message"),
+    [
+        ("Failed to enable unit, unit nope.service does not exist.", "^there is no unit nope.service"),
+        ("E: The repository 'http://h/debian nope Release' does not have a Release file.", "no suite nope,"),
+    ],
+)
+async def test_an_argument_that_makes_mmdebstrap_fail_is_named(
+    complaint: str, message: str, home: Path
+) -> None:
+    (home / "complaint").write_text(f"{complaint}\nE: setup failed\nI: a\nI: b\nI: c\nI: d\n")
+    with pytest.raises(ImageError, match=message) as raised:
+        await build()
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.anyio

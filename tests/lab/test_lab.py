@@ -11,7 +11,7 @@ import pytest
 
 from aiokvm import images, lab
 from aiokvm.errors import ConfigError, LabError
-from aiokvm.lab.config import INIT
+from aiokvm.lab.config import INIT, own_archive
 
 pytestmark = pytest.mark.anyio
 
@@ -188,6 +188,14 @@ async def test_configuration_is_checked_first(config: lab.LabConfig, message: st
 async def test_empty_command_is_refused() -> None:
     with pytest.raises(ConfigError, match="the command has no words"):
         await lab.run([], output=ignore)
+
+
+def test_the_cache_of_the_caller_is_that_of_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOKVM_CACHE", "/srv/a cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/srv/caches")
+    archive = own_archive(["true"], lab.LabConfig())
+    assert b"export AIOKVM_CACHE='/srv/a cache'" in archive
+    assert b"export XDG_CACHE_HOME='/srv/caches'" in archive
 
 
 def test_init_script_parses() -> None:
