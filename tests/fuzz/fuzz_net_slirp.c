@@ -1,9 +1,9 @@
 /* net_slirp*.c with libslirp under libFuzzer: frames of a guest with right checksums and hostile fields, to services, to
  * who has come in by a forward, to the nameserver and anywhere. Only connections to a path and datagrams to a forwarded
- * port are real: connect and sendto are here.
+ * port are real: connect and sendto are here, and the clock, which jumps.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_rules.c net_slirp*.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_rules.c net_slirp*.c budget.c pace.c ratelimit.c
  * Libraries: slirp
  * Runs: 6000
  */
@@ -16,12 +16,23 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "net_packet.h"
 #include "net_slirp_priv.h"
 
 enum { GUEST = 0x0a00020f, HOST = 0x0a000202, NAMESERVER = 0x0a000203, SERVICE = 0x0a000264 };
+
+static uint64_t passed_ns;
+
+uint64_t aiokvm_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec + passed_ns;
+}
 
 int connect(int fd, const struct sockaddr *address, socklen_t size)
 {
@@ -234,6 +245,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     outside.port.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     outside.port.sin_port = htons((uint16_t)port);
     seq = ack = 0;
+    passed_ns = 0;
     while (input.left) {
         uint32_t what = take(&input, 1);
         send_frame(peer, frame, make(&input, frame));
@@ -241,7 +253,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             program(&input, end, fds, ids);
         if (what & 16)
             come_in(&outside, take(&input, 1));
-        if (what & 2)
+        /* Up to a minute, or so that who is silent for hours has to go. */
+        if (what & 32) {
+            passed_ns += (uint64_t)take(&input, 1) << (what & 64 ? 34 : 28);
+            REQUIRE(net_enter(net));
+            net_ready(end);
+            net_leave(net);
+        }
+        if (what & 34)
             serve(net, 3);
         peer_block(peer, what & 4 && what & 8);
     }
