@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from aiokvm.errors import AiokvmError
+from aiokvm.text import printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,12 +47,12 @@ class _Group(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Take the options, --help and --version among them."""
-        with _a_broken_pipe_has_its_status():
+        with _fit_for_a_terminal():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _a_broken_pipe_has_its_status():
+        with _fit_for_a_terminal():
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
@@ -66,14 +67,18 @@ class _Group(click.Group):
 
 
 @contextmanager
-def _a_broken_pipe_has_its_status() -> Iterator[None]:
-    """End as a program that SIGPIPE ends: click and rich would make it status 1."""
+def _fit_for_a_terminal() -> Iterator[None]:
+    """End as a program that SIGPIPE ends: click and rich would make it status 1. Names in errors are text."""
     from aiokvm.cli import common
 
     try:
         yield
     except BrokenPipeError:
         raise click.exceptions.Exit(common.STATUS_BROKEN_PIPE) from None
+    except click.ClickException as error:
+        # Final to a type checker; all that click shows is made of it, for each kind of error in its way.
+        vars(error)["message"] = printable_lines(error.message)
+        raise
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):
             raise click.exceptions.Exit(common.STATUS_BROKEN_PIPE) from None

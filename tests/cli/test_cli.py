@@ -10,6 +10,9 @@ from click.testing import CliRunner
 
 from aiokvm.cli import cli
 
+# Such names may come out of a shell's *.
+NASTY = "\x1b]0;owned\x07\x9b31m\u202e"
+
 
 def test_help_names_all_commands() -> None:
     result = CliRunner().invoke(cli, ["--help"])
@@ -28,6 +31,19 @@ def test_unknown_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(cli, ["walk"])
     assert result.exit_code == 2
     assert "No such command 'walk'" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["trace", NASTY], ["doctor", NASTY], [NASTY], ["run", "-m", NASTY]])
+def test_what_was_given_is_shown_as_text(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "aiokvm", *command],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert all(char == "\n" or char.isprintable() for char in done.stderr.decode())
+    assert r"\x1b]0;owned\x07" in done.stderr.decode()
 
 
 def test_closed_standard_input_is_an_empty_one() -> None:
