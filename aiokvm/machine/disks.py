@@ -73,14 +73,7 @@ class Disk:
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.backend, BlockBackend):
-            raise ConfigError(f"{self.backend!r} is no disk: give a block.Raw or another BlockBackend")
-        if self.cache not in ("writeback", "writethrough"):
-            raise ConfigError(f"cache {self.cache!r} is neither 'writeback' nor 'writethrough'")
-        try:
-            object.__setattr__(self, "on_error", DiskErrorPolicy(self.on_error))
-        except ValueError:
-            raise ConfigError(f"on_error {self.on_error!r} is neither 'report' nor 'pause'") from None
+        object.__setattr__(self, "on_error", DiskErrorPolicy(self.on_error))
         BlkLayout(0, serial=self.serial, queues=self.queues, queue_size=self.queue_size)
 
     def layout(self) -> BlkLayout:

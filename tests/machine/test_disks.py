@@ -415,7 +415,7 @@ async def test_options_that_cannot_be(image: Path) -> None:
     for options in ({"cache": "none"}, {"on_error": "stop"}, {"queues": 0}, {"queue_size": 3}):
         with pytest.raises(ConfigError):
             Disk(raw, **options)
-    with pytest.raises(ConfigError, match="no disk"):
+    with pytest.raises(ConfigError, match="backend='image': give "):
         Disk("image")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="twice"):
         async with rig(raw, raw):
