@@ -272,7 +272,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         close(outside.fd);
     if (outside.udp >= 0)
         close(outside.udp);
-    unlink(path);
     unlink(outside.path.sun_path);
+    unlink(path);
+    strcat(path, "d");
+    unlink(path);
+    path[strlen(path) - 1] = 0;
     return 0;
 }
