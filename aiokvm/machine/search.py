@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
+import anyio
 from anyio import to_thread
+from anyio.lowlevel import RunVar
 
 from aiokvm.errors import ConfigError
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 ON_LOOP_SECONDS = 0.002
 # That it may take on a thread after that. None is left running for longer, for threads cannot be cancelled.
 ON_THREAD_SECONDS = 2.0
+# Searches on threads at a time, of all consoles of a loop: what guests print is not to take the threads that
+# the program and its machines have for everything else.
+THREADS_MAX = 4
 
 
 @lru_cache
@@ -42,9 +47,20 @@ async def search(pattern: regex.Pattern[bytes], text: bytes, begin: int) -> rege
         pass
     again = partial(pattern.search, text, begin, timeout=ON_THREAD_SECONDS, concurrent=True)
     try:
-        return await to_thread.run_sync(again, abandon_on_cancel=True)
+        return await to_thread.run_sync(again, abandon_on_cancel=True, limiter=_limiter())
     except TimeoutError:
         raise ConfigError(
             f"{pattern.pattern!r} backtracks: it takes more than {ON_THREAD_SECONDS:g} s on "
             f"{len(text)} bytes of output; make its repetitions exclude each other, or overlap smaller"
         ) from None
+
+
+def _limiter() -> anyio.CapacityLimiter:
+    limiter = _threads.get(None)
+    if limiter is None:
+        limiter = anyio.CapacityLimiter(THREADS_MAX)
+        _threads.set(limiter)
+    return limiter
+
+
+_threads: RunVar[anyio.CapacityLimiter | None] = RunVar("aiokvm_search")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
 from aiokvm import VM, ConfigError, Device, Exit, ExitReason, boot
@@ -333,6 +334,30 @@ async def test_a_pattern_that_backtracks_for_ever_is_refused(monkeypatch: pytest
     with pytest.raises(ConfigError, match="backtracks: it takes more than"):
         await console.expect(re.compile(rb"(a|aa)+$x"))
     assert len(await console.read()) == 8000
+
+
+async def test_patterns_that_backtrack_leave_the_program_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may run for seconds, also when nobody waits for it any more."""
+    monkeypatch.setattr(module, "ON_THREAD_SECONDS", 0.1)
+    threads = anyio.to_thread.current_default_thread_limiter()
+    consoles, ended, most = 2 * module.THREADS_MAX, 0, 0
+
+    async def wait() -> None:
+        nonlocal ended
+        console = SerialConsole(lambda data: 0)
+        console.on_transmit(b"a" * 8000)
+        with pytest.raises(ConfigError, match="backtracks"):
+            await console.expect(re.compile(rb"(a|aa)+$x"))
+        ended += 1
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(consoles):
+                tasks.start_soon(wait)
+            while ended < consoles:
+                most = max(most, int(threads.borrowed_tokens))
+                await anyio.lowlevel.checkpoint()
+    assert most == 0
 
 
 async def test_output_is_searched_once() -> None:
