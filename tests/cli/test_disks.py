@@ -108,7 +108,9 @@ def test_a_machine_has_its_disks(kernel: Kernel, aiokvm: Aiokvm, tmp_path: Path)
     path = kernel(EXIT_42)
     for given in (str(disk), f"{disk},ro"):
         result = aiokvm(*HERE, "--kernel", path, "--disk", given)
-        assert (result.returncode, result.stderr) == (42, b"")
+        # Where ring 0 is emulated a kernel is warned of.
+        others = [line for line in result.stderr.splitlines() if b"KVM emulates ring 0" not in line]
+        assert (result.returncode, others) == (42, [])
     result = aiokvm(*HERE, "--kernel", path, "--disk", disk, "--disk", disk)
     assert result.returncode == 125
     assert str(disk).encode() in result.stderr
@@ -177,6 +179,9 @@ def test_build_debian_prints_the_path_and_the_steps(tmp_path: Path, monkeypatch:
         "suite": "bookworm",
         "packages": ["fio", "gdb", "python3"],
         "size_bytes": 2 << 30,
+        "files": {},
+        "authorized_keys": [],
+        "enable": (),
         "output": tmp_path / "o.img",
         "refresh": True,
     }
