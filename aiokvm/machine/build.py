@@ -60,14 +60,23 @@ async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
     return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data), vector))
 
 
-async def load(hardware: Hardware, plan: BootPlan) -> None:
-    """Put what is booted into RAM and registers, a piece at a time: the loop has other machines."""
-    for segment in plan.segments:
-        data = memoryview(segment.data).cast("B")
-        for start in range(0, len(data), PIECE_BYTES):
-            hardware.memory.write(segment.gpa + start, data[start : start + PIECE_BYTES])
-            await anyio.lowlevel.checkpoint()
-    hardware.set_cpu_state(plan.cpu)
+async def load(hardware: Hardware, plans: list[BootPlan]) -> None:
+    """Put what is booted into RAM and registers, a piece at a time: the loop has other machines.
+
+    Takes the plan out of its list, which is the last that has it: a worker frees it, as that may take long.
+    """
+    for segment in plans[0].segments:
+        await _put(hardware, segment)
+    del segment
+    hardware.set_cpu_state(plans[0].cpu)
+    await to_thread.run_sync(plans.clear)
+
+
+async def _put(hardware: Hardware, segment: Segment) -> None:
+    data = memoryview(segment.data).cast("B")
+    for start in range(0, len(data), PIECE_BYTES):
+        hardware.memory.write(segment.gpa + start, data[start : start + PIECE_BYTES])
+        await anyio.lowlevel.checkpoint()
 
 
 async def build_hardware(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:

@@ -222,7 +222,7 @@ class VM:
         if not config.overcommit:
             check_memory(config.memory_bytes)
         count = len(disks) + len(nets) + peripherals_count(config) + len(virtio)
-        plan = await boot_plan(config, islice(places(config), count))
+        plans = [await boot_plan(config, islice(places(config), count))]
         loop = current_loop()
         async with AsyncExitStack() as undo:
             hardware = await build_hardware(loop, config, undo)
@@ -245,7 +245,7 @@ class VM:
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
             vm._exits.ask_unclaimed(log_unclaimed)
-            await load(hardware, plan)
+            await load(hardware, plans)
             undo.pop_all()
         return vm
 
@@ -575,18 +575,18 @@ class VM:
             self._power.rebooted()
 
     async def _reset_by(self, cause: str, *, power_cycle: bool) -> None:
-        plan = await boot_plan(self._config, self._virtio.places)
-        zero = None if power_cycle else plan.zero
+        plans = [await boot_plan(self._config, self._virtio.places)]
+        zero = None if power_cycle else plans[0].zero
         async with self._changing:
             self._require(VmState.RUNNING, VmState.PAUSED)
             was_running = self._state is VmState.RUNNING
             if was_running:
                 await self._park()
                 self._state = VmState.PAUSED
-            await self._loop.uncancelled(lambda: self._reset(plan, zero, cause, then_run=was_running))
+            await self._loop.uncancelled(lambda: self._reset(plans, zero, cause, then_run=was_running))
 
     async def _reset(
-        self, plan: BootPlan, zero: Iterable[tuple[int, int]] | None, cause: str, *, then_run: bool
+        self, plans: list[BootPlan], zero: Iterable[tuple[int, int]] | None, cause: str, *, then_run: bool
     ) -> None:
         try:
             # First: it ends what still writes to the guest's memory.
@@ -595,7 +595,7 @@ class VM:
             self._platform.reset()
             self._peripherals.reset()
             self._attachments.reset()
-            await load(self._hardware, plan)
+            await load(self._hardware, plans)
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,3 +110,25 @@ async def test_a_multiboot_kernel_finds_what_it_is_promised(tmp_path: Path) -> N
     async with await VM.create(boot=protocol, memory="4M") as vm:
         await vm.start()
         assert await vm.wait() == Exit(ExitReason.DEBUG_EXIT, code=42)
+
+
+async def test_what_was_booted_is_freed_where_no_loop_runs() -> None:
+    """Gigabytes of an initramfs take the kernel a while, at each of a guest's resets, too."""
+    freed_in: list[int] = []
+
+    class Data(bytes):
+        def __del__(self) -> None:
+            freed_in.append(threading.get_ident())
+
+    class Freed(Own):
+        def plan(self, files: Mapping[Path, bytes], guest: boot.GuestInfo) -> boot.BootPlan:
+            plan = super().plan(files, guest)
+            return replace(plan, segments=(boot.Segment(0x10_0000, Data(b"x" * 4096)), *plan.segments))
+
+    with anyio.fail_after(30):
+        async with await VM.create(boot=Freed(), memory="2M") as vm:
+            assert len(freed_in) == 1
+            await vm.start()
+            await vm.reset()
+            assert len(freed_in) == 2
+    assert threading.get_ident() not in freed_in
