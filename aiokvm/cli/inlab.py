@@ -19,18 +19,15 @@ from aiokvm.process import Folder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from anyio.streams.memory import MemoryObjectSendStream
+
     from aiokvm.cli.console import Console
     from aiokvm.cli.run import Options, Report
 
 # What the lab's own kernel and Python take beside the guest.
 _EXTRA_MEMORY_BYTES = 1 << 30
-# A command in the lab has no standard input. What is typed here goes into a file that is followed there; the
-# report comes back the same way.
-_SCRIPT = """
-mkfifo /run/input || exit
-tail ---disable-inotify -c +1 -s 0.05 -f "$0/input" >/run/input &
-exec "$@" </run/input >"$0/report"
-"""
+# Its standard output is the report, which comes back in a file.
+_SCRIPT = 'exec "$@" >"$0/report"'
 
 
 class InLab:
@@ -41,13 +38,20 @@ class InLab:
         self._kernel = kernel
         self._initrd = initrd
         self._report = report
-        self._input: Path | None = None
+        self._typed: MemoryObjectSendStream[bytes] | None = None
 
     async def run(self, console: Console) -> int:
-        with Folder() as temporary:
+        self._typed, source = anyio.create_memory_object_stream[bytes]()
+        rest = b""
+
+        async def read_input(size: int) -> bytes:
+            nonlocal rest
+            data = rest or await source.receive()
+            rest = data[size:]
+            return data[:size]
+
+        with Folder() as temporary, self._typed, source:
             folder = temporary.path
-            self._input = folder / "input"
-            self._input.touch()
             console.open()
             config = lab.LabConfig(
                 memory_bytes=self._options.memory + _EXTRA_MEMORY_BYTES,
@@ -62,11 +66,11 @@ class InLab:
                         ["sh", "-c", _SCRIPT, str(folder), *self._command(folder)],
                         config,
                         output=console.show,
+                        read_input=read_input,
                         progress=progress,
                     )
                 await console.end()
             finally:
-                self._input = None
                 for name, target in (("trace", self._options.trace), ("pcap", self._options.pcap)):
                     if target is not None and (folder / name).exists():
                         shutil.copyfile(folder / name, target)
@@ -75,9 +79,9 @@ class InLab:
         return status
 
     async def send(self, data: bytes) -> None:
-        if self._input:
-            async with await anyio.open_file(self._input, "ab") as file:
-                await file.write(data)
+        if self._typed:
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+                await self._typed.send(data)
 
     def _command(self, folder: Path) -> list[str]:
         options = self._options

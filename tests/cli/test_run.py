@@ -278,11 +278,11 @@ def test_shell_takes_piped_input_and_shuts_down(aiokvm: Aiokvm) -> None:
 
 
 @pytest.mark.lab
-def test_lab_carries_input_output_status_and_report(aiokvm: Aiokvm) -> None:
+@pytest.mark.parametrize("options", [(), ("--net", "user", "--append", "aiokvm.nodhcp")])
+def test_lab_carries_input_output_status_and_report(aiokvm: Aiokvm, options: tuple[str, ...]) -> None:
     command = "stty -echo; echo ready; read line; echo got $line; exit 3"
-    result = aiokvm(
-        "run", "--lab", "always", "--json", "--", "sh", "-c", command, stdin=b"this\n", timeout=300
-    )
+    argv = ("run", "--lab", "always", "--json", *options, "--", "sh", "-c", command)
+    result = aiokvm(*argv, stdin=b"this\n", timeout=300)
     report = json.loads(result.stdout)
     assert result.returncode == report["status"] == report["code"] == 3
     assert (report["lab"], report["reason"]) == (True, "debug-exit")
