@@ -23,7 +23,7 @@
 #include "net_tap.h"
 #include "nic_driver.h"
 
-enum { BUDGET_NS = 500000, MOST_NS = 5000000 };
+enum { BUDGET_NS = 500000, MOST_NS = 5000000, NEVER_NS = 50000000 };
 enum { BATCH = 64, HEADERS = 54 };
 
 static uint64_t cpu_ns(void)
@@ -33,13 +33,18 @@ static uint64_t cpu_ns(void)
     return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
 }
 
+/* One call may be unlucky: a hypervisor's own work counts as the thread's, and so do the first touches of memory. */
 static void serve(struct aiokvm_net *net, uint32_t calls)
 {
+    uint32_t long_calls = 0;
     while (calls--) {
         uint64_t before_ns = cpu_ns();
         aiokvm_net_serve(net, BUDGET_NS);
-        CHECK(cpu_ns() - before_ns < MOST_NS);
+        uint64_t took_ns = cpu_ns() - before_ns;
+        CHECK(took_ns < NEVER_NS);
+        long_calls += took_ns >= MOST_NS;
     }
+    CHECK(long_calls <= 1);
 }
 
 static struct aiokvm_net *guest_open(struct nic_driver *nic, uint32_t pairs)
