@@ -28,6 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "place"
     path.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(path))
+    monkeypatch.delenv("LAB", raising=False)
     return path
 
 
@@ -66,6 +67,15 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
         with Folder() as folder:
             assert set(place.iterdir()) == {paths[0], folder.path, place / ".aiokvm-file"}
         living.kill()
+
+
+def test_in_the_lab_nothing_is_removed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be one that the host has in use: the lab does not see its locks."""
+    monkeypatch.setenv("LAB", "1")
+    hosts = place / ".aiokvm-host"
+    hosts.mkdir()
+    with Folder():
+        assert hosts.exists()
 
 
 def test_a_folder_can_lie_elsewhere(tmp_path: Path, place: Path) -> None:
