@@ -406,8 +406,11 @@ EACH_ENGINE(as_many_requests_as_all_queues_hold)
     disk_open(&disk, engine, MIB);
     header(&disk, DATA - 4096, VIRTIO_BLK_T_IN, 0);
     for (int round = 0; round < 3; round++) {
-        for (uint32_t i = 0; i < QUEUES * COUNT; i++)
-            put(&disk, i % QUEUES, (struct part[]){ { DATA - 4096, 16, false }, { DATA + 4096, SECTOR + 1, true } }, 2);
+        /* Each has a buffer of its own: two in one would race, in the guest's memory. */
+        for (uint32_t i = 0; i < QUEUES * COUNT; i++) {
+            const uint32_t buffer = DATA + 4096 + i * 2 * SECTOR;
+            put(&disk, i % QUEUES, (struct part[]){ { DATA - 4096, 16, false }, { buffer, SECTOR + 1, true } }, 2);
+        }
         kick(&disk, 0);
         kick(&disk, 1);
         for (uint32_t i = 0; i < QUEUES * COUNT; i++)
