@@ -41,7 +41,10 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def _printable_record(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
+    try:
+        message = record.getMessage()
+    except Exception:  # arguments that do not fit: for the handlers, which tell it, and do not raise
+        return True
     shown = "\n".join(map(printable, _LINES.split(message)))
     if shown != message:
         record.msg, record.args = shown, ()

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "logs": {"budget", "ratelimit"},
     "kvm": {"_core", "errors"},
     "aio": {"errors"},
-    "process": set(),
+    "process": {"aio"},
     "hw": {"errors"},
     "boot": {"errors"},
     "proto": {"errors"},

@@ -74,6 +74,20 @@ def test_a_log_record_is_one_printable_line() -> None:
     assert logged("100%% of %s", "all") == "100% of all\n"
 
 
+def test_a_record_whose_arguments_do_not_fit_is_left_to_the_handlers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert logged("%(who)s did", {"who": EVIL}) == f"{SHOWN} did\n"
+    assert logged("%s %%d %s", "%d", EVIL) == f"%d %d {SHOWN}\n"
+    # pytest's own handler would raise.
+    monkeypatch.setattr(get_logger("aiokvm.test"), "propagate", False)
+    assert logged("%d apples", EVIL) == ""
+    told = capsys.readouterr().err
+    assert "--- Logging error ---" in told
+    assert "\x1b" not in told
+    assert logged("nothing to format", EVIL) == ""
+
+
 def test_a_stack_in_a_record_keeps_its_lines() -> None:
     assert logged("held up:\n%s", '  File "x"\n    y()') == 'held up:\n  File "x"\n    y()\n'
     assert logged("%s", "a\nERROR all is lost") == "a\\nERROR all is lost\n"

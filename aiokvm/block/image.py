@@ -143,7 +143,7 @@ class Image(NbdClient):
         finally:
             directory, self._directory = self._directory, None
             if directory is not None:
-                directory.close()
+                await in_thread(directory.close)
 
     async def _end_process(self) -> None:
         server, self._process = self._process, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,11 +64,29 @@ def built(options: Sequence[DiskOption]) -> DebianDisk | None:
     return disk if disk.kernel.is_file() and disk.initrd.is_file() else None
 
 
+def check(options: Sequence[DiskOption]) -> None:
+    """Raise ConfigError for a disk that cannot be had, before anything is fetched or started for it."""
+    for option in options:
+        if option.format == "nbd":
+            continue
+        path = Path(option.path)
+        try:
+            kind = path.stat().st_mode
+        except FileNotFoundError:
+            raise ConfigError(f"there is no disk {path}") from None
+        except OSError as error:
+            raise ConfigError(f"the disk {path}: {error.strerror}") from None
+        if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+            raise ConfigError(f"the disk {path} is neither a file nor a block device")
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"the disk {path} may not be read by this user")
+        if not (option.readonly or os.access(path, os.W_OK)):
+            raise ConfigError(f"the disk {path} may not be written to by this user: {path},ro only reads it")
+
+
 def lab_directories(options: Sequence[DiskOption]) -> tuple[Path, ...]:
     """Return the directories that the lab has to write to. ConfigError for what is out of reach."""
     for option in options:
         if option.format == "nbd":
             raise ConfigError(f"the lab has no network: {option.path} cannot be reached from there")
-        if not Path(option.path).exists():
-            raise ConfigError(f"there is no disk {option.path}")
     return tuple({Path(option.path).resolve().parent for option in options if not option.readonly})

@@ -10,11 +10,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio import to_thread
 
 from aiokvm import lab
 from aiokvm.cli import disks, nets
 from aiokvm.cli.progress import Fetching
-from aiokvm.process import Folder
+from aiokvm.process import temporary_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +51,7 @@ class InLab:
             rest = data[size:]
             return data[:size]
 
-        with Folder() as temporary, self._typed, source:
+        async with temporary_folder() as temporary, self._typed, source:
             folder = temporary.path
             console.open()
             config = lab.LabConfig(
@@ -71,11 +72,8 @@ class InLab:
                     )
                 await console.end()
             finally:
-                for name, target in (("trace", self._options.trace), ("pcap", self._options.pcap)):
-                    if target is not None and (folder / name).exists():
-                        shutil.copyfile(folder / name, target)
-                with suppress(OSError, ValueError):
-                    self._take_over(json.loads((folder / "report").read_bytes()))
+                with anyio.CancelScope(shield=True):
+                    await to_thread.run_sync(self._fetch, folder)
         return status
 
     async def send(self, data: bytes) -> None:
@@ -102,6 +100,14 @@ class InLab:
         if options.pcap is not None:
             argv += ["--pcap", str(folder / "pcap")]
         return argv
+
+    def _fetch(self, folder: Path) -> None:
+        """Take what the command in the lab has written."""
+        for name, target in (("trace", self._options.trace), ("pcap", self._options.pcap)):
+            if target is not None and (folder / name).exists():
+                shutil.copyfile(folder / name, target)
+        with suppress(OSError, ValueError):
+            self._take_over(json.loads((folder / "report").read_bytes()))
 
     def _take_over(self, inner: dict[str, object]) -> None:
         report = self._report

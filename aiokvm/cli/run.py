@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from aiokvm.cli import common, disks, nets
 from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal, takes_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from aiokvm.block import DiskOption
     from aiokvm.cli.common import Interrupts
@@ -302,9 +302,14 @@ def _image(name: str) -> Image | None:
 
 
 async def _run(options: Options, report: Report, interrupts: Interrupts, warnings: common.Warnings) -> int:
+    # Before anything is fetched, and before a lab that would need as much is started.
     if not options.overcommit:
-        # Before anything is fetched, and before a lab that would need as much is started.
         aiokvm.check_memory(options.memory)
+    disks.check(options.disks)
+    report.lab = _use_lab(options)
+    if report.lab:
+        disks.lab_directories(options.disks)
+        nets.lab_forwards(options.nets, options.forwards)
     async with AsyncExitStack() as stack:
         with report.step("fetch"):
             built = disks.built(options.disks) if options.kernel is None else None
@@ -315,12 +320,14 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
             if options.command:
                 assert initrd is not None
                 data = await to_thread.run_sync(_with_command, initrd, options.command)
-                initrd = stack.enter_context(_temporary(data))
+                initrd = await stack.enter_async_context(_temporary(data))
         linux = aiokvm.boot.Linux(kernel, initrd, options.cmdline)
         trace = _writer(stack.enter_context(options.trace.open("wb"))) if options.trace else None
         machine: Machine
-        report.lab = _use_lab(options)
         if report.lab:
+            if options.pcap:
+                # Where it is copied to at the end.
+                options.pcap.open("wb").close()
             from aiokvm.cli.inlab import InLab
 
             machine = InLab(options, kernel, initrd, report)
@@ -363,13 +370,13 @@ async def _file(name: str, *kinds: str) -> Path:
         return await images.pull(name, progress=progress)
 
 
-@contextmanager
-def _temporary(data: bytes) -> Iterator[Path]:
-    from aiokvm.process import Folder
+@asynccontextmanager
+async def _temporary(data: bytes) -> AsyncIterator[Path]:
+    from aiokvm.process import temporary_folder
 
-    with Folder() as folder:
+    async with temporary_folder() as folder:
         path = folder.path / "initrd"
-        path.write_bytes(data)
+        await to_thread.run_sync(path.write_bytes, data)
         yield path
 
 

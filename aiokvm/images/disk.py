@@ -23,7 +23,7 @@ from aiokvm.images.cache import sha256_file
 from aiokvm.images.initramfs import base_archive, modules_archive
 from aiokvm.images.process import PACKAGES, child, failed, run
 from aiokvm.images.progress import Progress
-from aiokvm.process import Folder
+from aiokvm.process import temporary_folder
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ async def copy(disk: DebianDisk, output: Path) -> DebianDisk:
     """Copy a disk and what is beside it, sparse. Raises ``ImageError``, and then leaves what was there."""
     target = DebianDisk.beside(output)
     try:
-        with Folder(output.parent) as folder:
+        async with temporary_folder(output.parent) as folder:
             fresh = [folder.path / file.name for file in target.files]
             for source, copied in zip(disk.files, fresh, strict=True):
                 await run(["cp", "--sparse=always", "--reflink=auto", str(source), str(copied)])
@@ -286,9 +286,7 @@ class _Build:
         await self._debootstrap(sources, release)
         self._tell("build")
         await self._image()
-        built = await anyio.to_thread.run_sync(self._store, package)
-        (self._cache.root / "kernel.deb").unlink(missing_ok=True)
-        return built
+        return await anyio.to_thread.run_sync(self._store, package)
 
     def _tell(self, stage: Literal["index", "download", "unpack", "install", "build"]) -> None:
         self._progress(Progress(self._recipe.name, stage))
@@ -299,7 +297,7 @@ class _Build:
         def progress(done_bytes: int) -> None:
             self._progress(Progress(KERNEL, "download", done_bytes, package.size))
 
-        # Kept until a disk has been made of it: what fails after this need not be fetched again.
+        # Kept until there is a newer one: it is the same for every recipe, and for what failed after this.
         kept = self._cache.root / "kernel.deb"
         if not await anyio.to_thread.run_sync(_is, kept, package.sha256):
             (await apt.download(package, self._folder, progress)).replace(kept)

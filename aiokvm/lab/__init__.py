@@ -19,7 +19,7 @@ from aiokvm import images
 from aiokvm.errors import LabError
 from aiokvm.lab import bochs, qemu
 from aiokvm.lab.config import LabConfig, own_archive
-from aiokvm.process import Folder
+from aiokvm.process import temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -81,7 +81,7 @@ async def run(
     async def pull(*names: str) -> list[Path]:
         return [await images.pull(name, progress=progress) for name in names]
 
-    with Folder() as temporary:
+    async with temporary_folder() as temporary:
         folder = temporary.path
         machine: qemu.Machine | bochs.Machine
         if config.cpu == "amd":

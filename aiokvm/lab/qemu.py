@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import random
 import socket
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from aiokvm.lab.emulator import CONSOLE, beside, died, emulate
 from aiokvm.proto import cpio
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection, Iterator
 
     from aiokvm.lab.config import LabConfig
 
@@ -48,9 +50,9 @@ class Machine:
         read_input: Callable[[int], Awaitable[bytes]],
     ) -> int:
         """Start it, pass output and input on until it ends, and return the command's exit status."""
-        with self._listen() as listener:
+        with self._listen() as listener, processor(os.sched_getaffinity(0)) as number:
             async with beside(partial(self._feed, listener, read_input)):
-                status = await emulate(self._argv(), self._folder, output)
+                status = await emulate(self._argv(number), self._folder, output)
         told = self._status.read_text().strip() if self._status.exists() else ""
         if status == 0 and told.isdigit():
             return int(told)
@@ -91,12 +93,12 @@ class Machine:
                 connection.shutdown(socket.SHUT_WR)
             await anyio.sleep_forever()
 
-    def _argv(self) -> list[str]:
+    def _argv(self, processor: int) -> list[str]:
         config = self._config
         # On one processor of the host: at a #VMEXIT of its emulated AMD-V, QEMU changes what interrupts are
         # pending by an instruction that is not atomic, and would lose one that another thread raises then.
         argv = [
-            *("taskset", "-c", str(random.choice(sorted(os.sched_getaffinity(0))))),
+            *("taskset", "-c", str(processor)),
             *(program(), "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"),
             *("-smp", str(config.cpus), "-m", f"{config.memory_bytes >> 20}M"),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
@@ -122,6 +124,26 @@ class Machine:
             forwards = "".join(f",hostfwd={forward}" for forward in config.forwards)
             argv += ["-netdev", f"user,id=net,{_NETWORK}{forwards}", "-device", "virtio-net-pci,netdev=net"]
         return argv
+
+
+@contextmanager
+def processor(allowed: Collection[int], name: str = "aiokvm-lab") -> Iterator[int]:
+    """Have a lab's place on a processor of the host: of those that are allowed one with the fewest labs.
+
+    Each has places 0, 1 and so on, which are names of Unix sockets with no file: whoever has bound one has
+    the place, and the kernel frees it however that process ends.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as held:
+        for place in itertools.count():
+            for number in random.sample(sorted(allowed), len(allowed)):
+                try:
+                    held.bind(f"\0{name}/{number}/{place}")
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                else:
+                    yield number
+                    return
 
 
 def program() -> str:

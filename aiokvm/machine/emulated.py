@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from functools import cache
+from typing import TYPE_CHECKING
 
 from aiokvm.errors import KvmError
 from aiokvm.text import get_logger
 
+if TYPE_CHECKING:
+    from aiokvm.boot import BootPlan
+
 # Where one of these serves /dev/kvm there is hardware behind it, and nothing to be measured.
 HARDWARE = ("/sys/module/kvm_amd", "/sys/module/kvm_intel")
+
+# The smallest kernels of an operating system have more; what has less is through soon anywhere.
+_KERNEL_BYTES = 1 << 20
+
+
+def holds_kernel(plan: BootPlan) -> bool:
+    """Tell whether so much is put into RAM that it may be a kernel, by whichever protocol."""
+    return sum(memoryview(segment.data).nbytes for segment in plan.segments) >= _KERNEL_BYTES
 
 
 @cache

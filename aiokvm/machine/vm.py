@@ -22,7 +22,7 @@ from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, load, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, RngConfig
 from aiokvm.machine.device import Device, ErrorPolicy, ModeName, Placement, PolicyName, RegionMode
-from aiokvm.machine.emulated import warn_if_emulated
+from aiokvm.machine.emulated import holds_kernel, warn_if_emulated
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
@@ -101,6 +101,7 @@ class VM:
         self._closed = anyio.Event()
         self._closing = False
         self._kept_told = False
+        self._boots_kernel = False
         self._failures = Failures(config.name, self._logger, self._hub)
         # What a machine does not have, its program need not load.
         self._disks: Disks | None = None
@@ -245,6 +246,7 @@ class VM:
             for placement in devices:
                 vm.attach(placement.device, **placement.where)
             vm._exits.ask_unclaimed(log_unclaimed)
+            vm._boots_kernel = holds_kernel(plans[0])
             await load(hardware, plans)
             undo.pop_all()
         return vm
@@ -414,7 +416,7 @@ class VM:
     async def start(self) -> None:
         """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
         await anyio.lowlevel.checkpoint()
-        if hasattr(self._config.boot, "kernel") and not warn_if_emulated.cache_info().currsize:
+        if self._boots_kernel and not warn_if_emulated.cache_info().currsize:
             await to_thread.run_sync(warn_if_emulated)
         self._require(VmState.CREATED)
         self._state = VmState.RUNNING

@@ -16,14 +16,14 @@ from typing import IO, TYPE_CHECKING
 
 import anyio
 
-from aiokvm.process.folder import Folder
+from aiokvm.process.folder import Folder, temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from anyio.abc import Process
 
-__all__ = ["Folder", "end", "start"]
+__all__ = ["Folder", "end", "start", "temporary_folder"]
 
 _KEEPER = Path(__file__).with_name("keeper")
 

@@ -7,12 +7,17 @@ import fcntl
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anyio import to_thread
+
+from aiokvm.aio import current_loop
+
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from types import TracebackType
     from typing import Self
 
@@ -65,6 +70,26 @@ class Folder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@asynccontextmanager
+async def temporary_folder(parent: Path | None = None) -> AsyncIterator[Folder]:
+    """Have a `Folder` while the block runs, made and removed by a worker thread, whatever is cancelled."""
+    loop = current_loop()
+    made: list[Folder] = []
+
+    async def make() -> None:
+        made.append(await to_thread.run_sync(Folder, parent))
+
+    async def remove() -> None:
+        for folder in made:
+            await to_thread.run_sync(folder.close)
+
+    try:
+        await loop.uncancelled(make)
+        yield made[0]
+    finally:
+        await loop.uncancelled(remove)
 
 
 def _lock(path: Path) -> int:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import anyio
@@ -117,7 +120,7 @@ def test_a_machine_has_its_disks(kernel: Kernel, aiokvm: Aiokvm, tmp_path: Path)
     assert b"Traceback" not in result.stderr
     result = aiokvm(*HERE, "--kernel", path, "--disk", tmp_path / "none")
     assert result.returncode == 125
-    assert result.stderr == f"aiokvm: {tmp_path / 'none'}: No such file or directory\n".encode()
+    assert result.stderr == f"aiokvm: there is no disk {tmp_path / 'none'}\n".encode()
 
 
 def test_usage_errors(aiokvm: Aiokvm) -> None:
@@ -156,10 +159,47 @@ def test_the_lab_can_write_where_the_disks_are(tmp_path: Path, monkeypatch: pyte
     words = commands[0]
     found = [words[index + 1] for index, word in enumerate(words) if word == "--disk"]
     assert found == [f"{writable},format=raw", f"{readonly},ro,format=qcow2"]
-    with pytest.raises(ConfigError, match="there is no disk"):
-        disks.lab_directories([DiskOption(str(tmp_path / "none"))])
     with pytest.raises(ConfigError, match="the lab has no network"):
         disks.lab_directories([DiskOption("nbd://localhost/x", "nbd")])
+
+
+def test_what_cannot_be_had_is_told_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(images, "pull", never)
+    monkeypatch.setattr(lab, "run", never)
+    disk = tmp_path / "x.img"
+    disk.touch()
+    for argv, message in (
+        (("--disk", tmp_path / "none"), f"there is no disk {tmp_path / 'none'}"),
+        (("--disk", disk, "--disk", f"{tmp_path / 'none.qcow2'},ro"), "there is no disk"),
+        (("--disk", tmp_path), f"the disk {tmp_path} is neither a file nor a block device"),
+        (("--disk", disk / "x"), f"the disk {disk / 'x'}: Not a directory"),
+        (("--disk", "nbd://localhost/x"), "the lab has no network: nbd://localhost/x"),
+        (("--net", "tap:tap0"), "--net tap:tap0: the lab has no way to it"),
+    ):
+        result = CliRunner().invoke(cli, ["run", "--lab", "always", *map(str, argv)])
+        assert result.exit_code == 125
+        assert result.stderr.startswith(f"aiokvm: {message}")
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv: util-linux has it")
+def test_a_disk_that_this_user_may_not_use(tmp_path: Path) -> None:
+    disk = tmp_path / "x.img"
+    argv = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]  # root may do anything
+    argv += [sys.executable, "-m", "aiokvm", "run", "--disk", str(disk)]
+    for mode, message in (
+        (0o400, f"may not be written to by this user: {disk},ro only reads it"),
+        (0, "may not be read by this user"),
+    ):
+        disk.touch()
+        disk.chmod(mode)
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        assert (result.returncode, result.stderr) == (125, f"aiokvm: the disk {disk} {message}\n")
 
 
 def test_build_debian_prints_the_path_and_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

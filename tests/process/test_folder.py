@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
+import anyio
+import anyio.lowlevel
 import pytest
 
-from aiokvm.process import Folder
+from aiokvm.process import Folder, temporary_folder
 
 OTHER = """
 import sys
@@ -122,3 +125,38 @@ def test_a_place_that_may_not_be_listed_is_no_hindrance(place: Path, monkeypatch
         made = Folder()
     made.close()
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_a_worker_makes_and_removes_the_folder_of_a_program_on_a_loop(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    class Seen(Folder):
+        def __init__(self, parent: Path | None = None) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(parent)
+
+        def close(self) -> None:
+            threads.append(threading.get_ident())
+            super().close()
+
+    monkeypatch.setattr("aiokvm.process.folder.Folder", Seen)
+    async with temporary_folder() as folder:
+        assert folder.path.parent == place
+    with pytest.raises(ZeroDivisionError):
+        async with temporary_folder():
+            raise ZeroDivisionError
+    with anyio.CancelScope() as scope:
+        async with temporary_folder():
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        async with temporary_folder():
+            await anyio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+    assert list(place.iterdir()) == []  # noqa: ASYNC240
+    assert len(threads) == 8
+    assert threading.get_ident() not in threads
