@@ -14,29 +14,41 @@ if TYPE_CHECKING:
 
     Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
-# Lines of one source: so many at once, then one a second.
+# Lines of one kind: so many at once, then one a second.
 BURST = 10
 
 
 class SeldomLogger:
-    """A logger whose lines a guest causes: ten at once, then one a second, if the process allows so many.
+    """A logger whose lines a guest or a peer causes: ten at once, then one a second, at most its share.
 
-    Each machine or backend has its own. All of them share the process's budget of lines: one that is
-    flooded leaves lines to the others. A line says how many before it were left out.
+    Each machine or backend has its own, and one more for each kind of line that must not hide the others
+    (`kind`). All of them share the process's budget of lines, of which one machine or backend has one share:
+    one that is flooded leaves lines to the others. A line says how many before it were left out.
     """
 
-    def __init__(self, logger: Logger, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, logger: Logger, now_ns: Callable[[], int] = time.monotonic_ns, share: _Share | None = None
+    ) -> None:
         self._logger = logger
         self._now_ns = now_ns
         self._limit = Limit(operations_per_second=1, burst_operations=BURST - 1)
-        self._share: Share | None = None
+        self._share = share or _Share()
         self._left_out = 0
+
+    @property
+    def always(self) -> Logger:
+        """For lines that the program causes by itself, and no guest."""
+        return self._logger
+
+    def kind(self) -> SeldomLogger:
+        """One for another kind of line, which has ten of its own but the same share."""
+        return SeldomLogger(self._logger, self._now_ns, self._share)
 
     def log(self, level: int, message: str, *args: object, exc_info: Any = None) -> None:
         """As `logging.Logger.log`, or nothing."""
         if not self._logger.isEnabledFor(level):
             return
-        if not self._may():
+        if self._limit.take(self._now_ns(), 0) or not self._share.take():
             self._left_out += 1
             return
         if self._left_out:
@@ -44,6 +56,14 @@ class SeldomLogger:
             args = (*args, self._left_out)
             self._left_out = 0
         self._logger.log(level, message, *args, exc_info=exc_info)
+
+    def debug(self, message: str, *args: object) -> None:
+        """The same for who looks for a fault."""
+        self.log(logging.DEBUG, message, *args)
+
+    def info(self, message: str, *args: object) -> None:
+        """The same as information."""
+        self.log(logging.INFO, message, *args)
 
     def warning(self, message: str, *args: object) -> None:
         """The same as a warning."""
@@ -57,10 +77,14 @@ class SeldomLogger:
         """The same as an error, with the exception that is being handled."""
         self.log(logging.ERROR, message, *args, exc_info=True)
 
-    def _may(self) -> bool:
-        if self._limit.take(self._now_ns(), 0):
-            return False
-        # Who logs nothing has no part of the budget.
+
+class _Share:
+    """Of the process's lines. Who logs nothing has none."""
+
+    def __init__(self) -> None:
+        self._share: Share | None = None
+
+    def take(self) -> bool:
         if self._share is None:
             self._share = Share(LOG_LINES)
         return self._share.take(1)

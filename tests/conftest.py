@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 
 from aiokvm import kvm
+from aiokvm.aio import failures
+from aiokvm.budget import LOG_LINES, Share
 from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
 from tests import holdups
 
@@ -39,6 +41,22 @@ def step(request: pytest.FixtureRequest) -> Iterator[holdups.Step]:
                 meter.end(None)
 
         yield step
+
+
+def _until_fresh() -> None:
+    """Until a second begins in which guests have caused no lines, or few."""
+    share = Share(LOG_LINES)
+    while not share.take(50):
+        pass
+
+
+@pytest.fixture
+def fresh_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test that fills the log, or counts its lines: it has the process's budget of lines for itself."""
+    monkeypatch.setattr(failures, "log", failures.log.kind())
+    _until_fresh()
+    yield
+    _until_fresh()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "budget": {"_core"},
     "logs": {"budget", "ratelimit"},
     "kvm": {"_core", "errors"},
-    "aio": {"errors"},
+    "aio": {"errors", "logs"},
     "process": {"aio"},
     "hw": {"errors"},
     "boot": {"errors"},

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+from pathlib import Path
 
 import pytest
 
 from aiokvm import host_limits
-from aiokvm._core import lib
 from aiokvm.logs import BURST, SeldomLogger
+
+PACKAGE = Path(__file__).parents[1] / "aiokvm"
+PARTS = ("aio", "block", "machine", "net", "virtio")
+LOGGING = {"critical", "debug", "error", "exception", "info", "log", "warning"}
 
 
 class Clock:
@@ -20,13 +25,8 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def second() -> None:
-    """A second of its own for each test: they share the process's budget of lines."""
-    share = lib.aiokvm_share_new(lib.AIOKVM_BUDGET_LOG_LINES)
-    while not lib.aiokvm_share_take(share, 40):
-        pass
-    lib.aiokvm_share_give(share, 40)
-    lib.aiokvm_share_free(share)
+def second(fresh_log: None) -> None:
+    """For all of them."""
 
 
 def test_a_flood_is_ten_lines_and_one_a_second(caplog: pytest.LogCaptureFixture) -> None:
@@ -74,3 +74,31 @@ def test_what_is_not_enabled_takes_nothing(caplog: pytest.LogCaptureFixture) -> 
         for _ in range(BURST):
             seldom.error("something")
     assert len(caplog.records) == BURST
+
+
+def test_kinds_do_not_hide_each_other_and_have_one_share(caplog: pytest.LogCaptureFixture) -> None:
+    seldom = SeldomLogger(logging.getLogger("aiokvm.test"))
+    kinds = [seldom.kind() for _ in range(20)]
+    for kind in kinds[:2]:
+        for _ in range(100):
+            kind.warning("flood")
+    assert len(caplog.records) == 2 * BURST
+    for kind in kinds:
+        for _ in range(100):
+            kind.warning("flood")
+    # One alone may have a third, of each second.
+    assert len(caplog.records) < 200
+
+
+def test_what_a_guest_can_cause_goes_through_the_budget() -> None:
+    """The parts that serve guests give what they log to a `SeldomLogger`; one line is told once a process."""
+    for path in (path for part in PARTS for path in (PACKAGE / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr not in LOGGING or path.name == "emulated.py":
+                continue
+            owner = ast.unparse(node.func.value)
+            assert not owner.startswith(("logger", "get_logger", "logging")), (path, node.lineno)
+            # What the program does by itself.
+            assert not owner.endswith(".always") or node.func.attr == "info", (path, node.lineno)

@@ -127,8 +127,9 @@ void aiokvm_share_close(struct aiokvm_share *share)
     if (!share->budget)
         return;
     pthread_mutex_lock(&lock);
-    look(share->budget, share);
-    change(share, -share->used);
+    /* What was used of a second has been used, whoever is gone. */
+    if (!share->budget->is_rate)
+        change(share, -share->used);
     share->budget->shares--;
     *share = (struct aiokvm_share){ 0 };
     pthread_mutex_unlock(&lock);

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from aiokvm.text import get_logger
+from aiokvm.aio.failures import call, task_failed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
-
-logger = get_logger("aiokvm.aio")
 
 
 # What takes a callback, and at which place.
@@ -63,7 +61,7 @@ class _Watch:
     def __init__(self, loop: asyncio.AbstractEventLoop, fd: int, callback: Callable[[], object]) -> None:
         self._loop = loop
         self._fd: int | None = fd
-        loop.add_reader(fd, callback)
+        loop.add_reader(fd, call, callback)
 
     def cancel(self) -> None:
         if self._fd is not None:
@@ -82,7 +80,7 @@ class _Task:
             try:
                 await work()
             except Exception:
-                logger.exception("exception in %s", name)
+                task_failed(name)
 
         self._task = asyncio.create_task(run(), name=name)
         made = True
@@ -116,13 +114,13 @@ class AsyncioLoop:
         return _Watch(self._loop, fd, callback)
 
     def call_soon(self, callback: Callable[[], object]) -> None:
-        self._loop.call_soon(callback)
+        self._loop.call_soon(call, callback)
 
     def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
-        self._loop.call_soon_threadsafe(callback)
+        self._loop.call_soon_threadsafe(call, callback)
 
     def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
-        return self._loop.call_at(deadline_ns / 1e9, callback)
+        return self._loop.call_at(deadline_ns / 1e9, call, callback)
 
     def now_ns(self) -> int:
         return int(self._loop.time() * 1e9)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from aiokvm.text import get_logger
+from aiokvm.aio.failures import call, task_failed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
-
-logger = get_logger("aiokvm.aio")
 
 
 class StepInstrument(trio.abc.Instrument):
@@ -36,14 +34,6 @@ class StepInstrument(trio.abc.Instrument):
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         self._meter.end(task)
-
-
-def _call(callback: Callable[[], object]) -> None:
-    # trio ends the whole run when a callback of its own raises; asyncio logs it, and so does aiokvm on both.
-    try:
-        callback()
-    except Exception:
-        logger.exception("exception in callback %r", callback)
 
 
 class _Callback:
@@ -66,7 +56,7 @@ class _Callback:
                 await self._wait()
                 if self._is_cancelled():
                     return
-                _call(self._callback)
+                call(self._callback)
                 if not self._again:
                     return
 
@@ -110,7 +100,7 @@ class _Task:
             with self._scope:
                 await self._work()
         except Exception:
-            logger.exception("exception in %s", self._name)
+            task_failed(self._name)
         finally:
             self._ended.set()
 
@@ -146,10 +136,10 @@ class TrioLoop:
         return _Watch(fd, callback)
 
     def call_soon(self, callback: Callable[[], object]) -> None:
-        self._token.run_sync_soon(_call, callback)
+        self._token.run_sync_soon(call, callback)
 
     def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
-        self._token.run_sync_soon(_call, callback)
+        self._token.run_sync_soon(call, callback)
 
     def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
         return _Callback(lambda: trio.sleep_until(deadline_ns / 1e9), callback, again=False)

@@ -11,6 +11,7 @@ from anyio import to_thread
 
 from aiokvm.aio import current_loop
 from aiokvm.aio.steps import HoldUp, ThreadClock
+from aiokvm.logs import SeldomLogger
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Watchdog:
             raise ValueError(f"a threshold of {threshold} seconds is not above 0")
         self._threshold = threshold
         self._callback = callback
+        self._log = SeldomLogger(logger)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -91,7 +93,7 @@ class Watchdog:
                 pass
 
     def _tell(self, hold_up: HoldUp) -> None:
-        logger.warning(
+        self._log.warning(
             "%s has held the event loop up for %g s (%.3f s of CPU time):\n%s",
             f"task {hold_up.task}" if hold_up.task else "a callback",
             hold_up.seconds,
@@ -102,4 +104,4 @@ class Watchdog:
             try:
                 self._callback(hold_up)
             except Exception:
-                logger.exception("exception in the watchdog's callback")
+                self._log.exception("exception in the watchdog's callback")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 from collections import deque
@@ -143,6 +142,7 @@ class NbdClient(BlockBackend):
         self.timeout = timeout
         self._name = name
         self._log = SeldomLogger(logger)  # a server may come and go as often as it likes
+        self._attempts = self._log.kind()
         self._wanted_readonly = readonly
         self._task: Task | None = None
 
@@ -342,7 +342,7 @@ class NbdClient(BlockBackend):
                         self._live = await self._connect_all()
                     except (OSError, AiokvmError) as error:
                         self._last_error = error
-                        logger.debug("%s: %s", self._name, error)
+                        self._attempts.debug("%s: %s", self._name, error)
                 self._log.warning("%s: connected again", self._name)
         finally:
             await _close_all(self._live)
@@ -472,8 +472,7 @@ class NbdClient(BlockBackend):
             await _close_all(live)
             raise
         for error in failures[:1]:
-            self._log.log(
-                logging.INFO,
+            self._log.info(
                 "%s: %d connections, not %d: %s",
                 *(self._name, len(live), self.connections, error),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -13,9 +13,9 @@ from aiokvm.virtio.balloon import Balloon
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from logging import LoggerAdapter
 
     from aiokvm.aio import Loop
+    from aiokvm.logs import SeldomLogger
     from aiokvm.memory import GuestMemory
 
 # A guest that has a driver answers in milliseconds.
@@ -31,7 +31,7 @@ class MemoryBalloon:
     """
 
     def __init__(
-        self, memory: GuestMemory, name: str, logger: LoggerAdapter[Any], loop: Loop | None = None
+        self, memory: GuestMemory, name: str, logger: SeldomLogger, loop: Loop | None = None
     ) -> None:
         self._owner = loop
         self.device = Balloon(memory, self._release, on_actual=self._on_actual, on_stats=self._on_stats)

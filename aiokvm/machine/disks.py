@@ -11,7 +11,6 @@ from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked_init
 from aiokvm.block import BlockBackend, Raw
 from aiokvm.errors import ConfigError, StateError
-from aiokvm.logs import SeldomLogger
 from aiokvm.machine import events
 from aiokvm.machine.disk_core import CoreData
 from aiokvm.machine.disk_loop import LoopData
@@ -28,11 +27,10 @@ from aiokvm.virtio.blk import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from contextlib import AsyncExitStack
-    from logging import LoggerAdapter
-    from typing import Any
 
     from aiokvm.aio import Loop, Task
     from aiokvm.block import Limit
+    from aiokvm.logs import SeldomLogger
 
 _OPERATIONS = {
     VIRTIO_BLK_T_IN: "read",
@@ -158,14 +156,14 @@ class Disks:
         loop: Loop,
         machine: str,
         hub: events.EventHub,
-        logger: LoggerAdapter[Any],
+        logger: SeldomLogger,
         pause: Callable[[], Awaitable[None]],
     ) -> None:
         self._loop = loop
         self._machine = machine
         self._hub = hub
         self._logger = logger
-        self._failures = SeldomLogger(logger)
+        self._failures = logger.kind()
         self._pausing: Task | None = None
         self._pause_machine = pause
         self.all: tuple[VmDisk, ...] = ()
@@ -190,7 +188,7 @@ class Disks:
         undo.push_async_callback(self._close, disk)
         self.all += (disk,)
         how = f": {disk._data.refused}, so not by io_uring" if disk._data.refused else ""
-        self._logger.info("%s: %r by %s%s", disk.name, backend, disk.engine, how)
+        self._logger.always.info("%s: %r by %s%s", disk.name, backend, disk.engine, how)
 
     def _make(self, name: str, config: Disk) -> VmDisk:
         backend = config.backend

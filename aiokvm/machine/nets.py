@@ -15,10 +15,9 @@ from aiokvm.virtio.net import NetLayout, VirtioNet
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AsyncExitStack
-    from logging import LoggerAdapter
-    from typing import Any
 
     from aiokvm.aio import Handle, Loop
+    from aiokvm.logs import SeldomLogger
     from aiokvm.net.plane import NetStats
 
 # When a guest is asked again to tell a new network where it is; QEMU does it about so.
@@ -178,7 +177,7 @@ class VmNic:
         if backend is not self.backend or self.lost is not None or self._nets.ended:
             return
         self.lost = why
-        self._nets.logger.warning("%s: %r is lost: %s", self.name, backend, why)
+        self._nets.lost.warning("%s: %r is lost: %s", self.name, backend, why)
         self._nets.hub.emit(events.NicLost(self._nets.machine, self.name, why))
         self._follow()
 
@@ -186,11 +185,12 @@ class VmNic:
 class Nets:
     """All of one machine."""
 
-    def __init__(self, loop: Loop, machine: str, hub: events.EventHub, logger: LoggerAdapter[Any]) -> None:
+    def __init__(self, loop: Loop, machine: str, hub: events.EventHub, logger: SeldomLogger) -> None:
         self.loop = loop
         self.machine = machine
         self.hub = hub
         self.logger = logger
+        self.lost = logger.kind()
         self.ended = False
         self.all: tuple[VmNic, ...] = ()
 
@@ -207,7 +207,7 @@ class Nets:
             await nic.open()
             self.all += (nic,)
             nic._follow()
-            self.logger.info("%s: %r, %s", nic.name, nic.backend, nic.mac)
+            self.logger.always.info("%s: %r, %s", nic.name, nic.backend, nic.mac)
 
     def stop(self) -> None:
         """The machine has ended. Idempotent."""

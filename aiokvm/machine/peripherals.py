@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from logging import LoggerAdapter
 
     from aiokvm.aio import Loop
+    from aiokvm.logs import SeldomLogger
     from aiokvm.machine.balloon import MemoryBalloon
     from aiokvm.machine.config import Config
     from aiokvm.machine.ports import Consoles
@@ -32,7 +32,7 @@ def count(config: Config) -> int:
 class Peripherals:
     """Those of one machine; ``devices`` has them as they are to be attached. Raises ConfigError."""
 
-    def __init__(self, loop: Loop, config: Config, memory: GuestMemory, logger: LoggerAdapter[Any]) -> None:
+    def __init__(self, loop: Loop, config: Config, memory: GuestMemory, logger: SeldomLogger) -> None:
         self.console: Consoles | None = None
         self.balloon: MemoryBalloon | None = None
         self.devices: list[VirtioDevice] = []

@@ -12,14 +12,13 @@ from aiokvm.kvm.constants import (
     KVM_SYSTEM_EVENT_SHUTDOWN,
 )
 from aiokvm.machine.events import Exit, ExitReason
-from aiokvm.machine.failures import is_logged
 from aiokvm.machine.postmortem import describe, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from logging import Logger, LoggerAdapter
 
     from aiokvm import kvm
+    from aiokvm.logs import SeldomLogger
     from aiokvm.machine.hardware import Hardware
 
 # Where a PC begins, and where a guest's INIT to its boot processor leads: there is no firmware.
@@ -37,18 +36,17 @@ class Power:
         self,
         machine: str,
         hardware: Hardware,
-        logger: LoggerAdapter[Logger],
+        logger: SeldomLogger,
         end: Callable[[Exit], None],
         reboot: Callable[[str], None] | None,
     ) -> None:
         self._machine = machine
         self._hardware = hardware
-        self._logger = logger
+        self._logger = logger.kind()
         self._end = end
         self._reboot = reboot
         self.is_rebooting = False
         """Whether the guest has reset the machine, which has not begun anew yet."""
-        self._faults = 0
 
     def rebooted(self) -> None:
         """The machine has begun anew."""
@@ -90,9 +88,7 @@ class Power:
             self._on_system_event(f"{who}: ", vcpu)
         elif reason == KvmExit.KVM_EXIT_SHUTDOWN:
             detail = describe(f"{who}: triple fault", vcpu, self._hardware.memory)
-            self._faults += 1
-            if is_logged(self._faults):
-                self._logger.error("%s: %s", self._machine, detail)
+            self._logger.error("%s: %s", self._machine, detail)
             self.on_reset_request(detail)
         elif reason == KvmExit.KVM_EXIT_INTERNAL_ERROR and _is_at_reset_vector(vcpu):
             # KVM cannot fetch an instruction where no memory is.

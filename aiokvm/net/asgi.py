@@ -63,8 +63,8 @@ class Asgi:
             raise ConfigError("ASGI applications need the package h11: pip install 'aiokvm[asgi]'") from None
         self.app = app
         self._h11 = h11
-        self._lifespan = _Lifespan(app) if lifespan else None
         self._log = SeldomLogger(logger)
+        self._lifespan = _Lifespan(app, self._log.kind()) if lifespan else None
         self._users = 0
         self._changing: anyio.Lock | None = None
 
@@ -97,7 +97,8 @@ class Asgi:
 class _Lifespan:
     """Lifespan protocol 2.0: the application runs once, besides its requests."""
 
-    def __init__(self, app: Application) -> None:
+    def __init__(self, app: Application, log: SeldomLogger) -> None:
+        self._log = log
         self.state: dict[str, Any] = {}
         self._app = app
         self._task: Task | None = None
@@ -132,7 +133,7 @@ class _Lifespan:
             with anyio.move_on_after(LIFESPAN_TIMEOUT_S) as scope:
                 await self._ended.wait()
             if scope.cancelled_caught:
-                logger.warning("an ASGI application did not end its lifespan")
+                self._log.warning("an ASGI application did not end its lifespan")
         finally:
             self._task.cancel()
             self._task = None
@@ -144,9 +145,9 @@ class _Lifespan:
         except Exception as error:
             # One that does not know the protocol raises; the specification says to go on without it.
             if self._started.is_set():
-                logger.exception("exception in the lifespan of an ASGI application")
+                self._log.exception("exception in the lifespan of an ASGI application")
             else:
-                logger.debug("an ASGI application has no lifespan: %r", error)
+                self._log.debug("an ASGI application has no lifespan: %r", error)
         finally:
             self._started.set()
             self._ended.set()
@@ -163,7 +164,7 @@ class _Lifespan:
         if kind == "lifespan.startup.failed":
             self._failures.append(message.get("message", ""))
         elif kind == "lifespan.shutdown.failed":
-            logger.warning("an ASGI application did not end well: %s", message.get("message", ""))
+            self._log.warning("an ASGI application did not end well: %s", message.get("message", ""))
         if kind.startswith("lifespan.startup"):
             self._started.set()
         else:

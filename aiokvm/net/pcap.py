@@ -15,6 +15,7 @@ from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
+from aiokvm.logs import SeldomLogger
 from aiokvm.proto import pcapng
 from aiokvm.text import get_logger
 
@@ -197,6 +198,7 @@ class _Section:
         self.captures: list[Capture] = []
         self.recorded_bytes = 0
         self._pcap = pcap
+        self._log = SeldomLogger(logger)
         self._sink = sink
         self._data = ffi.new("uint8_t **")
         self._count = 0
@@ -262,7 +264,7 @@ class _Section:
                 await self._write_once()
         except Exception as error:
             self._pcap.error = error
-            logger.error("the capture to %s ends here, it cannot be written: %s", self._sink.name, error)
+            self._log.error("the capture to %s ends here, it cannot be written: %s", self._sink.name, error)
         finally:
             lib.aiokvm_net_recording_end(self.core)
             self._ended = True

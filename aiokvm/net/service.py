@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable
@@ -16,7 +15,6 @@ from anyio.abc import ByteStream, SocketAttribute
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
 from aiokvm.budget import Descriptors
-from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from aiokvm.aio import Loop, Task
     from aiokvm.logs import SeldomLogger
     from aiokvm.net.plane import End
-
-logger = get_logger("aiokvm.net")
 
 # Handlers of one service that run at a time; more connections wait, and more than that are closed.
 MAX_RUNNING = 256
@@ -248,7 +244,7 @@ class Service:
             try:
                 await self.handler(connection)
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                self._log.log(logging.DEBUG, "%s: the guest has gone: %r", name, error)
+                self._log.debug("%s: the guest has gone: %r", name, error)
             except Exception:
                 connection.abort()
                 self._log.exception("exception in the handler of %s", name)
@@ -276,4 +272,4 @@ class Service:
         for connection in running:
             connection.abort()
         if scope.cancelled_caught:
-            logger.warning("handlers of service %s:%d did not end when they were cancelled", *self.address)
+            self._log.warning("handlers of service %s:%d did not end when they were cancelled", *self.address)

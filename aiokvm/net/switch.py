@@ -11,6 +11,7 @@ from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError, StateError
+from aiokvm.logs import SeldomLogger
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.plane import Plane, check_dataplane, make_plane
 from aiokvm.text import get_logger
@@ -166,6 +167,7 @@ class Switch:
         self.dataplane = dataplane
         self._ageing_ns = int(ageing * 1e9)
         self._beside = beside
+        self._log = SeldomLogger(logger)
         self._children: list[Switch] = []
         self._plane: Plane | None = None
         self._core: Pointer = ffi.NULL
@@ -292,7 +294,7 @@ class Switch:
         on_lost: Callable[[SwitchPort, str], None] | None,
     ) -> None:
         def lose(why: str) -> None:
-            logger.warning("%r: nothing comes from %r any more: %s", self, backend, why)
+            self._log.warning("%r: nothing comes from %r any more: %s", self, backend, why)
             port._lose(why)
 
         report = (lambda why: on_lost(port, why)) if on_lost else (lambda _: None)

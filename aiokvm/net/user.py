@@ -237,7 +237,7 @@ class User(NetBackend):
             if status and made == (status.st_dev, status.st_ino):
                 os.unlink(path)
         except OSError as error:
-            logger.debug("%s: the socket is not removed: %s", path, error)
+            self._log.debug("%s: the socket is not removed: %s", path, error)
 
     # ---- services
 

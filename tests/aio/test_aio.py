@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import anyio
 import anyio.lowlevel
@@ -12,6 +12,7 @@ import anyio.to_thread
 import pytest
 
 from aiokvm.aio import current_loop
+from aiokvm.logs import BURST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -231,3 +232,45 @@ async def test_uncancelled_hands_on_results_and_exceptions() -> None:
     assert await loop.uncancelled(good) == 7
     with pytest.raises(ValueError, match="bad work"):
         await loop.uncancelled(bad)
+
+
+@pytest.mark.parametrize("how", ["watch", "call_soon", "call_soon_threadsafe", "call_at", "spawn"])
+async def test_what_raises_again_and_again_is_logged_ever_so_seldom(
+    how: str, eventfd: int, caplog: pytest.LogCaptureFixture, fresh_log: None
+) -> None:
+    loop, count, done = current_loop(), 0, anyio.Event()
+
+    def bad() -> NoReturn:
+        nonlocal count
+        count += 1
+        if count == 100:
+            watch.cancel()
+            done.set()
+        elif how != "watch":
+            again()
+        raise ValueError("bad callback")
+
+    async def bad_task() -> NoReturn:
+        bad()
+
+    def again() -> None:
+        if how == "spawn":
+            loop.spawn(bad_task, "bad task")
+        elif how == "call_at":
+            loop.call_at(loop.now_ns(), bad)
+        else:
+            getattr(loop, how)(bad)
+
+    watch = loop.watch(eventfd, bad)
+    if how == "watch":
+        os.eventfd_write(eventfd, 1)
+    else:
+        again()
+    with anyio.fail_after(60):
+        await done.wait()
+    await loop.turn()
+    assert BURST <= len(caplog.records) < 30
+    record = caplog.records[0]
+    assert record.name == "aiokvm.aio"
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "bad callback"

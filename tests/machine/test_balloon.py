@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from aiokvm.errors import ConfigError, StateError
+from aiokvm.logs import SeldomLogger
 from aiokvm.machine import balloon as module
 from aiokvm.machine.balloon import MemoryBalloon
 from aiokvm.memory import GuestMemory
@@ -29,7 +30,7 @@ ACTUAL = 4
 
 class Rig:
     def __init__(self, memory: GuestMemory) -> None:
-        logger = logging.LoggerAdapter(logging.getLogger("aiokvm.test"))
+        logger = SeldomLogger(logging.getLogger("aiokvm.test"))
         self.memory = memory
         self.balloon = MemoryBalloon(memory, "vm-1", logger)
         self.guest = DeviceGuest(self.balloon.device, memory=memory)

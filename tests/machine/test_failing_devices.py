@@ -318,14 +318,14 @@ async def test_the_log_of_a_guest_that_makes_a_device_fail_is_bounded(
         await vm.start()
         assert await vm.wait() == DONE
         assert vm.stats().device_errors == device.calls == 3000
-        # The first ten, and 16, 32, ... 2048.
-        assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 18
+        # Ten, and one for each second that this took.
+        assert 10 <= len([record for record in caplog.records if record.levelno == logging.ERROR]) < 100
         # A subscriber that does not look keeps the newest.
         assert len([event async for event in events]) == BACKLOG
 
 
 async def test_a_device_that_was_detached_and_fails_is_logged(
-    guest: Guest, caplog: pytest.LogCaptureFixture
+    guest: Guest, caplog: pytest.LogCaptureFixture, fresh_log: None
 ) -> None:
     began = anyio.Event()
 

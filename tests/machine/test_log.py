@@ -11,6 +11,7 @@ import pytest
 
 import aiokvm
 from aiokvm import Device
+from aiokvm.logs import BURST
 from aiokvm.machine.log import machine_logger
 
 if TYPE_CHECKING:
@@ -101,5 +102,5 @@ async def test_a_guest_cannot_flood_the_log(
         await vm.start()
         await vm.wait()
     told = [record for record in caplog.records if "nothing is there" in record.getMessage()]
-    # The first ten, and 16, 32, 64, 128 and 256.
-    assert len(told) == 15
+    # A second may have passed, or a few.
+    assert BURST <= len(told) < 30
