@@ -34,12 +34,17 @@ class MachineCollector(Collector):
         self._machines: dict[VM, int] = {}
 
     def add(self, vm: VM) -> None:
-        """Show this machine, too, from now on. ConfigError if another of its name is shown already."""
+        """Show this machine, too, from now on, on its loop's thread. ConfigError if another has its name.
+
+        Raises StateError on any other thread.
+        """
         self._forget_closed()
         if any(other.name == vm.name and other is not vm for other in self._machines):
             raise ConfigError(
                 f"a machine named {vm.name} is shown already: give it another name, which tells figures apart"
             )
+        if vm.state is not VmState.CLOSED:
+            vm.stats()  # it says no on any other thread
         self._machines[vm] = threading.get_ident()
 
     def remove(self, vm: VM) -> None:
@@ -54,7 +59,7 @@ class MachineCollector(Collector):
         """All figures as they are now."""
         self._forget_closed()
         families = _Families()
-        for vm, thread in self._machines.items():
+        for vm, thread in tuple(self._machines.items()):
             if thread != threading.get_ident():
                 raise StateError(
                     f"the figures of machine {vm.name} belong to its event loop's thread: collect there, "
@@ -64,7 +69,7 @@ class MachineCollector(Collector):
         return families.all
 
     def _forget_closed(self) -> None:
-        for vm in [vm for vm in self._machines if vm.state is VmState.CLOSED]:
+        for vm in [vm for vm in tuple(self._machines) if vm.state is VmState.CLOSED]:
             del self._machines[vm]
 
 

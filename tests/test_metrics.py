@@ -112,6 +112,16 @@ async def test_another_thread_may_not_collect() -> None:
             await to_thread.run_sync(lambda: list(collector.collect()))
 
 
+async def test_a_machine_is_added_on_its_own_thread() -> None:
+    collector = MachineCollector()
+    async with await machine("one") as vm:
+        with pytest.raises(StateError, match="another event loop"):
+            await to_thread.run_sync(collector.add, vm)
+        assert not any(family.samples for family in collector.collect())
+        collector.add(vm)
+        assert any(family.samples for family in collector.collect())
+
+
 def families() -> list[Any]:
     return list(MachineCollector().describe())
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=type)
 
-# Beside what has a public name: how one is entered, and what iterates over it.
-_ENTERED = ("__aenter__", "__anext__")
+# Beside what has a public name: how one is entered or called, and what iterates over it.
+_ENTERED = ("__aenter__", "__anext__", "__call__")
 
 
 def owned(cls: C) -> C:
@@ -48,7 +48,13 @@ def is_guarded(member: object) -> bool:
 def check_loop(owner: Any) -> None:
     """Raise StateError unless the caller is where the owner belongs."""
     loop: Loop | None = owner._owner
-    if loop is None or loop.is_here():
+    if loop is not None:
+        check_here(loop, owner)
+
+
+def check_here(loop: Loop, owner: object) -> None:
+    """The same for one that belongs to several loops, of which this is meant."""
+    if loop.is_here():
         return
     if loop.pid != os.getpid():
         raise StateError(f"{owner!r} belongs to the process that created it: a fork does not inherit it")

@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from aiokvm.aio.owner import owned
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
+
+    from typing_extensions import Buffer
 
     from aiokvm.aio import Loop
     from aiokvm.virtio.queue import Chain, Virtqueue
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 SLICE_NS = 300_000
 
 
+@owned
 class RequestQueue:
     """See `aiokvm.virtio.device.VirtioQueue`; `interrupt` is called when the driver wants to be told.
 
@@ -25,7 +30,7 @@ class RequestQueue:
 
     def __init__(self, loop: Loop, queue: Virtqueue, index: int, interrupt: Callable[[], None]) -> None:
         self.index = index
-        self._loop = loop
+        self._loop = self._owner = loop
         self._queue = queue
         self._interrupt = interrupt
         self._news = anyio.Event()
@@ -48,7 +53,7 @@ class RequestQueue:
             chain = self._queue.pop()
             if chain is not None:
                 self._queue.disable_notify()
-                return Request(chain, self._on_push)
+                return Request(self._loop, chain, self._on_push)
             if not self._queue.enable_notify():
                 await self._news.wait()
                 self._turn_ns = self._loop.now_ns()
@@ -59,16 +64,22 @@ class RequestQueue:
             self._interrupt()
 
 
+@owned
 class Request:
     """See `aiokvm.virtio.device.VirtioRequest`."""
 
-    def __init__(self, chain: Chain, on_push: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, chain: Chain, on_push: Callable[[], None]) -> None:
+        self._owner = loop
         self._chain = chain
         self._on_push = on_push
         self.readable_bytes = chain.readable_bytes
         self.writable_bytes = chain.writable_bytes
-        self.read = chain.read
-        self.write = chain.write
+
+    def read(self, n: int = -1) -> bytes:
+        return self._chain.read(n)
+
+    def write(self, data: Buffer) -> int:
+        return self._chain.write(data)
 
     def push(self, written: int | None = None) -> None:
         if not self._chain.void:

@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import anyio
 import anyio.lowlevel
 
+from aiokvm.aio.owner import owned
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
 from aiokvm.text import get_logger
@@ -46,6 +47,7 @@ SKIP_TIMEOUT_S = 5.0
 _PIECES = 32
 
 
+@owned
 class Asgi:
     """What makes a handler of an ASGI application: ``services={("10.0.2.100", 80): net.Asgi(app)}``.
 
@@ -53,7 +55,8 @@ class Asgi:
     when the first network that it serves is opened and the last one closed, if it wants to know. False for
     one that another server runs as well.
 
-    Raises ConfigError if the package h11 is not installed.
+    Guests of one loop may share it; on another, StateError is raised while there are any. Raises ConfigError
+    if the package h11 is not installed.
     """
 
     def __init__(self, app: Application, *, lifespan: bool = True) -> None:
@@ -66,21 +69,33 @@ class Asgi:
         self._log = SeldomLogger(logger)
         self._lifespan = _Lifespan(app, self._log.kind()) if lifespan else None
         self._users = 0
+        self._owner: Loop | None = None
         self._changing: anyio.Lock | None = None
 
     async def start(self, loop: Loop) -> None:
         """One who serves it more. Raises AiokvmError if the application cannot start."""
+        if self._owner is None:
+            self._owner, self._changing = loop, None
         async with self._lock():
-            if self._users == 0 and self._lifespan:
-                await self._lifespan.start(loop)
-            self._users += 1
+            self._owner = loop
+            try:
+                if self._users == 0 and self._lifespan:
+                    await self._lifespan.start(loop)
+                self._users += 1
+            finally:
+                if self._users == 0:
+                    self._owner = None
 
     async def stop(self) -> None:
         """One less."""
         async with self._lock():
             self._users -= 1
-            if self._users == 0 and self._lifespan:
-                await self._lifespan.stop()
+            try:
+                if self._users == 0 and self._lifespan:
+                    await self._lifespan.stop()
+            finally:
+                if self._users == 0:
+                    self._owner = None
 
     def _lock(self) -> anyio.Lock:
         # Of the loop that it is used on; it may be made where there is none.

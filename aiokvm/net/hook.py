@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from aiokvm._core import ffi, lib
+from aiokvm.aio.owner import check_here
 from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from aiokvm._core import Pointer
-    from aiokvm.aio import Task
+    from aiokvm.aio import Loop, Task
     from aiokvm.net.filter import Direction
     from aiokvm.net.plane import End
 
@@ -85,8 +86,11 @@ class Hook:
         self._filters: set[Filter] = set()
 
     def forget(self) -> None:
-        """Ask about all flows again, wherever it is in use."""
-        for one in tuple(self._filters):
+        """Ask about all flows again, wherever it is in use. Raises StateError if that is on another loop."""
+        filters = tuple(self._filters)
+        for one in filters:
+            check_here(one.loop, self)
+        for one in filters:
             one.forget(self)
 
 
@@ -109,6 +113,11 @@ class Filter:
         self._log = SeldomLogger(logger)
         self._adopt(items)
         end.subscribe(lib.AIOKVM_NET_NEWS_FLOW, self._on_flows)
+
+    @property
+    def loop(self) -> Loop:
+        """Where it is in use."""
+        return self._end.plane.loop
 
     @property
     def _live(self) -> Pointer | None:
@@ -167,7 +176,7 @@ class Filter:
             self._ask()
             if time.monotonic_ns() >= until_ns:
                 self._scheduled = True
-                self._end.plane.loop.call_soon(self._go_on)
+                self.loop.call_soon(self._go_on)
                 return
 
     def _go_on(self) -> None:
@@ -215,7 +224,7 @@ class Filter:
                 self._decide(number, allowed)
 
         self._answers[number] = answer
-        self._tasks[number] = self._end.plane.loop.spawn(wait, f"aiokvm hook {_text(flow)}")
+        self._tasks[number] = self.loop.spawn(wait, f"aiokvm hook {_text(flow)}")
 
     def _failed(self, flow: Flow) -> None:
         self._log.exception("decide has failed, so it does not pass: %s", _text(flow))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from aiokvm._core import Pointer
+    from aiokvm.aio import Loop
     from aiokvm.net.backend import Policy
     from aiokvm.net.plane import End, Plane
 
@@ -145,10 +146,15 @@ class Batch(Sequence[memoryview]):
         return Batch(self._view, self._ends[begin : stop + 1], headers)
 
 
+@owned
 class _Batches:
     def __init__(self, port: Port, most: int) -> None:
         self._port = port
         self._most = most
+
+    @property
+    def _owner(self) -> Loop | None:
+        return self._port._owner
 
     def __aiter__(self) -> _Batches:
         return self

@@ -12,7 +12,9 @@ import pytest
 
 import aiokvm
 from aiokvm import VM, Device, StateError, VirtioDevice, block, boot, net
+from aiokvm.aio import current_loop
 from aiokvm.aio.owner import is_guarded
+from aiokvm.machine.virtio_queue import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,10 +35,10 @@ FREE = {
         "RngConfig",
     ),
     *("VirtioDevice", "VirtioQueue", "VirtioRequest", "Irq"),
-    *("Nic", "Hook", "Rule", "Frame", "Batch", "Flow", "Forward", "Asgi"),
+    *("Nic", "Rule", "Frame", "Batch", "Flow", "Forward"),
 }
-# Methods that are for any place: they only describe.
-FREE_METHODS = {"VM.create", "Device.at"}
+# Methods that are for any place, for they only describe; and one that looks at several owners by itself.
+FREE_METHODS = {"VM.create", "Device.at", "Hook.forget"}
 
 
 def classes() -> Iterator[type]:
@@ -164,3 +166,95 @@ async def test_a_coroutine_that_was_made_elsewhere_runs_on_its_loop() -> None:
         thread.start()
         await anyio.to_thread.run_sync(thread.join)
         assert await made[0] == vm.exit
+
+
+async def refuse(what: Callable[[], Any]) -> None:
+    async def use() -> None:
+        done = what()
+        if hasattr(done, "__await__"):
+            await done
+
+    with pytest.raises(StateError, match="belongs to another event loop"):
+        await use()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("where", ["asyncio", "trio", "thread"])
+async def test_what_a_network_is_given_is_for_its_loop(where: str) -> None:
+    """Hooks, applications and iterators of a port: while they are in use, and for all later."""
+    hook, asked = net.Hook(lambda _flow: True), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["type"])
+        raise ValueError(scope["type"])
+
+    application = net.Asgi(app)
+    port = net.Port(filters=[hook])
+    user = net.User(services={("10.0.2.100", 80): application})
+    async with net.Switch() as switch:
+        await switch.connect(port)
+        await switch.connect(user)
+        batches = port.batches()
+        forbidden: list[Callable[[], Any]] = [
+            hook.forget,
+            lambda: application.start(current_loop()),
+            application.stop,
+            lambda: application(None),  # type: ignore[arg-type]
+            batches.__anext__,
+        ]
+
+        async def check() -> None:
+            for what in forbidden:
+                await refuse(what)
+
+        if where == "thread":
+            # Who has no loop has none to give.
+            del forbidden[1]
+            await anyio.to_thread.run_sync(in_thread, check)
+        else:
+            await anyio.to_thread.run_sync(lambda: anyio.run(check, backend=where))
+        hook.forget()
+    hook.forget()
+    assert asked == ["lifespan"]
+    await anyio.to_thread.run_sync(hook.forget)
+
+    async def use_elsewhere() -> None:
+        await application.start(current_loop())
+        await application.stop()
+
+    await anyio.to_thread.run_sync(lambda: anyio.run(use_elsewhere, backend="trio"))
+    assert asked == ["lifespan", "lifespan"]
+
+
+class FakeChain:
+    readable_bytes = writable_bytes = 0
+    void = False
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def read(self, n: int = -1) -> bytes:
+        self.called.append("read")
+        return b""
+
+    def write(self, data: bytes) -> int:
+        self.called.append("write")
+        return 0
+
+    def push(self, written: int | None = None) -> None:
+        self.called.append("push")
+
+
+@pytest.mark.anyio
+async def test_a_request_is_completed_on_its_loop() -> None:
+    chain: Any = FakeChain()
+    request = Request(current_loop(), chain, lambda: None)
+
+    async def elsewhere() -> None:
+        for what in (request.read, lambda: request.write(b""), request.push):
+            await refuse(what)
+
+    await anyio.to_thread.run_sync(in_thread, elsewhere)
+    assert chain.called == []
+    request.push()
+    assert chain.called == ["push"]
