@@ -31,7 +31,8 @@ struct peer {
     struct aiokvm_net_end end;
     uint32_t number;
     bool blocks;
-    uint64_t received;
+    uint32_t blocks_every, asked; /* 0: never */
+    uint64_t received, bytes;
     /* Of one frame, in an allocation of its size. May be NULL. */
     void (*check)(struct peer *peer, const uint8_t *data, uint32_t size);
 };
@@ -42,11 +43,11 @@ static bool peer_serve(struct aiokvm_net_end *end)
     return false;
 }
 
-/* A frame is as promised, and needs nothing that was not asked for. */
+/* A frame is as promised, and needs nothing that was not asked for, but for what is right about it. */
 static enum net_result peer_receive(struct aiokvm_net_end *end, struct net_frame *frame)
 {
     struct peer *peer = (struct peer *)end;
-    if (peer->blocks)
+    if (peer->blocks || (peer->blocks_every && ++peer->asked % peer->blocks_every == 0))
         return NET_BLOCKED;
     REQUIRE(frame->size >= AIOKVM_NET_MIN_FRAME && frame->size <= AIOKVM_NET_MAX_FRAME);
     REQUIRE(!(net_frame_needs(frame) & ~end->offloads));
@@ -61,7 +62,13 @@ static enum net_result peer_receive(struct aiokvm_net_end *end, struct net_frame
     if (peer->check)
         peer->check(peer, copy, frame->size);
     free(copy);
+    if (frame->hdr.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM) {
+        struct virtio_net_hdr_v1 hdr = frame->hdr;
+        REQUIRE(net_frame_check(frame));
+        REQUIRE(!memcmp(&hdr, &frame->hdr, sizeof(hdr)));
+    }
     peer->received++;
+    peer->bytes += frame->size;
     return NET_TAKEN;
 }
 

@@ -7,6 +7,7 @@ next search goes on from there.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 TREE = Path(__file__).parents[2]
@@ -28,13 +29,24 @@ def main(name: str, seconds: str) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate((*target.seeds, *found(name))):
         (corpus / f"seed{number}").write_bytes(data)
-    options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=10", "-rss_limit_mb=1024"]
+    options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=60", "-rss_limit_mb=1024"]
     options += [f"-artifact_prefix={corpus.with_suffix('')}.", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: target.check(data, SLOWER * LIMIT_S))
+    worst_s = 0.0
+
+    def run(data: bytes) -> None:
+        nonlocal worst_s
+        took_s = target.check(data, SLOWER * LIMIT_S)
+        if took_s > worst_s:
+            worst_s = took_s
+            print(f"held up: {1e3 * worst_s:.3f} ms", file=sys.stderr)
+
+    atheris.Setup([sys.argv[0], *options, str(corpus)], run)
     atheris.Fuzz()
 
 
 if __name__ == "__main__":
+    if find_spec("atheris") is None:
+        sys.exit("the package atheris is missing: .venv/bin/pip install 'atheris>=3'")
     if sys.argv[1:]:
         main(*sys.argv[1:])
     else:
