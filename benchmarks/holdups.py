@@ -1,13 +1,16 @@
 """What holds the loop longest, case by case: the tests that are hostile, and all others on a loop.
 
-Every test on a loop runs under a measure of the CPU time that each step of the loop takes (tests/holdups.py).
-This runs them and shows the worst step of each, on each event loop: 5 ms are wanted, 50 ms fail.
+Every test on a loop runs under a measure of the CPU time that each step of the loop takes (tests/holdups.py),
+and those of the core under one of each call (tests/core/holdups.h). This runs them and shows the worst step
+of each, on each event loop: 5 ms are wanted, 50 ms fail.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+CORE = "tests/core"
 LOOPS = ("asyncio", "uvloop", "trio")
 # On one line each: what stays below is not shown.
 SHOWN_MS = 1.0
@@ -29,6 +33,22 @@ def measure(arguments: list[str], file: Path) -> int:
     # -P: what is installed is measured, not the source tree that this stands in.
     argv = ["-P", "-m", "pytest", "-q", "--holdups", str(file), "-m", "not linux and not lab", *arguments]
     return subprocess.run([sys.executable, *argv], cwd=HERE.parent, check=False).returncode
+
+
+def measure_core(file: Path) -> int:
+    """The same for the core, as it is installed: without sanitizers."""
+    tree, build = HERE.parent, HERE.parent / "build/core-none"
+    meson, options = Path(sys.executable).with_name("meson"), ["-Dtests=true", "-Dbuildtype=release"]
+    environment = {**os.environ, "PATH": f"{meson.parent}:{os.environ['PATH']}"}
+    if not build.is_dir():
+        subprocess.run([meson, "setup", *options, build], cwd=tree, env=environment, check=True)
+    code = subprocess.run([meson, "test", "-C", build], env=environment, check=False).returncode
+    log = (build / "meson-logs/testlog.txt").read_text(errors="replace")
+    with file.open("a") as lines:
+        for ms, call, test in re.findall(r"^# held up: ([\d.]+) ms in (.*), (\w+)$", log, re.M):
+            name = f"{CORE}::{test} ({call})"
+            lines.write(json.dumps({"test": name, "seconds": float(ms) / 1e3}) + "\n")
+    return code
 
 
 def worst(file: Path) -> dict[str, dict[str, float]]:
@@ -57,7 +77,10 @@ def main(arguments: list[str], shown_ms: float) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "holdups.jsonl"
         file.touch()
-        code = measure(arguments, file)
+        in_python = [argument for argument in arguments if argument.rstrip("/") != CORE]
+        code = measure(in_python, file) if in_python else 0
+        if "tests" in arguments or in_python != arguments:
+            code = measure_core(file) or code
         found = worst(file)
     report(found, shown_ms)
     RESULTS.mkdir(exist_ok=True)
@@ -67,7 +90,7 @@ def main(arguments: list[str], shown_ms: float) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("tests", nargs="*", help="of pytest; all if there are none", default=["tests"])
+    parser.add_argument("tests", nargs="*", help=f"of pytest, or {CORE}; else all", default=["tests"])
     parser.add_argument("--at-least", type=float, default=SHOWN_MS, metavar="MS", help="what is shown")
     parsed = parser.parse_args()
     sys.exit(main(parsed.tests, parsed.at_least))

@@ -5,6 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "holdups.h"
+
 static struct test *first, **last = &first;
 static struct test *current;
 static int number;
@@ -27,6 +29,12 @@ void check_failed(const char *file, int line, const char *format, ...)
     fflush(stdout);
     /* Other threads may be in the middle of anything: no destructors, no leak check. */
     _exit(1);
+}
+
+void holdups_over(struct holdup holdup)
+{
+    check_failed(__FILE__, __LINE__, "%s held its thread for %.1f ms of CPU time", holdup.function,
+                 (double)holdup.cpu_ns / 1e6);
 }
 
 void check_skip(const char *reason)
@@ -57,7 +65,11 @@ int main(int argc, char **argv)
             continue;
         number++;
         skipped = NULL;
+        holdups_take();
         current->run();
+        struct holdup worst = holdups_take();
+        if (worst.function)
+            printf("# held up: %.3f ms in %s, %s\n", (double)worst.cpu_ns / 1e6, worst.function, current->name);
         printf("ok %d - %s%s%s\n", number, current->name, skipped ? " # SKIP " : "", skipped ? skipped : "");
         fflush(stdout);
     }
