@@ -73,10 +73,10 @@ class KvmError(AiokvmError, OSError):
 
 
 class NbdError(AiokvmError, OSError):
-    """An NBD server refused an export, cannot be used, or broke the protocol; its connection is closed.
+    """An NBD server cannot be reached or used, refused an export, or broke the protocol: it is not connected.
 
-    ``errno`` is EPROTO for what no server may do or this client does not speak, else what the server's
-    refusal means.
+    ``errno`` is EPROTO for what no server may do or this client does not speak, else what the host says, or
+    the server's refusal means.
     """
 
 

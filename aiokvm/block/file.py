@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,9 +14,10 @@ from anyio import to_thread
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
 from aiokvm.block.backend import ZEROES_BYTES
+from aiokvm.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiokvm.block.backend import Data
 
@@ -91,6 +93,25 @@ class File:
     async def close(self) -> None:
         """Closes the descriptor."""
         await in_thread(partial(os.close, self._fd), self._limiter)
+
+
+@contextmanager
+def opening(what: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong is an ImageError that names the file; the errno is that of the OSError behind it."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{os.fspath(what)}: {error.args[0]}") from error.__cause__
+    except OSError as error:
+        raise ImageError(f"{os.fspath(what)}: {error.strerror or error}") from error
+
+
+def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
+    """A descriptor of what a disk is made of; OSError, or ImageError for what no file is named. Blocks."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    except ValueError as error:  # a zero byte, or characters that names have none of here
+        raise ImageError(f"no file has such a name: {error}") from error
 
 
 def read_at(fd: int, offset: int, length: int) -> bytes | bytearray:

@@ -17,7 +17,7 @@ from aiokvm import process
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
-from aiokvm.block.file import in_thread
+from aiokvm.block.file import in_thread, open_file, opening
 from aiokvm.block.nbd_client import CONNECTIONS_MAX, NbdClient
 from aiokvm.errors import ConfigError, ImageError
 from aiokvm.process import Folder
@@ -52,8 +52,8 @@ class Image(NbdClient):
     backing files of qcow2: each a regular file on this host, named with its format in the image. Anything
     else that names files is refused: a VMDK of several files or with a parent, a qcow2 with external data.
 
-    ``open`` raises ImageError for what is no such image, is damaged or not allowed, and if qemu-nbd is
-    missing; OSError if the file cannot be read.
+    ``open`` raises ImageError for what is no such image, is damaged or not allowed, if the file is not there
+    or cannot be read, and if qemu-nbd is missing.
     """
 
     @checked
@@ -164,13 +164,11 @@ class Image(NbdClient):
 
     def _options(self) -> dict[str, Any]:
         """What qemu-nbd is told about the image and all that it is made of."""
-        try:
+        with opening(self.path):
             return self._node(self.path.absolute(), self.format, not self._wanted_readonly, 0)
-        except ImageError as error:
-            raise ImageError(f"{self.path}: {error}") from None
 
     def _node(self, path: Path, wanted: str | None, writes: bool, depth: int) -> dict[str, Any]:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_file(path, os.O_RDONLY)
         try:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
@@ -221,7 +219,5 @@ class Image(NbdClient):
                 f"the format {header.backing_format!r} of the backing file {name!r} is not known: "
                 "qemu-img rebase -u -F FORMAT writes it into the image"
             )
-        try:
+        with opening(f"backing file {name!r}"):
             return self._node(path.parent / name, header.backing_format, False, depth + 1)
-        except (ImageError, OSError) as error:
-            raise ImageError(f"backing file {name!r}: {error}") from None

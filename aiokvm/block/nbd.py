@@ -24,9 +24,8 @@ class Nbd(NbdClient):
     A server that breaks the protocol loses its connections, and the requests on them fail with `NbdError`.
     What it refuses while a disk is open counts as absence.
 
-    ``size_bytes`` is rounded down to whole blocks. ``open`` raises OSError if the server cannot be reached
-    and NbdError if it refuses, or is to be written and does not know NBD_CMD_FLUSH. ConfigError for what is
-    no such URI.
+    ``size_bytes`` is rounded down to whole blocks. ``open`` raises NbdError if the server cannot be reached,
+    refuses, or is to be written and does not know NBD_CMD_FLUSH. ConfigError for what is no such URI.
     """
 
     @checked

@@ -465,7 +465,7 @@ class NbdClient(BlockBackend):
                         for _ in range(self.connections - 1):
                             tasks.start_soon(connect)
             if scope.cancelled_caught:
-                failures.append(OSError(errno.ETIMEDOUT, f"{self._name} does not answer"))
+                failures.append(NbdError(errno.ETIMEDOUT, f"{self._name} does not answer"))
             if not live:
                 raise failures[0]
         except BaseException:
@@ -498,7 +498,7 @@ class NbdClient(BlockBackend):
             if isinstance(error, _GONE) and not isinstance(error, NbdError):
                 code = getattr(error, "errno", None) or errno.ECONNREFUSED
                 why = str(error) or type(error).__name__
-                raise OSError(code, f"{self._name} cannot be reached: {why}") from error
+                raise NbdError(code, f"{self._name} cannot be reached: {why}") from error
             raise
 
     def _configure(self, raw: socket.socket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +18,7 @@ from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.block.backend import BlockBackend, Data
-from aiokvm.block.file import File, in_thread, read_at, write_at
+from aiokvm.block.file import File, in_thread, open_file, opening, read_at, write_at
 from aiokvm.errors import ConfigError, ImageError
 from aiokvm.proto import overlay as proto
 from aiokvm.proto.overlay import Bitmap, Layout
@@ -88,8 +89,9 @@ class Overlay(BlockBackend):
     is first written; a file that is there keeps its own. An overlay opens and closes its base; it needs to be
     able to write it only for `commit`.
 
-    `open` raises what the base raises, OSError, EBUSY if another has the file open, and ImageError if the
-    file is no overlay, damaged, or one of a base of another size. ConfigError if the arguments make no sense.
+    `open` raises what the base raises, and ImageError if the file cannot be opened or made, another has it
+    open, or it is no overlay, damaged, or one of a base of another size. ConfigError if the arguments make no
+    sense.
     """
 
     @checked
@@ -123,7 +125,8 @@ class Overlay(BlockBackend):
                 raise ImageError(
                     f"clusters are smaller than the base's blocks of {self.base.block_size} bytes"
                 )
-            fd, self._layout, self._bitmap = await in_thread(self._open_file)
+            with opening(self.path or "an overlay in memory"):
+                fd, self._layout, self._bitmap = await in_thread(self._open_file)
         except BaseException:
             await self.base.close()
             raise
@@ -336,15 +339,17 @@ class Overlay(BlockBackend):
         if self.path is None:
             fd = os.memfd_create("aiokvm-overlay", os.MFD_CLOEXEC)
         else:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = open_file(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if self.path is None:
                 os.ftruncate(fd, wanted.file_bytes)
                 return fd, wanted, Bitmap(wanted)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ImageError("no regular file, which an overlay is kept in")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(errno.EBUSY, "another has the overlay open", str(self.path)) from None
+            except BlockingIOError as error:
+                raise ImageError("it is locked: another has the overlay open") from error
             return fd, *self._load(fd, wanted, self.path)
         except BaseException:
             os.close(fd)
@@ -355,24 +360,21 @@ class Overlay(BlockBackend):
         if not length:
             write_at(fd, 0, wanted.pack())
             length = proto.PAGE_BYTES
-        try:
-            layout = proto.unpack(os.pread(fd, proto.PAGE_BYTES, 0))
-            if layout.size_bytes != wanted.size_bytes:
-                raise ImageError(
-                    f"it is the overlay of a disk of {layout.size_bytes} bytes, and its base has "
-                    f"{wanted.size_bytes}"
-                )
-            # Only a file that was being made when its maker was stopped is a header alone.
-            if length == proto.PAGE_BYTES:
-                os.ftruncate(fd, layout.file_bytes)
-                os.fsync(fd)
-                _sync_directory(path.parent)
-            elif length != layout.file_bytes:
-                raise ImageError(f"it has {length} bytes instead of {layout.file_bytes}")
-            bits = read_at(fd, layout.bitmap_offset(layout.bitmap), layout.bitmap_bytes)
-            return layout, Bitmap(layout, bits)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
+        layout = proto.unpack(os.pread(fd, proto.PAGE_BYTES, 0))
+        if layout.size_bytes != wanted.size_bytes:
+            raise ImageError(
+                f"it is the overlay of a disk of {layout.size_bytes} bytes, and its base has "
+                f"{wanted.size_bytes}"
+            )
+        # Only a file that was being made when its maker was stopped is a header alone.
+        if length == proto.PAGE_BYTES:
+            os.ftruncate(fd, layout.file_bytes)
+            os.fsync(fd)
+            _sync_directory(path.parent)
+        elif length != layout.file_bytes:
+            raise ImageError(f"it has {length} bytes instead of {layout.file_bytes}")
+        bits = read_at(fd, layout.bitmap_offset(layout.bitmap), layout.bitmap_bytes)
+        return layout, Bitmap(layout, bits)
 
     async def _flush(self, file: File) -> None:
         bitmap = self._bitmap

@@ -18,6 +18,7 @@ from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.block.backend import BlockBackend
+from aiokvm.block.file import open_file, opening
 from aiokvm.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class Raw(BlockBackend):
     takes no lock is not noticed: what it changes under a disk that is read is read by the guest as it comes.
     ``lock=False`` is for file systems that have none.
 
-    `open` raises ImageError if the file is locked, is of the wrong kind or size, or takes no direct I/O, and
-    OSError as `os.open` does. A write past the end of a file that somebody has made shorter is EIO, and so
+    `open` raises ImageError if the file is not there or may not be opened, is locked, is of the wrong kind or
+    size, or takes no direct I/O. A write past the end of a file that somebody has made shorter is EIO, and so
     is every flush after one that has failed.
     """
 
@@ -104,7 +105,8 @@ class Raw(BlockBackend):
     async def open(self) -> None:
         if self.fd >= 0:
             raise ImageError(f"{self.path} is open already: a disk belongs to one machine at a time")
-        await to_thread.run_sync(self._open)
+        with opening(self.path):
+            await to_thread.run_sync(self._open)
         self._limiter = anyio.CapacityLimiter(self.threads)
         self._owner = current_loop()
 
@@ -179,10 +181,10 @@ class Raw(BlockBackend):
         if self.direct:
             flags |= os.O_DIRECT
         try:
-            fd = os.open(self.path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_file(self.path, flags)
         except OSError as error:
             if self.direct and error.errno == errno.EINVAL:
-                raise ImageError(f"{self.path}: its file system takes no direct I/O") from error
+                raise ImageError("its file system takes no direct I/O") from error
             raise
         try:
             self._look(fd)
@@ -203,7 +205,7 @@ class Raw(BlockBackend):
     def _look(self, fd: int) -> None:
         info = os.fstat(fd)
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
-            raise ImageError(f"{self.path} is neither a file nor a block device")
+            raise ImageError("neither a file nor a block device")
         self._is_file = stat.S_ISREG(info.st_mode)
         block_size, physical = _SECTOR, info.st_blksize
         if not self._is_file:
@@ -217,8 +219,7 @@ class Raw(BlockBackend):
         size = os.lseek(fd, 0, os.SEEK_END)
         if size % self.block_size or not size:
             raise ImageError(
-                f"{self.path} has {size} bytes: a disk is a whole number of blocks of {self.block_size}, "
-                "and at least one"
+                f"it has {size} bytes: a disk is a whole number of blocks of {self.block_size}, one at least"
             )
         self.size_bytes = size
 
@@ -234,7 +235,7 @@ class Raw(BlockBackend):
                             raise
                         continue
                 return align
-        raise ImageError(f"{self.path}: its file system takes no direct I/O of 512 or 4096 bytes")
+        raise ImageError("its file system takes no direct I/O of 512 or 4096 bytes")
 
     def _take_lock(self, fd: int) -> None:
         try:
@@ -246,14 +247,12 @@ class Raw(BlockBackend):
             locked = any(_is_locked(fd, byte) for byte in _READER_REFUSES)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise ImageError(
-                    f"{self.path} cannot be locked: {error.strerror}; lock=False goes without"
-                ) from error
+                raise ImageError(f"it cannot be locked: {error.strerror}; lock=False goes without") from error
             locked = True
         if locked:
             how = "writes" if self.readonly else "uses"
             raise ImageError(
-                f"{self.path} is locked: another machine or program {how} it; a disk may have one writer "
+                f"it is locked: another machine or program {how} it; a disk may have one writer "
                 "or many readers (readonly=True)"
             )
 

@@ -196,7 +196,7 @@ async def test_a_server_that_stays_away_gives_eio_in_time(servers: Any, raises_e
 
 async def test_nobody_listens(tmp_path: Path) -> None:
     for uri in (f"nbd+unix:///?socket={tmp_path}/none", "nbd://127.0.0.1:1/"):
-        with pytest.raises(OSError, match="cannot be reached") as caught:
+        with pytest.raises(NbdError, match="cannot be reached") as caught:
             await Nbd(uri).open()
         assert caught.value.errno in (errno.ENOENT, errno.ECONNREFUSED)
 

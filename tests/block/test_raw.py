@@ -81,8 +81,6 @@ async def test_a_disk_is_opened_once_and_again_after_its_close(image: Path) -> N
 
 
 async def test_what_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        await Raw(tmp_path / "missing").open()
     with pytest.raises(ImageError, match="neither a file nor"):
         await Raw(tmp_path, readonly=True).open()
     with pytest.raises(ImageError, match="neither a file nor"):

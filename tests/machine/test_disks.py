@@ -425,7 +425,7 @@ async def test_options_that_cannot_be(image: Path) -> None:
 
 async def test_nothing_is_left_of_disks_that_cannot_all_be_opened(image: Path, tmp_path: Path) -> None:
     raw = Raw(image)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ImageError, match="No such file"):
         async with rig(raw, Raw(tmp_path / "missing")):
             pass
     assert raw.fd == -1
@@ -547,7 +547,7 @@ async def test_two_machines_cannot_write_one_image(image: Path, guest: Any) -> N
 @pytest.mark.kvm
 async def test_creation_that_fails_leaves_nothing(image: Path, tmp_path: Path, guest: Any) -> None:
     raw = block.Raw(image)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ImageError, match="No such file"):
         async with guest(b"\xf4", disks=[raw, block.Raw(tmp_path / "missing")]):
             pass
     assert raw.fd == -1
