@@ -32,7 +32,7 @@ VIRTIO_BASE = 0xD000_0000
 VIRTIO_SIZE = 0x1000
 SHARED_BASE = VIRTIO_BASE + MAX_VIRTIO * VIRTIO_SIZE
 SHARED_END = 0xF000_0000
-# How long the end waits for what devices have in flight: a slow disk's last writes.
+# How long a reset and the end wait for what devices have in flight: a slow disk's last writes.
 DRAIN_SECONDS = 60.0
 
 _TIMER_GSIS = (0, 2)
@@ -130,13 +130,22 @@ class VirtioDevices:
         for attachment in self._all:
             attachment.start()
 
-    async def reset(self) -> None:
-        """The machine is reset: returns when no device touches a buffer any more."""
-        for attachment in self._all:
-            try:
-                await attachment.system_reset()
-            except Exception as error:
-                self._failures.on_failed(type(attachment.device).__name__, "reset", error)
+    async def reset(self, seconds: float) -> None:
+        """The machine is reset: returns when no device touches a buffer any more.
+
+        Raises DeviceError, with devices that have not been reset, if that takes longer than ``seconds``.
+        """
+        with anyio.move_on_after(seconds):
+            for attachment in self._all:
+                try:
+                    await attachment.system_reset()
+                except Exception as error:
+                    self._failures.on_failed(type(attachment.device).__name__, "reset", error)
+            return
+        raise DeviceError(
+            f"{type(attachment.device).__name__} at {attachment.base:#x} still has in flight what it had "
+            f"{seconds:g} s before, when it was reset"
+        )
 
     def stop(self) -> None:
         """The machine has ended. Idempotent."""

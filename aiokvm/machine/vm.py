@@ -458,7 +458,9 @@ class VM:
 
         What is booted is read again. RAM that it does not cover keeps its content, as on a PC. Raises
         BootError, ConfigError, and StateError if the machine has not started or ends meanwhile. A reset that
-        is cancelled has happened wholly or not at all.
+        is cancelled has happened wholly or not at all. If a virtio device's I/O does not come to an end, as
+        that of a disk that is stuck in the kernel, the machine ends after
+        `aiokvm.machine.virtio.DRAIN_SECONDS` with ERROR, and DeviceError is raised.
         """
         await self._reset_by("", power_cycle=False)
 
@@ -592,7 +594,7 @@ class VM:
     ) -> None:
         try:
             # First: it ends what still writes to the guest's memory.
-            await self._virtio.reset()
+            await self._virtio.reset(DRAIN_SECONDS)
             kept = await to_thread.run_sync(self._hardware.reset, zero)
             self._platform.reset()
             self._peripherals.reset()

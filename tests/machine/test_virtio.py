@@ -275,6 +275,51 @@ async def test_what_is_never_drained_holds_the_end_up_for_a_bounded_time(
 
 
 @pytest.mark.kvm
+async def test_a_reset_waits_for_what_is_never_drained_for_a_bounded_time(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    device, other = Counter(), Counter()
+    drained = anyio.Event()
+    async with guest(b"\xf4\xeb\xfd", virtio=[other, device]) as vm:
+        device.drain = drained.wait
+        with anyio.fail_after(30), pytest.raises(DeviceError, match=r"Counter at 0xd0001000 .* 0\.05 s"):
+            await vm.reset()
+        ended = await vm.wait()
+        assert ended.reason is ExitReason.ERROR
+        assert "still has in flight" in ended.detail
+    assert vm.state is VmState.CLOSED
+    assert device.closed == 0
+    drained.set()
+    await until(lambda: device.closed)
+
+
+@pytest.mark.kvm
+async def test_closing_goes_on_when_a_reset_under_way_gives_up(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    device = Counter()
+    waited_for = anyio.Event()
+
+    async def drain() -> None:
+        waited_for.set()
+        await anyio.sleep_forever()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks, guest(b"\xf4\xeb\xfd", virtio=[device]) as vm:
+            device.drain = drain
+
+            async def reset() -> None:
+                with pytest.raises(DeviceError):
+                    await vm.reset()
+
+            tasks.start_soon(reset)
+            await waited_for.wait()
+    assert vm.state is VmState.CLOSED
+
+
+@pytest.mark.kvm
 async def test_a_reset_cancels_handlers_and_drops_their_requests(guest: Guest) -> None:
     class Slow(VirtioDevice):
         device_id = 42
