@@ -61,6 +61,8 @@ __attribute__((constructor)) static void watch_forks(void)
 /* What there is in all. What was used in a second that is over does not count. */
 static uint64_t look(struct aiokvm_budget *budget, struct aiokvm_share *share)
 {
+    if (share && share->whole)
+        look(budget, share->whole);
     if (budget->is_rate) {
         uint64_t now_ns = aiokvm_now_ns();
         if (now_ns - budget->since_ns >= SECOND_NS) {
@@ -78,14 +80,32 @@ static uint64_t look(struct aiokvm_budget *budget, struct aiokvm_share *share)
 static bool fits(struct aiokvm_share *share, uint64_t amount)
 {
     uint64_t total = look(share->budget, share), used = share->budget->used;
-    return used < total && amount <= total - used && share->used + amount <= (total - used - amount) / PART;
+    const struct aiokvm_share *whole = share->whole ? share->whole : share;
+    return used < total && amount <= total - used && whole->used + amount <= (total - used - amount) / PART;
 }
 
 /* By a number that may be below 0. */
 static void change(struct aiokvm_share *share, uint64_t by)
 {
     share->used += by;
+    if (share->whole)
+        share->whole->used += by;
     share->budget->used += by;
+}
+
+/* Gives back all of it; what has to be freed then. */
+static struct aiokvm_share *end(struct aiokvm_share *share)
+{
+    struct aiokvm_share *whole = share->whole, *gone = NULL;
+    /* What was used of a second has been used, whoever is gone. */
+    if (!share->budget->is_rate)
+        change(share, -share->used);
+    if (!whole)
+        share->budget->shares--;
+    else if (!--whole->parts && whole->is_gone)
+        gone = (end(whole), whole);
+    *share = (struct aiokvm_share){ 0 };
+    return gone;
 }
 
 struct aiokvm_budget *aiokvm_budget_of_process(int which)
@@ -122,17 +142,22 @@ void aiokvm_share_open(struct aiokvm_share *share, struct aiokvm_budget *budget)
     pthread_mutex_unlock(&lock);
 }
 
+void aiokvm_share_open_part(struct aiokvm_share *share, struct aiokvm_share *whole)
+{
+    pthread_mutex_lock(&lock);
+    *share = (struct aiokvm_share){ .budget = whole->budget, .whole = whole };
+    whole->parts++;
+    pthread_mutex_unlock(&lock);
+}
+
 void aiokvm_share_close(struct aiokvm_share *share)
 {
     if (!share->budget)
         return;
     pthread_mutex_lock(&lock);
-    /* What was used of a second has been used, whoever is gone. */
-    if (!share->budget->is_rate)
-        change(share, -share->used);
-    share->budget->shares--;
-    *share = (struct aiokvm_share){ 0 };
+    struct aiokvm_share *gone = end(share);
     pthread_mutex_unlock(&lock);
+    free(gone);
 }
 
 int aiokvm_share_take(struct aiokvm_share *share, uint64_t amount)
@@ -177,8 +202,22 @@ struct aiokvm_share *aiokvm_share_new(int which)
     return share;
 }
 
+struct aiokvm_share *aiokvm_share_new_part(struct aiokvm_share *whole)
+{
+    struct aiokvm_share *share = malloc(sizeof(*share));
+    if (share)
+        aiokvm_share_open_part(share, whole);
+    return share;
+}
+
 void aiokvm_share_free(struct aiokvm_share *share)
 {
+    pthread_mutex_lock(&lock);
+    bool has_parts = share->parts != 0;
+    share->is_gone = has_parts;
+    pthread_mutex_unlock(&lock);
+    if (has_parts)
+        return;
     aiokvm_share_close(share);
     free(share);
 }

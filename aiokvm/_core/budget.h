@@ -20,7 +20,10 @@ struct aiokvm_budget;
 
 struct aiokvm_share {
     struct aiokvm_budget *budget; /* NULL: not open */
-    uint64_t used, since_ns;
+    struct aiokvm_share *whole;   /* NULL: it is no part of another */
+    uint64_t used, since_ns;      /* `used` includes that of its parts */
+    uint32_t parts;
+    uint32_t is_gone; /* it is freed with the last of its parts */
 };
 
 struct aiokvm_budget_state {
@@ -35,6 +38,8 @@ void aiokvm_budget_free(struct aiokvm_budget *budget);
 void aiokvm_budget_state(struct aiokvm_budget *budget, struct aiokvm_budget_state *state);
 
 void aiokvm_share_open(struct aiokvm_share *share, struct aiokvm_budget *budget);
+/* What takes from it takes from `whole`, and as much as that may have. `whole` is closed after it. */
+void aiokvm_share_open_part(struct aiokvm_share *share, struct aiokvm_share *whole);
 /* Gives back all of it. Idempotent. */
 void aiokvm_share_close(struct aiokvm_share *share);
 /* 1: so much more is taken. 0: it would be more than this share may have now, nothing is taken. */
@@ -45,8 +50,9 @@ int aiokvm_share_fits(struct aiokvm_share *share, uint64_t amount);
 void aiokvm_share_add(struct aiokvm_share *share, uint64_t amount);
 void aiokvm_share_give(struct aiokvm_share *share, uint64_t amount);
 
-/* The same for Python: a share that is open. NULL: no memory. */
+/* The same for Python: a share that is open. NULL: no memory. They may be freed in any order. */
 struct aiokvm_share *aiokvm_share_new(int which);
+struct aiokvm_share *aiokvm_share_new_part(struct aiokvm_share *whole);
 void aiokvm_share_free(struct aiokvm_share *share);
 
 #endif

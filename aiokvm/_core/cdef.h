@@ -179,6 +179,7 @@ struct aiokvm_budget_state {
 struct aiokvm_budget *aiokvm_budget_of_process(int which);
 void aiokvm_budget_state(struct aiokvm_budget *budget, struct aiokvm_budget_state *state);
 struct aiokvm_share *aiokvm_share_new(int which);
+struct aiokvm_share *aiokvm_share_new_part(struct aiokvm_share *whole);
 void aiokvm_share_free(struct aiokvm_share *share);
 int aiokvm_share_take(struct aiokvm_share *share, uint64_t amount);
 int aiokvm_share_fits(struct aiokvm_share *share, uint64_t amount);
@@ -1079,6 +1080,7 @@ struct aiokvm_net_slirp_config {
     uint32_t own_nameserver;
     uint32_t has_dns;
     uint32_t max_connections;
+    struct aiokvm_share *descriptors;
 };
 
 struct aiokvm_net_slirp_connection {

@@ -11,6 +11,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "budget.h"
 #include "net.h"
 
 /* The headers of 6.2 and later have it. */
@@ -203,11 +204,12 @@ struct net_queue {
     uint32_t max_frames;
     uint64_t bytes;
     uint64_t max_bytes;
+    struct aiokvm_share *share; /* of bytes, that frames take from; NULL: none */
 };
 
 void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes);
 void net_queue_clear(struct net_queue *queue);
-/* False: there is no room, or no memory. */
+/* False: there is no room, in the queue or in its share, or no memory. */
 bool net_queue_put(struct net_queue *queue, const struct net_frame *frame);
 /* Sends what waits, at most `most` frames, while there is time. NET_BLOCKED: the peer takes no more now. */
 enum net_result net_queue_send(struct net_queue *queue, struct aiokvm_net_end *from, uint32_t most);

@@ -26,6 +26,8 @@ static void remove_first(struct net_queue *queue)
         queue->last = &queue->first;
     queue->frames--;
     queue->bytes -= queued->size;
+    if (queue->share)
+        aiokvm_share_give(queue->share, sizeof(*queued) + queued->size);
     free(queued);
 }
 
@@ -39,9 +41,13 @@ bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
 {
     if (queue->frames >= queue->max_frames || queue->bytes + frame->size > queue->max_bytes)
         return false;
+    if (queue->share && !aiokvm_share_fits(queue->share, sizeof(struct net_queued) + frame->size))
+        return false;
     struct net_queued *queued = malloc(sizeof(*queued) + frame->size);
     if (!queued)
         return false;
+    if (queue->share)
+        aiokvm_share_add(queue->share, sizeof(*queued) + frame->size);
     *queued = (struct net_queued){ .hdr = frame->hdr, .size = frame->size, .hops = frame->hops,
                                    .queue = frame->queue, .progress = frame->progress };
     net_frame_copy(frame, queued->data);

@@ -98,12 +98,17 @@ static void hold(struct slirp_end *self, const uint8_t *data, size_t size)
 {
     uint8_t question[SLIRP_QUESTION_SIZE];
     struct slirp_held **last = &self->held, *held = NULL;
-    if (self->held_count < HELD)
-        held = malloc(sizeof(*held) + size);
-    if (!held) {
+    if (self->held_count >= HELD) {
         self->end.stats.dropped_unresolved++;
         return;
     }
+    if (aiokvm_share_fits(&self->bytes, sizeof(*held) + size))
+        held = malloc(sizeof(*held) + size);
+    if (!held) {
+        self->end.stats.dropped_full++;
+        return;
+    }
+    aiokvm_share_add(&self->bytes, sizeof(*held) + size);
     while (*last)
         last = &(*last)->next;
     *last = held;
@@ -112,6 +117,12 @@ static void hold(struct slirp_end *self, const uint8_t *data, size_t size)
     if (!self->held_count++)
         self->held_until_ns = aiokvm_now_ns() + HOLD_NS;
     slirp_deliver(self, question, slirp_neighbours_ask(&self->guard, data, question));
+}
+
+static void free_held(struct slirp_end *self, struct slirp_held *held)
+{
+    aiokvm_share_give(&self->bytes, sizeof(*held) + held->size);
+    free(held);
 }
 
 /* Somebody has been heard for the first time. */
@@ -125,7 +136,7 @@ static void deliver_held(struct slirp_end *self)
         slirp_deliver_datagram(self, held->data, held->size);
         *at = held->next;
         self->held_count--;
-        free(held);
+        free_held(self, held);
     }
 }
 
@@ -135,7 +146,7 @@ static void drop_held(struct slirp_end *self)
     while (self->held) {
         struct slirp_held *held = self->held;
         self->held = held->next;
-        free(held);
+        free_held(self, held);
     }
     self->held_count = 0;
 }
@@ -315,6 +326,8 @@ static bool serve(struct aiokvm_net_end *end)
         return true;
     if (self->held && self->held_until_ns <= aiokvm_now_ns())
         drop_held(self);
+    if (self->is_starved)
+        slirp_accept(self);
     /* libslirp looks after them in an order of its own. If the time was over before it came to the last, the one that
      * is first in the epoll's, which goes round, has its turn alone. */
     struct epoll_event events[READY];
@@ -372,7 +385,8 @@ static struct slirp_load measure(struct slirp_end *self, uint32_t size, uint64_t
         return load;
     bool has_descriptor = aiokvm_share_fits(&self->descriptors, is_service ? 2 : 1);
     if (!has_flow || !flow.is_tcp) {
-        load.other_full = self->other >= self->max || !has_descriptor;
+        load.other_full = self->other >= self->max || !has_descriptor ||
+                          !aiokvm_share_fits(&self->bytes, SLIRP_OTHER_BYTES);
         return load;
     }
     load.tcp_full = self->is_starved || self->tcp >= self->max || !has_descriptor ||
@@ -419,6 +433,8 @@ static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *fra
         bool is_invalid;
         size = slirp_fragments_add(&self->fragments, self->input, now_ns, &is_invalid);
         end->stats.dropped_invalid += is_invalid;
+        end->stats.dropped_full += self->fragments.lost;
+        self->fragments.lost = 0;
         if (!size)
             return NET_TAKEN;
         load.is_service = find_service(self);
@@ -520,10 +536,10 @@ static void slirp_free(struct aiokvm_net_end *end)
         free(broken);
     }
     slirp_dns_free(self);
-    aiokvm_share_close(&self->descriptors);
-    aiokvm_share_close(&self->bytes);
     net_queue_clear(&self->queue);
     slirp_fragments_clear(&self->fragments);
+    aiokvm_share_close(&self->descriptors);
+    aiokvm_share_close(&self->bytes);
     free(self->watched);
     free(self->in_epoll);
     free(self);
@@ -593,9 +609,15 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     if (getrandom(&self->order.seed, sizeof(self->order.seed), GRND_NONBLOCK) < 0)
         self->order.seed = (uintptr_t)self;
     self->neighbours.seed = self->sockets.seed = self->order.seed;
-    aiokvm_share_open(&self->descriptors, aiokvm_budget_of_process(AIOKVM_BUDGET_DESCRIPTORS));
+    if (config->descriptors)
+        aiokvm_share_open_part(&self->descriptors, config->descriptors);
+    else
+        aiokvm_share_open(&self->descriptors, aiokvm_budget_of_process(AIOKVM_BUDGET_DESCRIPTORS));
     aiokvm_share_open(&self->bytes, aiokvm_budget_of_process(AIOKVM_BUDGET_NET_BYTES));
+    /* It is there whether it fits or not: the program has asked for it, not the guest. */
+    aiokvm_share_add(&self->bytes, sizeof(*self));
     net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
+    self->queue.share = self->fragments.share = &self->bytes;
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (self->epoll < 0) {
         *error = errno;

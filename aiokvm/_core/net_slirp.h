@@ -9,6 +9,7 @@
 
 struct aiokvm_net;
 struct aiokvm_net_end;
+struct aiokvm_share;
 
 enum { AIOKVM_NET_SLIRP_MIN_MTU = 576, AIOKVM_NET_SLIRP_MAX_MTU = 65521 };
 /* Of a question to the nameserver by UDP, and of its answer. */
@@ -32,6 +33,7 @@ struct aiokvm_net_slirp_config {
     uint32_t has_dns; /* the program answers for it: aiokvm_net_slirp_take_query, and TCP by a service at port 53 of the
                        * network's broadcast address */
     uint32_t max_connections; /* of the guest at a time: TCP, and as many UDP and ICMP */
+    struct aiokvm_share *descriptors; /* that this is a part of, and outlives it; NULL: it has one of its own */
 };
 
 /* A connection of the guest to a service. */
@@ -60,7 +62,7 @@ int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, u
                                  uint32_t max);
 /* Connections that wait are closed, others go on. */
 int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service);
-/* Its next connection: a stream socket that does not block, the caller's. -EAGAIN: there is none; -ENOENT: nor is there
+/* Its next connection: a stream socket that does not block, the caller's to close and to count. -EAGAIN: there is none; -ENOENT: nor is there
  * the service. */
 int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
                             struct aiokvm_net_slirp_connection *connection);

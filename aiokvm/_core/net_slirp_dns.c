@@ -53,7 +53,8 @@ bool slirp_dns_take(struct slirp_end *self, const uint8_t *frame, size_t size)
         return true;
     }
     struct slirp_query *query = NULL;
-    if (count < MAX_QUERIES && aiokvm_share_fits(&self->descriptors, QUERY_DESCRIPTORS))
+    if (count < MAX_QUERIES && aiokvm_share_fits(&self->descriptors, QUERY_DESCRIPTORS) &&
+        aiokvm_share_fits(&self->bytes, sizeof(*query) + length - UDP_SIZE))
         query = malloc(sizeof(*query) + length - UDP_SIZE);
     if (!query) {
         self->end.stats.dropped_full++;
@@ -64,6 +65,7 @@ bool slirp_dns_take(struct slirp_end *self, const uint8_t *frame, size_t size)
     memcpy(query->data, frame + query->headers, query->size);
     *last = query;
     aiokvm_share_add(&self->descriptors, QUERY_DESCRIPTORS);
+    aiokvm_share_add(&self->bytes, sizeof(*query) + query->size);
     net_tell(&self->end, AIOKVM_NET_NEWS_READABLE, 0, 0);
     return true;
 }
@@ -220,6 +222,7 @@ int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void 
             continue;
         *at = query->next;
         aiokvm_share_give(&self->descriptors, QUERY_DESCRIPTORS);
+        aiokvm_share_give(&self->bytes, sizeof(*query) + query->size);
         end->stats.dropped_invalid += is_long;
         if (size && !is_long)
             answer(self, query, data, size);

@@ -140,6 +140,7 @@ static bool accept_of(struct slirp_end *self, struct slirp_service *service)
             cut_connection(self, self->sender.id);
             continue;
         }
+        aiokvm_share_add(&self->descriptors, 1);
         *waiting = (struct slirp_waiting){ .fd = fd, .connection = self->sender };
         *service->last = waiting;
         service->last = &waiting->next;
@@ -156,14 +157,27 @@ void slirp_accept(struct slirp_end *self)
             self->is_starved = true;
 }
 
-static void free_service(struct slirp_service *service)
+/* The first that waits, whose descriptor is the caller's. */
+static int take_waiting(struct slirp_end *self, struct slirp_service *service,
+                        struct aiokvm_net_slirp_connection *connection)
 {
-    while (service->first) {
-        struct slirp_waiting *waiting = service->first;
-        service->first = waiting->next;
-        close(waiting->fd);
-        free(waiting);
-    }
+    struct slirp_waiting *waiting = service->first;
+    int fd = waiting->fd;
+    service->first = waiting->next;
+    if (!service->first)
+        service->last = &service->first;
+    service->count--;
+    *connection = waiting->connection;
+    free(waiting);
+    aiokvm_share_give(&self->descriptors, 1);
+    return fd;
+}
+
+static void free_service(struct slirp_end *self, struct slirp_service *service)
+{
+    struct aiokvm_net_slirp_connection connection;
+    while (service->first)
+        close(take_waiting(self, service, &connection));
     close(service->listener);
     free(service);
 }
@@ -173,7 +187,7 @@ void slirp_free_services(struct slirp_end *self)
     while (self->services) {
         struct slirp_service *service = self->services;
         self->services = service->next;
-        free_service(service);
+        free_service(self, service);
     }
 }
 
@@ -217,7 +231,7 @@ int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, u
         self->services = service;
     } else {
         result = -EADDRINUSE;
-        free_service(service);
+        free_service(self, service);
     }
     net_leave(end->net);
     return result;
@@ -237,7 +251,7 @@ int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t id)
         *at = service->next;
         for (struct slirp_waiting *waiting = service->first; waiting; waiting = waiting->next)
             cut_connection(self, waiting->connection.id);
-        free_service(service);
+        free_service(self, service);
         result = 0;
         break;
     }
@@ -254,16 +268,8 @@ int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t id, struct aiok
     while (service && service->id != id)
         service = service->next;
     int fd = service ? -EAGAIN : -ENOENT;
-    if (service && service->first) {
-        struct slirp_waiting *waiting = service->first;
-        service->first = waiting->next;
-        if (!service->first)
-            service->last = &service->first;
-        service->count--;
-        fd = waiting->fd;
-        *connection = waiting->connection;
-        free(waiting);
-    }
+    if (service && service->first)
+        fd = take_waiting(self, service, connection);
     net_leave(end->net);
     return fd;
 }
@@ -292,6 +298,7 @@ int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connectio
     if (broken) {
         self->broken = broken->next;
         *connection = broken->id;
+        aiokvm_share_give(&self->bytes, sizeof(*broken));
         free(broken);
     }
     net_leave(end->net);

@@ -20,24 +20,37 @@ struct slirp_datagram {
     uint8_t frame[ETH_SIZE + MAX_IP + 1];
 };
 
-/* The one with this key, else a new one in the place of what is old. NULL: no memory. */
+static void end(struct slirp_fragments *fragments, struct slirp_datagram **at)
+{
+    if (*at && fragments->share)
+        aiokvm_share_give(fragments->share, sizeof(**at));
+    free(*at);
+    *at = NULL;
+}
+
+/* The one with this key, else a new one in the place of what is old. NULL: no room. */
 static struct slirp_datagram *find(struct slirp_fragments *fragments, const uint8_t key[11], uint64_t now_ns)
 {
     struct slirp_datagram **place = &fragments->datagrams[0];
     for (uint32_t i = 0; i < SLIRP_DATAGRAMS; i++) {
         struct slirp_datagram **at = &fragments->datagrams[i];
         if (*at && now_ns - (*at)->begun_ns >= PATIENCE_NS) {
-            free(*at);
-            *at = NULL;
+            fragments->lost++;
+            end(fragments, at);
         }
         if (*at && !memcmp((*at)->key, key, sizeof((*at)->key)))
             return *at;
         if (!*at || (*place && (*at)->begun_ns < (*place)->begun_ns))
             place = at;
     }
-    free(*place);
+    fragments->lost += *place != NULL;
+    end(fragments, place);
+    if (fragments->share && !aiokvm_share_fits(fragments->share, sizeof(**place)))
+        return NULL;
     *place = calloc(1, sizeof(**place));
     if (*place) {
+        if (fragments->share)
+            aiokvm_share_add(fragments->share, sizeof(**place));
         memcpy((*place)->key, key, sizeof((*place)->key));
         (*place)->begun_ns = now_ns;
     }
@@ -48,8 +61,7 @@ static void drop(struct slirp_fragments *fragments, struct slirp_datagram *datag
 {
     for (uint32_t i = 0; i < SLIRP_DATAGRAMS; i++)
         if (fragments->datagrams[i] == datagram)
-            fragments->datagrams[i] = NULL;
-    free(datagram);
+            end(fragments, &fragments->datagrams[i]);
 }
 
 /* False: it contradicts what is there. */
@@ -86,8 +98,10 @@ uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, 
     struct slirp_datagram *datagram = find(fragments, key, now_ns);
     uint32_t flags = net_load16(ip + 6);
     *is_invalid = false;
-    if (!datagram)
+    if (!datagram) {
+        fragments->lost++;
         return 0;
+    }
     if (!put(datagram, frame, (flags & 0x1fff) * 8, net_load16(ip + 2) - IP_SIZE, flags & MORE)) {
         *is_invalid = true;
         drop(fragments, datagram);
@@ -112,8 +126,6 @@ uint32_t slirp_fragments_add(struct slirp_fragments *fragments, uint8_t *frame, 
 
 void slirp_fragments_clear(struct slirp_fragments *fragments)
 {
-    for (uint32_t i = 0; i < SLIRP_DATAGRAMS; i++) {
-        free(fragments->datagrams[i]);
-        fragments->datagrams[i] = NULL;
-    }
+    for (uint32_t i = 0; i < SLIRP_DATAGRAMS; i++)
+        end(fragments, &fragments->datagrams[i]);
 }

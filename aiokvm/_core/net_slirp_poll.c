@@ -35,6 +35,7 @@ static struct slirp_watched *watched_of(struct slirp_end *self, int fd)
         return NULL;
     self->in_epoll = in_epoll;
     memset(watched + self->size, 0, (size - self->size) * sizeof(*watched));
+    aiokvm_share_add(&self->bytes, (size - self->size) * (sizeof(*watched) + sizeof(*in_epoll)));
     self->size = size;
     return &self->watched[fd];
 }
@@ -42,6 +43,11 @@ static struct slirp_watched *watched_of(struct slirp_end *self, int fd)
 bool slirp_is_ours(const struct slirp_end *self)
 {
     return self->end.net->pid == getpid();
+}
+
+static uint32_t bytes_of(const struct slirp_watched *watched)
+{
+    return watched->kind == SLIRP_TCP ? SLIRP_TCP_BYTES : SLIRP_OTHER_BYTES;
 }
 
 static void forget(struct slirp_end *self, int fd)
@@ -53,16 +59,16 @@ static void forget(struct slirp_end *self, int fd)
         slirp_sockets_remove(&self->sockets, watched->socket);
         free(watched->socket);
     }
-    if (watched->descriptors)
-        aiokvm_share_give(&self->descriptors, watched->descriptors);
-    if (watched->descriptors && watched->kind == SLIRP_TCP)
-        aiokvm_share_give(&self->bytes, SLIRP_TCP_BYTES);
+    if (watched->is_counted) {
+        aiokvm_share_give(&self->descriptors, 1);
+        aiokvm_share_give(&self->bytes, bytes_of(watched));
+    }
     /* A copy that a child has would keep it in the epoll, were it only closed. */
     if (watched->in_epoll && slirp_is_ours(self))
         epoll_ctl(self->epoll, EPOLL_CTL_DEL, fd, NULL);
-    if (watched->descriptors && watched->kind == SLIRP_TCP)
+    if (watched->is_counted && watched->kind == SLIRP_TCP)
         self->tcp--;
-    else if (watched->descriptors)
+    else if (watched->is_counted)
         self->other--;
     if (watched->in_epoll)
         for (uint32_t i = 0; i < self->count; i++)
@@ -95,14 +101,13 @@ void slirp_register(int fd, void *opaque)
         return;
     watched->kind = option_of(fd, SO_TYPE) == SOCK_STREAM ? SLIRP_TCP : SLIRP_OTHER;
     bool is_unix = watched->kind == SLIRP_TCP && option_of(fd, SO_DOMAIN) == AF_UNIX;
-    watched->descriptors = is_unix && self->is_receiving ? 2 : 1;
+    watched->is_counted = true;
     if (watched->kind == SLIRP_TCP)
         self->tcp++;
     else
         self->other++;
-    aiokvm_share_add(&self->descriptors, watched->descriptors);
-    if (watched->kind == SLIRP_TCP)
-        aiokvm_share_add(&self->bytes, SLIRP_TCP_BYTES);
+    aiokvm_share_add(&self->descriptors, 1);
+    aiokvm_share_add(&self->bytes, bytes_of(watched));
     struct slirp_socket *socket = watched->socket = calloc(1, sizeof(*socket));
     if (socket) {
         socket->fd = fd;
@@ -122,9 +127,13 @@ void slirp_register(int fd, void *opaque)
 
 void slirp_tell_broken(struct slirp_end *self, uint32_t id)
 {
-    struct slirp_broken *broken = self->is_closing ? NULL : malloc(sizeof(*broken));
-    if (!broken)
+    if (self->is_closing || !aiokvm_share_take(&self->bytes, sizeof(struct slirp_broken)))
         return;
+    struct slirp_broken *broken = malloc(sizeof(*broken));
+    if (!broken) {
+        aiokvm_share_give(&self->bytes, sizeof(*broken));
+        return;
+    }
     *broken = (struct slirp_broken){ .next = self->broken, .id = id };
     self->broken = broken;
     net_tell(&self->end, AIOKVM_NET_NEWS_READABLE, 0, 0);
@@ -149,7 +158,7 @@ void slirp_unregister(int fd, void *opaque)
         return;
     struct slirp_watched *watched = &self->watched[fd];
     /* A child of fork shares the sockets of its parent. */
-    if (watched->descriptors && watched->kind == SLIRP_TCP && slirp_is_ours(self))
+    if (watched->is_counted && watched->kind == SLIRP_TCP && slirp_is_ours(self))
         end_connection(self, fd, watched);
     forget(self, fd);
 }
@@ -270,6 +279,9 @@ void slirp_ask(struct slirp_end *self)
             at_ns = timer->at_ns;
     if (self->accept_at_ns && (!at_ns || self->accept_at_ns < at_ns))
         at_ns = self->accept_at_ns;
+    /* Whoever in the process closes a descriptor next, nobody says so. */
+    if (self->is_starved && (!at_ns || now_ns + PAUSE_NS < at_ns))
+        at_ns = now_ns + PAUSE_NS;
     if (self->held && (!at_ns || self->held_until_ns < at_ns))
         at_ns = self->held_until_ns;
     net_at(&self->end, at_ns);

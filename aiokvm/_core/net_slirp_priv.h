@@ -63,6 +63,8 @@ struct slirp_datagram;
 
 struct slirp_fragments {
     struct slirp_datagram *datagrams[SLIRP_DATAGRAMS];
+    struct aiokvm_share *share; /* of bytes; may be NULL */
+    uint32_t lost; /* what has not become whole: there was no room for it, or no piece for too long */
 };
 
 /* `frame` is a fragment, and has room for AIOKVM_NET_MAX_FRAME bytes. The size of the frame with the whole datagram
@@ -229,7 +231,7 @@ struct slirp_watched {
     uint32_t ready;
     uint32_t asked; /* in which round */
     uint8_t kind;
-    uint8_t descriptors; /* that are counted: a connection to a service has one more, at the program */
+    bool is_counted; /* it is one of tcp or other, and in the shares */
     bool is_broken; /* it has an error for who reads it, for which libslirp has no room now */
     struct slirp_socket *socket;
 };
@@ -339,8 +341,8 @@ void slirp_deliver_datagram(struct slirp_end *self, uint8_t *frame, size_t size)
 
 /* ---- net_slirp_poll.c ---- */
 
-/* Buffers that libslirp has for a TCP connection. */
-enum { SLIRP_TCP_BYTES = 256 << 10 };
+/* Buffers that libslirp has for a TCP connection; what it and this have for any other flow. */
+enum { SLIRP_TCP_BYTES = 256 << 10, SLIRP_OTHER_BYTES = 1 << 10 };
 
 /* SlirpCb's and slirp_pollfds_poll's; opaque is the end. */
 void slirp_register(int fd, void *opaque);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream
 
     from aiokvm.aio import Loop, Task
+    from aiokvm.budget import Share
     from aiokvm.logs import SeldomLogger
     from aiokvm.net.plane import End
     from aiokvm.net.service import Connection
@@ -54,10 +56,10 @@ def nameservers(text: str) -> list[str]:
 class Resolver:
     """Asks the nameservers of ``path``, which is read anew when it has changed."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, descriptors: Share | None = None) -> None:
         self._path = path or RESOLV_CONF
         self._read: tuple[object, list[str]] = (None, [])
-        self._descriptors = Descriptors()
+        self._descriptors = Descriptors(descriptors)
         self._good = ""
         """Who has answered last is asked first."""
 
@@ -72,7 +74,10 @@ class Resolver:
         return sorted(self._read[1], key=lambda server: server != self._good)
 
     async def ask(self, query: bytes) -> bytes | None:
-        """The first answer to a query by UDP, or one that says no if all do. None: there is none."""
+        """The first answer to a query by UDP, or one that says no if all do. None: there is none.
+
+        The core counts descriptors for it, as many as this may need.
+        """
         answers: list[bytes] = []
         with anyio.move_on_after(ANSWER_S):
             async with anyio.create_task_group() as tasks:
@@ -87,15 +92,11 @@ class Resolver:
         self, server: str, query: bytes, answers: list[bytes], ended: anyio.Event, scope: anyio.CancelScope
     ) -> None:
         """``scope`` is cancelled when ``answers`` has one that helps, at its end; others come before it."""
-        if not self._descriptors.take():
-            ended.set()
-            return
         try:
             answer = await _exchange(server, query)
         except OSError:
             return
         finally:
-            self._descriptors.give()
             ended.set()
         if answer[3] & 15 in (_SERVFAIL, _NOTIMP, _REFUSED):
             answers.insert(0, answer)
@@ -105,7 +106,7 @@ class Resolver:
         scope.cancel()
 
     async def relay(self, guest: Connection) -> None:
-        """Connect a guest that asks by TCP to the first that can be connected to."""
+        """Connect a guest that asks by TCP to the first that can be connected to: a descriptor more."""
         if not self._descriptors.take():
             guest.abort()
             return
@@ -164,8 +165,8 @@ async def _pump(source: ByteStream, sink: ByteStream, scope: anyio.CancelScope) 
 class Dns:
     """Answers the questions that the C core has of a guest, while a NAT is open."""
 
-    def __init__(self, loop: Loop, end: End, log: SeldomLogger) -> None:
-        self.resolver = Resolver()
+    def __init__(self, loop: Loop, end: End, log: SeldomLogger, descriptors: Share) -> None:
+        self.resolver = Resolver(descriptors=descriptors)
         self._log = log
         self._loop = loop
         self._end = end
@@ -173,13 +174,16 @@ class Dns:
         self._data = ffi.new("uint8_t[]", lib.AIOKVM_NET_SLIRP_MAX_QUERY)
         self._tasks: dict[int, Task] = {}
 
-    def look(self) -> None:
-        """Take what there is: the core holds no more than a few dozen."""
+    def look(self, until_ns: int) -> bool:
+        """Take what there is, and at least one. False: there may be more, and the time is over."""
         while self._end.is_open:
             size = lib.aiokvm_net_slirp_take_query(self._end.core, self._id, self._data)
             if size < 0:
-                return
+                break
             self._start(int(self._id[0]), bytes(ffi.buffer(self._data, size)))
+            if time.monotonic_ns() >= until_ns:
+                return False
+        return True
 
     def _start(self, number: int, query: bytes) -> None:
         async def run() -> None:

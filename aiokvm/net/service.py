@@ -14,7 +14,7 @@ from anyio.abc import ByteStream, SocketAttribute
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
-from aiokvm.budget import Descriptors
+from aiokvm.budget import DESCRIPTORS, Share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -164,14 +164,14 @@ class Connection(ByteStream):
 class Connections:
     """Connections of a guest to services, as the C core has them: each has a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, descriptors: Share | None = None) -> None:
         self.end: End | None = None
         """The NAT's, while it is open."""
         self._accepted = ffi.new("struct aiokvm_net_slirp_connection *")
         self._number = ffi.new("uint32_t *")
         self._broken: dict[int, None] = {}
         """Those that the guest has reset, the oldest first."""
-        self._descriptors = Descriptors()
+        self._descriptors = descriptors.part() if descriptors else Share(DESCRIPTORS)
         self._open: set[int] = set()
 
     @property
@@ -179,13 +179,13 @@ class Connections:
         return self.end.core if self.end and self.end.is_open else None
 
     def accept(self, service: Service) -> Connection | None:
-        """The next one of a service; None: nobody waits, or there may be no more now."""
-        if not (core := self._core) or not self._descriptors.take():
+        """The next one of a service; None: nobody waits. Its descriptor was the core's, and counted there."""
+        if not (core := self._core):
             return None
         fd = lib.aiokvm_net_slirp_accept(core, service.id, self._accepted)
         if fd < 0:
-            self._descriptors.give()
             return None
+        self._descriptors.add(1)
         self._open.add(int(self._accepted.id))
         guest = (str(IPv4Address(self._accepted.address)), int(self._accepted.port))
         return Connection(socket.socket(fileno=fd), guest, service.address, self, int(self._accepted.id))
@@ -213,7 +213,7 @@ class Connections:
         self._broken.pop(number, None)
         if number in self._open:
             self._open.remove(number)
-            self._descriptors.give()
+            self._descriptors.give(1)
 
 
 Handler = Callable[[Connection], Awaitable[object]]

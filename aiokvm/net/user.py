@@ -7,7 +7,9 @@ import inspect
 import os
 import re
 import resource
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, cast
 
@@ -16,12 +18,14 @@ from anyio import to_thread
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
+from aiokvm.budget import DESCRIPTORS, Share
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
 from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.dns import PORT, Dns
 from aiokvm.net.forwards import Forward, parse_forward, parse_host
+from aiokvm.net.plane import BUDGET_NS
 from aiokvm.net.service import MAX_WAITING, Connections, Service
 from aiokvm.process import Folder
 from aiokvm.text import get_logger
@@ -150,7 +154,10 @@ class User(NetBackend):
         self._directory: Folder | None = None
         self._paths: dict[str, tuple[int, int]] = {}
         """Sockets that were made, with device and inode."""
-        self._connections = Connections()
+        self._descriptors = Share(DESCRIPTORS)
+        """All that the guest has open, in the core and here, is one share of the process's."""
+        self._connections = Connections(self._descriptors)
+        self._accepting = False
         self._log = SeldomLogger(logger)
         self._made = 0
 
@@ -335,21 +342,30 @@ class User(NetBackend):
 
     def _on_news(self, _news: int, _error: int, _detail: int) -> None:
         self._connections.look()
-        if self._dns:
-            self._dns.look()
-        self._accept_all()
+        if not self._accepting:
+            self._accept_all()
 
     def _accept_all(self) -> None:
-        for service in tuple(self._services.values()):
-            self._accept(service)
+        """What the guest asks for: questions and connections, for as long as the loop can spare."""
+        until_ns = time.monotonic_ns() + BUDGET_NS
+        steps = [self._dns.look] if self._dns else []
+        steps += [partial(self._accept, service) for service in self._services.values()]
+        # Each has its turn, if there is time for one only.
+        left = [step for step in steps if not step(until_ns)]
+        self._accepting = bool(left and self._plane)
+        if left and self._plane:
+            self._plane.loop.call_soon(self._accept_all)
 
-    def _accept(self, service: Service) -> None:
+    def _accept(self, service: Service, until_ns: int = 0) -> bool:
+        """False: there may be more, and no time. One is accepted in any case, so that each has its turn."""
         while self._is_there and not service.is_busy and self._services.get(service.address) is service:
             connection = self._connections.accept(service)
             if connection is None:
-                return
-            # Another service's may wait for a descriptor.
-            service.start(connection, self._accept_all)
+                break
+            service.start(connection, partial(self._accept, service))
+            if time.monotonic_ns() >= until_ns:
+                return False
+        return True
 
     # ---- the end
 
@@ -374,7 +390,7 @@ class User(NetBackend):
             core = lib.aiokvm_net_slirp_new(plane.core, self._config(), error)
             self._end = self._connections.end = end = plane.adopt(core, error[0], self._on_news)
             if self._has_dns:
-                self._dns = Dns(plane.loop, end, self._log)
+                self._dns = Dns(plane.loop, end, self._log, self._descriptors)
                 # libslirp takes it there, where no guest's address is.
                 at = (str(self.network.broadcast_address), PORT)
                 self._add(Service(plane.loop, at, self._dns.resolver.relay, self._log))
@@ -431,6 +447,7 @@ class User(NetBackend):
         config.mtu = self.mtu
         config.restricted = self.restrict
         config.host_loopback = self.allow_host_loopback
+        config.descriptors = self._descriptors.core
         config.max_connections = max(1, min(MAX_CONNECTIONS, limit // 4))
         self._strings = (strings, hostname, search)
         return cast("Pointer", config)

@@ -72,6 +72,53 @@ TEST(those_that_want_all_come_to_have_as_much_each)
     aiokvm_budget_free(budget);
 }
 
+TEST(parts_of_a_share_have_no_more_than_it_may)
+{
+    struct aiokvm_budget *budget = aiokvm_budget_new(1000);
+    struct aiokvm_budget_state state;
+    struct aiokvm_share whole, parts[3];
+    aiokvm_share_open(&whole, budget);
+    uint64_t taken = 0;
+    for (int i = 0; i < 3; i++) {
+        aiokvm_share_open_part(&parts[i], &whole);
+        taken += i ? take_all(&parts[i]) : (uint64_t)aiokvm_share_take(&parts[i], 100) * 100;
+    }
+    CHECK_EQ(taken, 333);
+    CHECK_EQ(whole.used, 333);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.shares, 1);
+    aiokvm_share_close(&parts[0]);
+    CHECK_EQ(whole.used, 233);
+    CHECK_EQ(aiokvm_share_take(&parts[2], 100), 1);
+    aiokvm_share_close(&parts[1]);
+    aiokvm_share_close(&parts[2]);
+    aiokvm_share_close(&whole);
+    aiokvm_budget_state(budget, &state);
+    CHECK_EQ(state.used, 0);
+    CHECK_EQ(state.shares, 0);
+    aiokvm_budget_free(budget);
+}
+
+TEST(a_share_and_its_parts_may_be_freed_in_any_order)
+{
+    struct aiokvm_budget_state before, state;
+    struct aiokvm_budget *budget = aiokvm_budget_of_process(AIOKVM_BUDGET_NET_BYTES);
+    aiokvm_budget_state(budget, &before);
+    for (int order = 0; order < 6; order++) {
+        struct aiokvm_share *whole = aiokvm_share_new(AIOKVM_BUDGET_NET_BYTES);
+        struct aiokvm_share *all[3] = { whole, aiokvm_share_new_part(whole), aiokvm_share_new_part(whole) };
+        for (int i = 0; i < 3; i++)
+            CHECK_EQ(aiokvm_share_take(all[i], 1), 1);
+        int first = order / 2, second = (first + 1 + order % 2) % 3;
+        aiokvm_share_free(all[first]);
+        aiokvm_share_free(all[second]);
+        aiokvm_share_free(all[3 - first - second]);
+        aiokvm_budget_state(budget, &state);
+        CHECK_EQ(state.used, before.used);
+        CHECK_EQ(state.shares, before.shares);
+    }
+}
+
 TEST(what_is_there_is_counted_though_it_is_too_much)
 {
     struct aiokvm_budget *budget = aiokvm_budget_new(10);

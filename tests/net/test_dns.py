@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from aiokvm._core import ffi, lib
 from aiokvm.budget import DESCRIPTORS, Share
 from aiokvm.net import dns
 from aiokvm.net.dns import Resolver, nameservers
@@ -129,29 +130,41 @@ async def test_a_question_by_tcp_goes_to_the_first_that_takes_it(
         connection.close()
 
 
+def in_use() -> int:
+    """How many descriptors of the process's budget guests have."""
+    state = ffi.new("struct aiokvm_budget_state *")
+    lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(DESCRIPTORS), state)
+    return int(state.used)
+
+
 @pytest.mark.anyio
-async def test_where_descriptors_are_scarce_one_question_is_asked_at_a_time(
+async def test_a_question_by_tcp_has_a_descriptor_of_the_guest_s_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conf = tmp_path / "resolv.conf"
-    conf.write_text("nameserver 127.0.0.3\n")
-    resolver = Resolver(conf)
-    others = Share(DESCRIPTORS)
-    others.add(1 << 40)
-    answers: list[bytes | None] = []
+    conf.write_text("nameserver 127.0.0.2\n")
+    share = Share(DESCRIPTORS)
+    resolver = Resolver(conf, share)
+    before = in_use()
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        monkeypatch.setattr(dns, "PORT", server.getsockname()[1])
 
-    async def ask() -> None:
-        answers.append(await resolver.ask(QUERY))
+        def asked() -> tuple[socket.socket, Connection]:
+            guest, ours = socket.socketpair()
+            return guest, Connection(ours, ("10.0.2.15", 1), ("10.0.2.255", 53))
 
-    with answering("127.0.0.3", 0, None) as port:
-        monkeypatch.setattr(dns, "PORT", port)
-        with anyio.fail_after(LIMIT_S):
+        (guest, connection), (second_guest, second) = asked(), asked()
+        with guest, second_guest, anyio.fail_after(LIMIT_S):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(ask)
-                await anyio.wait_all_tasks_blocked()
-                # Nobody has to wait to hear that there is no second one.
-                for _ in range(10):
-                    assert await resolver.ask(QUERY) is None
-                assert answers == []
-                tasks.cancel_scope.cancel()
-    others.give(1 << 40)
+                tasks.start_soon(resolver.relay, connection)
+                accepted, _ = await anyio.to_thread.run_sync(server.accept)
+                assert in_use() == before + 1
+                # What the guest has elsewhere counts: there is no second one.
+                share.add(1 << 40)
+                await resolver.relay(second)
+                assert await anyio.to_thread.run_sync(second_guest.recv, 1) == b""
+                share.give(1 << 40)
+                accepted.close()
+                guest.shutdown(socket.SHUT_WR)
+    connection.close()
+    assert in_use() == before
