@@ -56,7 +56,8 @@ struct aiokvm_net_stats {
     uint64_t dropped_down;     /* no peer, or a link that is down */
     uint64_t dropped_filtered; /* a filter said so */
     uint64_t dropped_full;     /* no room */
-    uint64_t dropped_unresolved;  /* by a NAT: nobody has answered for the address of the guest's network */
+    uint64_t dropped_unresolved;  /* by a NAT: nobody has answered for an address of the guest's network, or
+                                   * to a question to the nameserver */
     uint64_t dropped_unsupported; /* by a NAT: a protocol, or a kind of packet, that it does not carry */
     uint64_t dropped_invalid;  /* too short, too long, or a header that contradicts the frame */
     uint64_t throttled;        /* had to wait for the rate limit */

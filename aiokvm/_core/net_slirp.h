@@ -76,7 +76,7 @@ int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connectio
 /* The next question of the guest to the nameserver, into `data` of AIOKVM_NET_SLIRP_MAX_QUERY bytes: its size, -EAGAIN if
  * there is none. AIOKVM_NET_NEWS_READABLE tells. At most 64 wait for their answers. */
 int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *data);
-/* The answer; of no bytes, or of too many (-EMSGSIZE): there is none. -ENOENT: there is no such question. */
+/* The answer; of no bytes (dropped_unresolved), or of too many (-EMSGSIZE): there is none. -ENOENT: there is no such question. */
 int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size);
 
 #endif

@@ -224,6 +224,7 @@ int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void 
         aiokvm_share_give(&self->descriptors, QUERY_DESCRIPTORS);
         aiokvm_share_give(&self->bytes, sizeof(*query) + query->size);
         end->stats.dropped_invalid += is_long;
+        end->stats.dropped_unresolved += !size;
         if (size && !is_long)
             answer(self, query, data, size);
         free(query);

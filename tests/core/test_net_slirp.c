@@ -214,6 +214,39 @@ TEST(the_loopback_of_the_host_is_not_reached)
     aiokvm_net_free(nat.net);
 }
 
+TEST(what_it_does_not_carry_is_counted)
+{
+    struct nat nat = nat_new();
+    greet(&nat);
+    uint8_t frame[200];
+    uint64_t expected = 0;
+    /* A ping to the outside, of IPv6; the router's is answered. */
+    uint32_t size = frame6(frame, 58, OUTSIDE6, 0, 0);
+    frame[54] = 128;
+    say(&nat, frame, size);
+    CHECK_EQ(stats(nat.slirp).dropped_unsupported, ++expected);
+    size = frame6(frame, 58, HOST6, 0, 0);
+    frame[54] = 128;
+    say(&nat, frame, size);
+    CHECK_EQ(stats(nat.slirp).dropped_unsupported, expected);
+    /* The pieces of a datagram of UDP over IPv6 that is larger than a frame. */
+    for (uint32_t at = 0; at < 3; at++) {
+        size = frame6(frame, 44, OUTSIDE6, 0, 0);
+        frame[54] = 17;
+        frame[55] = 0;
+        net_store16(frame + 56, at * 1448 | (at < 2));
+        say(&nat, frame, size);
+        CHECK_EQ(stats(nat.slirp).dropped_unsupported, ++expected);
+    }
+    /* Other protocols, of both versions; and what is not IP. */
+    say(&nat, frame, frame6(frame, 132, OUTSIDE6, 80, 0));
+    say(&nat, frame, seal(frame, 132, GUEST, 0x08080808, 20));
+    net_store16(frame + 12, 0x88cc);
+    say(&nat, frame, 60);
+    CHECK_EQ(stats(nat.slirp).dropped_unsupported, expected + 3);
+    aiokvm_net_free(nat.net);
+}
+
 TEST(large_frames_of_tcp_are_taken_and_given)
 {
     make_path();

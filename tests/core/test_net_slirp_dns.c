@@ -102,6 +102,8 @@ TEST(questions_have_a_share_of_the_descriptors)
         CHECK_EQ(aiokvm_net_slirp_take_query(nat.slirp, &id, data), 4);
         CHECK_EQ(aiokvm_net_slirp_answer(nat.slirp, id, i ? "that" : NULL, i ? 4 : 0), 0);
     }
+    /* The one that has no answer. */
+    CHECK_EQ(stats(nat.slirp).dropped_unresolved, 1);
     aiokvm_budget_state(budget, &state);
     CHECK_EQ(state.used, 5);
     aiokvm_net_free(nat.net);

@@ -269,10 +269,12 @@ TEST(fragments_become_a_datagram)
     /* There is room for some, the oldest goes; and what is half a minute old. */
     for (uint32_t id = 100; id < 120; id++, now_ns++)
         CHECK_EQ(ADD(id, 0, 8, true), 0);
+    CHECK_EQ(fragments.lost, 4);
     CHECK_EQ(ADD(119, 8, 8, false), 34 + 16);
     CHECK_EQ(ADD(100, 8, 8, false), 0);
     now_ns += UINT64_C(30000000000);
     CHECK_EQ(ADD(118, 8, 8, false), 0);
+    CHECK(fragments.lost > 4);
     slirp_fragments_clear(&fragments);
 #undef ADD
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -16,9 +19,12 @@ from aiokvm.net import dns
 from aiokvm.net.dns import Resolver, nameservers
 from aiokvm.net.service import Connection
 
+sys.path.append(str(Path(__file__).parents[2]))  # behind what is installed
+
+from tests.net.namespace import why_not
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 LIMIT_S = 30
 QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01x\x00\x00\x01\x00\x01"
@@ -168,3 +174,68 @@ async def test_a_question_by_tcp_has_a_descriptor_of_the_guest_s_share(
                 guest.shutdown(socket.SHUT_WR)
     connection.close()
     assert in_use() == before
+
+
+# In a network namespace of its own, where a nameserver has an address of one link only.
+LINK_LOCAL = """
+import pathlib, socket, sys, threading
+sys.path.append(sys.argv[2])
+import anyio
+from aiokvm.net import dns
+from aiokvm.net.dns import Resolver
+from aiokvm.net.service import Connection
+from tests.net.test_dns import LIMIT_S, QUERY
+
+at = ("fe80::53", 53, 0, socket.if_nametoindex("lo"))
+udp, tcp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), socket.socket(socket.AF_INET6)
+udp.bind(at)
+tcp.bind(at)
+tcp.listen()
+
+def answer():
+    while True:
+        query, asker = udp.recvfrom(512)
+        udp.sendto(query[:2] + bytes([0x81, 0x80]) + query[4:], asker)
+
+def talk():
+    while True:
+        client, _ = tcp.accept()
+        with client:
+            client.sendall(client.recv(100).upper())
+
+for serve in (answer, talk):
+    threading.Thread(target=serve, daemon=True).start()
+
+async def main():
+    # Whoever cannot be reached is not waited for.
+    dns.PATIENCE_S = LIMIT_S * 2
+    with anyio.fail_after(LIMIT_S):
+        assert (await Resolver(conf).ask(QUERY))[12:] == QUERY[12:]
+        guest, ours = socket.socketpair()
+        guest.sendall(b"question")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(Resolver(conf).relay, Connection(ours, ("10.0.2.15", 1), ("10.0.2.255", 53)))
+            assert await anyio.to_thread.run_sync(guest.recv, 100) == b"QUESTION"
+            tasks.cancel_scope.cancel()
+
+conf = pathlib.Path(sys.argv[1])
+conf.write_text("nameserver fe80::53\\nnameserver fe80::53%lo\\n")
+for backend, options in (("asyncio", {}), ("asyncio", {"use_uvloop": True}), ("trio", {})):
+    anyio.run(main, backend=backend, backend_options=options)
+print("done")
+"""
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_a_nameserver_of_one_link_is_asked_if_its_scope_is_told(tmp_path: Path) -> None:
+    """Without the scope it cannot be reached, and the next is asked at once."""
+    prepare = 'ip link set lo up; ip -6 addr add fe80::53/64 dev lo nodad; exec "$@"'
+    argv = ("unshare", "-rn", "sh", "-ec", prepare, "sh", sys.executable, "-c", LINK_LOCAL)
+    done = subprocess.run(
+        (*argv, tmp_path / "resolv.conf", str(Path(__file__).parents[2])),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S * 4,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stderr
