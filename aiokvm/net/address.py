@@ -83,13 +83,14 @@ def open_socket(family: int, kind: socket.SocketKind) -> socket.socket:
 def bind(made: socket.socket, address: str | tuple[str | int, ...]) -> None:
     """Bind it; what a program that has ended left of a Unix socket is taken away. Raises OSError."""
     if isinstance(address, str):
-        _remove_stale(made, address)
+        remove_stale(address, made.type)
     elif made.type == socket.SOCK_STREAM:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.bind(address)
 
 
-def _remove_stale(made: socket.socket, path: str) -> None:
+def remove_stale(path: str, kind: socket.SocketKind) -> None:
+    """Take away a Unix socket that nobody is at: a killed program has left it. Raises OSError."""
     if path.startswith("\0"):
         return
     try:
@@ -97,7 +98,7 @@ def _remove_stale(made: socket.socket, path: str) -> None:
             return
     except FileNotFoundError:
         return
-    with open_socket(socket.AF_UNIX, made.type) as probe:
+    with open_socket(socket.AF_UNIX, kind) as probe:
         if probe.connect_ex(path) == errno.ECONNREFUSED:
             with suppress(FileNotFoundError):
                 os.unlink(path)

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import resource
+import socket
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from aiokvm.arguments import checked
 from aiokvm.budget import DESCRIPTORS, Share
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
+from aiokvm.net.address import remove_stale
 from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.dns import PORT, Dns
@@ -216,6 +218,8 @@ class User(NetBackend):
 
     def _listen(self, forwarded: _Forwarded) -> None:
         forward = forwarded.asked
+        if forward.is_path:
+            remove_stale(forward.host, socket.SOCK_STREAM)
         result = lib.aiokvm_net_slirp_add_forward(
             self._core,
             forward.protocol == "udp",
