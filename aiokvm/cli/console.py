@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import termios
 import tty
@@ -14,6 +15,7 @@ import anyio
 import anyio.lowlevel
 
 from aiokvm.cli.common import ungrouped
+from aiokvm.cli.typed import Frames
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -71,6 +73,21 @@ def raw_terminal(fd: int) -> Iterator[None]:
         # Not when the terminal has drained: one that is stopped never would. Gone altogether is fine, too.
         with suppress(termios.error):
             termios.tcsetattr(fd, termios.TCSANOW, saved)
+
+
+async def follow_size(fd: int, resize: Callable[[int, int], Awaitable[None]]) -> None:
+    """Tell the terminal's rows and columns, now and at each change."""
+    with anyio.open_signal_receiver(signal.SIGWINCH) as signals:
+        await _tell_size(fd, resize)
+        async for _ in signals:
+            await _tell_size(fd, resize)
+
+
+async def _tell_size(fd: int, resize: Callable[[int, int], Awaitable[None]]) -> None:
+    with suppress(OSError):  # the terminal is gone
+        cols, rows = os.get_terminal_size(fd)
+        if cols and rows:
+            await resize(rows, cols)
 
 
 class Output:
@@ -153,11 +170,18 @@ class Console:
     """Carries the guest's output to ``output`` (and ``boot``, what came before a command) and input back.
 
     ``watch`` is None for a guest that is not ours; then input is passed on from `open` on, else from where
-    init runs: the kernel drops what comes earlier.
+    init runs: the kernel drops what comes earlier. ``resize`` is given if the input is `Frames`, and is told
+    the rows and columns that they have.
     """
 
     def __init__(
-        self, stdin: int, output: Output, boot: Output, log: File | None, watch: InitWatch | None
+        self,
+        stdin: int,
+        output: Output,
+        boot: Output,
+        log: File | None,
+        watch: InitWatch | None,
+        resize: Callable[[int, int], Awaitable[None]] | None = None,
     ) -> None:
         self._stdin = stdin
         self._terminal = os.isatty(stdin)
@@ -165,6 +189,7 @@ class Console:
         self._boot = boot
         self._log = log
         self._watch = watch
+        self._resize = resize
         self._listening = anyio.Event()
 
     def open(self) -> None:
@@ -210,9 +235,16 @@ class Console:
             await send(chunk)
 
     async def _receive(self, sink: MemoryObjectSendStream[bytes]) -> bool:
+        frames = Frames()
         with sink:
             while chunk := await read(self._stdin, _CHUNK_BYTES):
-                if not self._terminal:
+                if self._resize:
+                    for content in frames.feed(chunk):
+                        if isinstance(content, bytes):
+                            await sink.send(content)
+                        else:
+                            await self._resize(*content)
+                elif not self._terminal:
                     await sink.send(chunk)
                 elif ESCAPE in chunk:
                     return True

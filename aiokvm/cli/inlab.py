@@ -15,6 +15,7 @@ from anyio import to_thread
 from aiokvm import lab
 from aiokvm.cli import disks, nets
 from aiokvm.cli.progress import Fetching
+from aiokvm.cli.typed import resized, typed
 from aiokvm.process import temporary_folder
 
 if TYPE_CHECKING:
@@ -77,14 +78,20 @@ class InLab:
         return status
 
     async def send(self, data: bytes) -> None:
+        await self._send(typed(data))
+
+    async def resize(self, rows: int, cols: int) -> None:
+        await self._send(resized(rows, cols))
+
+    async def _send(self, frames: bytes) -> None:
         if self._typed:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-                await self._typed.send(data)
+                await self._typed.send(frames)
 
     def _command(self, folder: Path) -> list[str]:
         options = self._options
         # The command line has what --append adds to; the same is added to in there.
-        argv = [sys.executable, "-P", "-m", "aiokvm", "run", "--lab", "never", "--json"]
+        argv = [sys.executable, "-P", "-m", "aiokvm", "run", "--lab", "never", "--json", "--framed"]
         argv += ["--kernel", str(self._kernel), "--append", options.appended]
         argv += ["--cpus", str(options.cpus), "--memory", str(options.memory), "--name", options.name]
         for disk in options.disks:

@@ -18,7 +18,8 @@ from anyio import to_thread
 import aiokvm
 from aiokvm import VM, AiokvmError, ConfigError, Exit, ExitReason, SerialClosedError
 from aiokvm.cli import common, disks, nets
-from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal, takes_input
+from aiokvm.cli.console import Console, InitWatch, Output, follow_size, raw_terminal, takes_input
+from aiokvm.cli.typed import WindowSize
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -69,6 +70,7 @@ class Options:
     balloon: bool = False
     overcommit: bool = False
     reboot: bool = False
+    framed: bool = False
 
     @property
     def cmdline(self) -> str:
@@ -120,6 +122,9 @@ class Machine(Protocol):
 
     async def send(self, data: bytes) -> None:
         """Type something."""
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """The terminal has another size."""
 
 
 _EPILOG = """\b
@@ -213,6 +218,7 @@ Exit status:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Record what the guest does at devices; aiokvm trace FILE shows it.",
 )
+@click.option("--framed", is_flag=True, hidden=True)  # standard input is as `typed.Frames` takes it apart
 @click.argument("command", metavar="[-- CMD [ARG]...]", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(ctx: click.Context, /, **given: object) -> None:
@@ -428,6 +434,7 @@ class Here:
         self._interrupts = interrupts
         self._trace = trace
         self._vm: VM | None = None
+        self._window = WindowSize()
 
     async def run(self, console: Console) -> int:
         options, report = self._options, self._report
@@ -462,8 +469,11 @@ class Here:
         console.open()
         self._interrupts.gently = lambda: vm.stop(_GRACE_S)
         timeout = self._options.timeout
-        with anyio.move_on_after(timeout) as scope:
-            await _show_all(vm, console)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._window.tell, vm.serial_ports[1])
+            with anyio.move_on_after(timeout) as scope:
+                await _show_all(vm, console)
+            tasks.cancel_scope.cancel()
         if scope.cancelled_caught:
             await vm.kill()
             with anyio.move_on_after(_DRAIN_S):
@@ -477,6 +487,9 @@ class Here:
         if self._vm:
             with suppress(SerialClosedError):
                 await self._vm.serial.send(data)
+
+    async def resize(self, rows: int, cols: int) -> None:
+        self._window.set(rows, cols)
 
 
 async def _show_all(vm: VM, console: Console) -> None:
@@ -503,7 +516,7 @@ async def _attend(
         if ours:
             undo = bool(options.command) and not os.isatty(2 if options.as_json else 1)
             watch = InitWatch(command=bool(options.command), undo_onlcr=undo)
-        console = Console(0, output, boot_output, log, watch)
+        console = Console(0, output, boot_output, log, watch, machine.resize if options.framed else None)
         if is_terminal:
             if not options.command:
                 common.say("Ctrl-] leaves")
@@ -520,6 +533,8 @@ async def _attend(
         with suppress(BrokenPipeError), common.ungrouped():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(keyboard)
+                if is_terminal:
+                    tasks.start_soon(follow_size, 0, machine.resize)
                 status = await machine.run(console)
                 tasks.cancel_scope.cancel()
     if left:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 INIT = Path(__file__).with_name("init")
 DHCP = Path(__file__).with_name("dhcp")
+TTY = Path(__file__).with_name("tty")
 
 EM_386 = 3
 EM_X86_64 = 62
@@ -79,6 +80,7 @@ def base_archive(busybox: bytes, architecture: str) -> bytes:
             cpio.symlink("bin/sh", "busybox"),
             cpio.file("init", INIT.read_bytes(), 0o755),
             cpio.file("aiokvm/dhcp", DHCP.read_bytes(), 0o755),
+            cpio.file("aiokvm/tty", TTY.read_bytes(), 0o755),
             cpio.file("aiokvm/debug-exit", debug_exit_program(architecture), 0o755),
             cpio.directory("etc"),
             cpio.directory("etc/acpi"),

@@ -8,6 +8,7 @@ import tarfile
 from typing import IO, TYPE_CHECKING
 
 from aiokvm.errors import ImageError
+from aiokvm.images.initramfs import TTY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -50,13 +51,25 @@ read -r cmdline </proc/cmdline
 case " $cmdline " in
     *" aiokvm.autologin "*) set -- --autologin root ;;
 esac
-# How large the terminal is on which the first serial port is shown.
+# How large the terminal is on which the first serial port is shown, and what it has become.
 for word in $cmdline; do
     case $(tty):$word in
-        /dev/ttyS0:aiokvm.tty=*x*) size=${word#*=} && stty rows "${size%x*}" cols "${size#*x}" ;;
+        /dev/ttyS0:aiokvm.tty=*x*)
+            size=${word#*=} rows=${size%x*} cols=${size#*x}
+            [ -r /run/aiokvm.tty ] && read -r rows cols </run/aiokvm.tty
+            stty rows "$rows" cols "$cols"
+            ;;
     esac
 done
 exec /sbin/agetty "$@" --keep-baud 115200,57600,38400,9600 - "$TERM"
+"""
+_TTY = """\
+[Unit]
+Description=Size of the terminal that shows the first serial port
+ConditionKernelCommandLine=aiokvm.tty
+
+[Service]
+ExecStart=/usr/local/sbin/aiokvm-tty
 """
 # networkd waits for udev to announce the adapters.
 _DHCP = """\
@@ -111,6 +124,8 @@ _FILES = {
     "etc/systemd/journald.conf.d/aiokvm.conf": "[Journal]\nStorage=volatile\n",
     "etc/systemd/system/serial-getty@.service": _GETTY,
     "usr/local/sbin/aiokvm-getty": _LOGIN,
+    "etc/systemd/system/aiokvm-tty.service": _TTY,
+    "usr/local/sbin/aiokvm-tty": TTY.read_text(),
     "etc/systemd/system/aiokvm-dhcp.service": _DHCP,
     "etc/systemd/system/aiokvm-ssh-keys.service": _SSH_KEYS,
     "etc/systemd/system/systemd-udev-trigger.service.d/aiokvm.conf": _TRIGGER,
@@ -227,7 +242,7 @@ def write_overlay(
                 _link(archive, f"etc/systemd/system/{name}", "/dev/null")
             _link(archive, "etc/systemd/system/default.target", "/lib/systemd/system/multi-user.target")
             wants = "etc/systemd/system/multi-user.target.wants"
-            for name in ("aiokvm-dhcp.service", "aiokvm-ssh-keys.service"):
+            for name in ("aiokvm-dhcp.service", "aiokvm-ssh-keys.service", "aiokvm-tty.service"):
                 _link(archive, f"{wants}/{name}", f"../{name}")
             # D-Bus starts it when somebody asks for it.
             _link(archive, f"{wants}/systemd-logind.service", "/dev/null")

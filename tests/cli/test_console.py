@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiokvm.cli.console import Console, InitWatch, Output, raw_terminal
+from aiokvm.cli.typed import Frames, resized, typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,3 +135,42 @@ async def test_escape_is_seen_though_the_guest_does_not_listen(pipe: tuple[int, 
             assert await console.keyboard(send)
     os.close(ours)
     os.close(theirs)
+
+
+@given(
+    told=st.lists(st.binary(min_size=1) | st.tuples(st.integers(1, 0xFFFF), st.integers(1, 0xFFFF))),
+    size=st.integers(1, 20),
+)
+def test_what_is_typed_and_the_size_of_the_terminal_are_told_apart(
+    told: list[bytes | tuple[int, int]], size: int
+) -> None:
+    data = b"".join(typed(one) if isinstance(one, bytes) else resized(*one) for one in told)
+    frames = Frames()
+    chunks = (data[start : start + size] for start in range(0, len(data), size))
+    assert [one for chunk in chunks for one in frames.feed(chunk)] == told
+
+
+def test_a_paste_is_many_frames() -> None:
+    data = os.urandom(200_000)
+    assert b"".join(one for one in Frames().feed(typed(data)) if isinstance(one, bytes)) == data
+
+
+@pytest.mark.anyio
+async def test_input_in_frames(pipe: tuple[int, int]) -> None:
+    got: list[object] = []
+
+    async def send(data: bytes) -> None:
+        got.append(data)
+
+    async def resize(rows: int, cols: int) -> None:
+        got.append((rows, cols))
+
+    source, sink = os.pipe()
+    os.write(sink, resized(50, 132) + typed(b"ls\n"))
+    os.close(sink)
+    with closing(Output(pipe[1])) as output:
+        console = Console(source, output, output, None, None, resize)
+        console.open()
+        assert not await console.keyboard(send)
+    assert got == [(50, 132), b"ls\n"]
+    os.close(source)

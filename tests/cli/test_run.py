@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +17,8 @@ from click.testing import CliRunner
 from aiokvm import KvmError, kvm
 from aiokvm.cli import cli, host
 from aiokvm.cli.run import Options
+from aiokvm.cli.typed import resized
+from tests.cli.terminal import Terminal
 
 Kernel = Callable[[str], Path]
 Aiokvm = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -114,37 +113,8 @@ def test_reader_that_leaves_ends_the_machine(kernel: Kernel) -> None:
         assert process.wait(60) == 128 + signal.SIGPIPE
 
 
-class Terminal:
-    """The other side of a pseudo-terminal on which the command runs."""
-
-    def __init__(self, fd: int, process: subprocess.Popen[bytes]) -> None:
-        self.fd = fd
-        self.process = process
-        self.before = termios.tcgetattr(fd)
-
-    def expect(self, wanted: bytes) -> None:
-        seen, deadline = b"", time.monotonic() + 60
-        while wanted not in seen:
-            assert select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0], seen
-            seen += os.read(self.fd, 4096)
-
-    def is_raw(self) -> bool:
-        return not termios.tcgetattr(self.fd)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
-
-
-@contextmanager
-def terminal(kernel: Path, *options: str) -> Iterator[Terminal]:
-    ours, theirs = pty.openpty()
-    argv = [sys.executable, "-P", "-m", "aiokvm", *HERE, *options, "--kernel", str(kernel)]
-    with subprocess.Popen(
-        argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-    ) as process:
-        try:
-            yield Terminal(ours, process)
-        finally:
-            process.kill()
-            os.close(theirs)
-            os.close(ours)
+def terminal(kernel: Path, *options: str) -> Terminal:
+    return Terminal(*HERE, *options, "--kernel", kernel)
 
 
 @pytest.mark.kvm
@@ -152,9 +122,9 @@ def test_keys_go_to_the_guest_as_they_are_and_ctrl_bracket_leaves(kernel: Kernel
     with terminal(kernel(HI + ECHO)) as there:
         there.expect(b"hi\r\n")
         assert there.is_raw()
-        os.write(there.fd, b"\x03\x04\r")
+        there.type(b"\x03\x04\r")
         there.expect(b"\x03\x04\r")
-        os.write(there.fd, b"\x1d")
+        there.type(b"\x1d")
         assert there.process.wait(60) == 130
         assert termios.tcgetattr(there.fd) == there.before
 
@@ -342,3 +312,34 @@ def test_the_guest_is_told_the_terminal_s_size(
     )
     assert options.appended == appended
     assert options.cmdline.endswith(appended)
+
+
+# Asks on the second serial port, and shows on the first what comes there.
+ASKS = (
+    "66baf802 488d351d000000"  # mov dx, 0x2f8; lea rsi, [text]
+    "ac 84c0 7403 ee ebf8"  # 1: lodsb; test al, al; jz 2f; out dx, al; jmp 1b
+    "66bafd02 ec a801 74f7"  # 2: mov dx, 0x2fd; in al, dx; test al, 1; jz 2b
+    "66baf802 ec 66baf803 ee ebeb"  # mov dx, 0x2f8; in al, dx; mov dx, 0x3f8; out dx, al; jmp 2b
+) + (b"aiokvm.tty\n\0").hex()
+
+
+@pytest.mark.kvm
+def test_a_guest_that_asks_is_told_each_size_of_the_terminal(kernel: Kernel) -> None:
+    with terminal(kernel(ASKS)) as there:
+        there.expect(b"aiokvm.tty 24 80\n")
+        for rows, cols in ((50, 132), (25, 81)):
+            there.resize(rows, cols)
+            there.expect(b"aiokvm.tty %d %d\n" % (rows, cols))
+        there.type(b"\x1d")
+        assert there.process.wait(60) == 130
+
+
+@pytest.mark.kvm
+def test_a_guest_that_asks_where_there_is_no_terminal_is_told_by_frames_alone(
+    kernel: Kernel, aiokvm: Aiokvm
+) -> None:
+    path = kernel(ASKS)
+    result = aiokvm(*HERE, "--timeout", "3", "--kernel", path, stdin=resized(50, 132))
+    assert (result.returncode, result.stdout) == (124, b"")
+    result = aiokvm(*HERE, "--timeout", "3", "--framed", "--kernel", path, stdin=resized(50, 132))
+    assert (result.returncode, result.stdout) == (124, b"aiokvm.tty 50 132\n")

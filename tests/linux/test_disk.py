@@ -4,11 +4,11 @@ import hashlib
 import random
 import re
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from aiokvm import VM, Exit, ExitReason, block, boot, images
+from aiokvm import VM, Exit, ExitReason, WasReset, block, boot, images
 from tests.linux.conftest import BOOT_S, COMMAND_S, SHELL, Guest
 
 if TYPE_CHECKING:
@@ -28,12 +28,16 @@ async def debian() -> images.DebianDisk:
 
 @asynccontextmanager
 async def boot_debian(
-    debian: images.DebianDisk, root: block.BlockBackend, *more: block.BlockBackend, mode: str
+    debian: images.DebianDisk,
+    root: block.BlockBackend,
+    *more: block.BlockBackend,
+    mode: str,
+    on_reset: Literal["exit", "reboot"] = "exit",
 ) -> AsyncIterator[VM]:
     linux = boot.Linux(
         debian.kernel, debian.initrd, f"console=ttyS0 quiet loglevel=3 panic=-1 root=/dev/vda {mode}"
     )
-    async with await VM.create(boot=linux, memory="512M", disks=[root, *more]) as vm:
+    async with await VM.create(boot=linux, memory="512M", disks=[root, *more], on_reset=on_reset) as vm:
         await vm.start()
         yield vm
 
@@ -65,6 +69,25 @@ async def test_debian_boots_from_a_disk_to_a_login(debian: images.DebianDisk, tm
         size, wrote = (await guest.run("stat -c %s /usr/bin/bash; sha256sum </usr/bin/bash")).split()[:2]
         assert hashlib.sha256(data.read_bytes()[: int(size)]).hexdigest() == wrote
         assert await guest.troubles() == []
+        assert await vm.stop(timeout=120) == Exit(ExitReason.SHUTDOWN)
+
+
+async def test_a_debian_that_reboots_comes_up_again(debian: images.DebianDisk) -> None:
+    root = block.Overlay(block.Raw(debian.disk, readonly=True), None)
+    async with boot_debian(debian, root, mode="rw", on_reset="reboot") as vm:
+        events = vm.events()
+        for times in range(1, 3):
+            guest = await login(vm)
+            assert await guest.run("cat /root/kept 2>/dev/null; true") == "\n".join(["here"] * (times - 1))
+            assert "cannot access" in await guest.run("ls /run/lost 2>&1; true")
+            assert await guest.troubles() == []
+            # As a user types it: what has been written is on the disk without a word more.
+            await vm.serial.send(b"echo here >>/root/kept; touch /run/lost; reboot\n")
+            assert await anext(events) == WasReset(vm.name, "ACPI reset register")
+        guest = await login(vm)
+        assert await guest.run("cat /root/kept") == "here\nhere"
+        assert await guest.run("systemctl is-system-running --wait") == "running"
+        assert vm.exit is None
         assert await vm.stop(timeout=120) == Exit(ExitReason.SHUTDOWN)
 
 

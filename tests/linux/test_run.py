@@ -1,0 +1,73 @@
+"""The command line on a terminal, with Linux in the machine."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokvm import images
+from tests.cli.terminal import Terminal
+from tests.linux.conftest import BOOT_S, COMMAND_S
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.linux, pytest.mark.anyio]
+
+# What an editor or a pager does.
+WATCH = b"""sh -c 'trap "stty size" WINCH; stty size; echo watch"ing"; while :; do sleep 0.1; done'\n"""
+
+
+@pytest.fixture(scope="session")
+async def debian() -> images.DebianDisk:
+    """Debian's root file system; it was verified when it was built."""
+    return images.find_debian() or await images.build_debian()
+
+
+@pytest.mark.parametrize("system", ["busybox", "debian"])
+async def test_a_program_in_the_guest_sees_that_the_window_changes(
+    system: str, debian: images.DebianDisk
+) -> None:
+    disk = ("--disk", f"{debian.disk},ro", "--append", "aiokvm.autologin") if system == "debian" else ()
+    with Terminal("run", "--lab", "never", *disk) as terminal:
+        terminal.expect(b"# ", BOOT_S)
+        terminal.type(WATCH)
+        terminal.expect(b"24 80\r\n", COMMAND_S)
+        terminal.expect(b"watching", COMMAND_S)
+        for rows, cols in ((50, 132), (25, 81)):
+            terminal.resize(rows, cols)
+            terminal.expect(b"%d %d\r\n" % (rows, cols), COMMAND_S)
+        terminal.type(b"\x03")
+        if system == "debian":
+            # The next login has it, too.
+            terminal.type(b"exit\n")
+            terminal.expect(b"(automatic login)", COMMAND_S)
+            terminal.expect(b"# ", COMMAND_S)
+            terminal.type(b"stty size\n")
+            terminal.expect(b"25 81\r\n", COMMAND_S)
+        terminal.type(b"poweroff -f\n")
+        assert terminal.process.wait(COMMAND_S) == 0
+
+
+async def test_a_debian_that_reboots_comes_up_again(debian: images.DebianDisk, tmp_path: Path) -> None:
+    copy = images.DebianDisk.beside(tmp_path / "root.img")
+    for source, target in zip(debian.files, copy.files, strict=True):
+        shutil.copyfile(source, target)
+    with Terminal(
+        *("run", "--lab", "never", "--reboot", "-c", 2, "--disk", copy.disk, "--append", "aiokvm.autologin")
+    ) as terminal:
+        for times in range(1, 3):
+            terminal.expect(b"(automatic login)", BOOT_S)
+            terminal.expect(b"# ", COMMAND_S)
+            terminal.type(b"stty size; cat /root/kept; ls /run/lost; echo d'on'e\n")
+            shown = terminal.expect(b"done\r\n", COMMAND_S)
+            assert shown.count(b"here\r\n") == times - 1
+            assert b"cannot access '/run/lost'" in shown
+            assert b"24 80\r\n" in shown
+            terminal.type(b"echo here >>/root/kept; touch /run/lost; reboot\n")
+        terminal.expect(b"(automatic login)", BOOT_S)
+        terminal.expect(b"# ", COMMAND_S)
+        terminal.type(b"poweroff\n")
+        assert terminal.process.wait(COMMAND_S) == 0
