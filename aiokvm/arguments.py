@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast
@@ -24,15 +24,24 @@ T = TypeVar("T")
 Rule = tuple[str, Callable[[Any], bool]]
 
 _SHOWN = 80
+# What arguments of a wrong type end in where nothing looks at them, or another function does.
+_MISFITS = (TypeError, AttributeError, LookupError, ConfigError)
 # What annotations name that a module imports for the type checker alone.
 _NAMES: dict[str, Any] = {
-    **{name: getattr(abc, name) for name in ("Callable", "Collection", "Iterable", "Mapping", "Sequence")},
+    **{
+        name: getattr(abc, name)
+        for name in ("Awaitable", "Callable", "Collection", "Iterable", "Mapping", "Sequence")
+    },
     "Any": Any,
     "Literal": Literal,
     "Path": Path,
     "PathLike": os.PathLike,
     "os": os,
     "re": re,
+}
+_CLASSES = {
+    *("BlockBackend", "CpuState", "Disk", "Hook", "Limit", "NetBackend", "Nic", "Pcap", "Rule", "VM"),
+    "VirtioDevice",
 }
 # How what is to be passed is called, by the name of its class, where that alone says too little.
 _WORDS = {
@@ -41,6 +50,11 @@ _WORDS = {
     "float": "a number",
     "BlockBackend": "block.Raw(path) or another BlockBackend",
     "NetBackend": "net.User() or another NetBackend",
+    "Asgi": "net.Asgi(app)",
+    "Callable": "a function",
+    "CpuState": "boot.CpuState(rip=...)",
+    "Limit": "a Limit",
+    "VirtioDevice": "a VirtioDevice",
     "Placement": "what device.at(mmio=0xd0000000, size=4) gives",
 }
 
@@ -50,6 +64,66 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     What an annotation says that cannot be known at runtime is not checked.
     """
+    check = _check(function)
+
+    if function.__code__.co_flags & inspect.CO_COROUTINE:
+        later = cast("Callable[P, Awaitable[Any]]", function)
+
+        @wraps(function)
+        async def call_later(*args: P.args, **kwargs: P.kwargs) -> Any:
+            check(args, kwargs)
+            return await later(*args, **kwargs)
+
+        call_later.is_checked = True  # type: ignore[attr-defined]
+        return cast("Callable[P, R]", call_later)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(args, kwargs)
+        return function(*args, **kwargs)
+
+    call.is_checked = True  # type: ignore[attr-defined]
+    return call
+
+
+def checked_late(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function do so once it has failed: it costs nothing where every microsecond counts."""
+    check = _check(function)
+
+    if function.__code__.co_flags & inspect.CO_COROUTINE:
+        later = cast("Callable[P, Awaitable[Any]]", function)
+
+        @wraps(function)
+        async def call_later(*args: P.args, **kwargs: P.kwargs) -> Any:
+            try:
+                return await later(*args, **kwargs)
+            except _MISFITS:
+                check(args, kwargs)
+                raise
+
+        call_later.is_checked = True  # type: ignore[attr-defined]
+        return cast("Callable[P, R]", call_later)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except _MISFITS:
+            check(args, kwargs)
+            raise
+
+    call.is_checked = True  # type: ignore[attr-defined]
+    return call
+
+
+def checked_init(cls: type[T]) -> type[T]:
+    """Have a class's constructor do so; above ``@dataclass``, too."""
+    cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+    return cls
+
+
+def _check(function: Callable[..., object]) -> Callable[[tuple[object, ...], dict[str, object]], None]:
+    """Return what raises for arguments that do not fit. Annotations are looked at when it is called first."""
     rules: dict[str, Rule] | None = None
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
 
@@ -61,27 +135,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             if (rule := rules.get(name)) and not rule[1](value):
                 raise ConfigError(f"{_title(function)}: {name}={shown(value)}: give {rule[0]}")
 
-    if inspect.iscoroutinefunction(function):
-
-        @wraps(function)
-        async def call_later(*args: P.args, **kwargs: P.kwargs) -> Any:
-            check(args, kwargs)
-            return await function(*args, **kwargs)
-
-        return cast("Callable[P, R]", call_later)
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check(args, kwargs)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def checked_init(cls: type[T]) -> type[T]:
-    """Have a class's constructor do so; above ``@dataclass``, too."""
-    cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
-    return cls
+    return check
 
 
 def shown(value: object) -> str:
@@ -94,11 +148,33 @@ def _title(function: Callable[..., object]) -> str:
     return function.__qualname__.removesuffix(".__init__")
 
 
+class _Named(type):
+    """Stands for a class that a module imports for the type checker alone: it is known by its name."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return any(base.__name__ == cls.__name__ for base in type(value).__mro__)
+
+
+class _Bytes(type):
+    """Stands for whatever has the buffer protocol."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        try:
+            memoryview(value)  # type: ignore[arg-type]
+        except TypeError:
+            return False
+        return True
+
+
 class _Scope(dict[str, Any]):
-    """What is only there for the type checker may be anything."""
+    """Any other name that is only there for the type checker may be anything."""
 
     def __missing__(self, name: str) -> Any:
-        return Any
+        if name == "Buffer":
+            return _Bytes("bytes", (), {})
+        if name == "Responder":
+            return _Named("Asgi", (), {}) | abc.Callable
+        return _Named(name, (), {}) if name in _CLASSES else Any
 
 
 def _rules(function: Callable[..., object]) -> dict[str, Rule]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi, lib
+from aiokvm.arguments import checked_late
 from aiokvm.errors import ConfigError, GuestMemoryError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class GuestMemory:
             if self.fd is not None:
                 os.close(self.fd)
 
+    @checked_late
     def view(self, gpa: int, size: int) -> memoryview:
         """The guest's own bytes, writable, with no copy: ``size`` bytes from ``gpa`` on.
 
@@ -138,16 +140,19 @@ class GuestMemory:
                 return region.bytes[offset : offset + size]
         raise GuestMemoryError(f"{size:#x} bytes at {gpa:#x} are not wholly inside the guest's RAM")
 
+    @checked_late
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of ``size`` bytes from ``gpa`` on. Raises GuestMemoryError as `view` does."""
         with self.view(gpa, size) as view:
             return bytes(view)
 
+    @checked_late
     def write(self, gpa: int, data: Buffer) -> None:
         """Copies data to ``gpa``. Raises GuestMemoryError as `view` does, before anything is written."""
         with memoryview(data).cast("B") as source, self.view(gpa, len(source)) as view:
             view[:] = source
 
+    @checked_late
     def fill(self, gpa: int, size: int) -> None:
         """Writes ``size`` zero bytes from ``gpa`` on. Raises GuestMemoryError as `view` does."""
         with self.view(gpa, size) as view:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from aiokvm import ConfigError, StateError, VmState
+from aiokvm.arguments import checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,6 +34,7 @@ class MachineCollector(Collector):
     def __init__(self) -> None:
         self._machines: dict[VM, int] = {}
 
+    @checked
     def add(self, vm: VM) -> None:
         """Show this machine, too, from now on, on its loop's thread. ConfigError if another has its name.
 
@@ -47,6 +49,7 @@ class MachineCollector(Collector):
             vm.stats()  # it says no on any other thread
         self._machines[vm] = threading.get_ident()
 
+    @checked
     def remove(self, vm: VM) -> None:
         """Do not show it any more. Nothing happens if it is not shown."""
         self._machines.pop(vm, None)

@@ -163,7 +163,7 @@ def test_the_options_are_those_of_the_command(command: str) -> None:
     there = {
         option
         for parameter in COMMANDS[command].params
-        if isinstance(parameter, click.Option)
+        if isinstance(parameter, click.Option) and not parameter.hidden
         for option in parameter.opts
     }
     assert told == there

@@ -11,6 +11,7 @@ from anyio import to_thread
 
 from aiokvm.aio import current_loop
 from aiokvm.aio.steps import HoldUp, ThreadClock
+from aiokvm.arguments import checked
 from aiokvm.logs import SeldomLogger
 from aiokvm.text import get_logger
 
@@ -36,6 +37,7 @@ class Watchdog:
     over when it looks.
     """
 
+    @checked
     def __init__(self, threshold: float = 0.1, callback: Callable[[HoldUp], object] | None = None) -> None:
         if not threshold > 0:
             raise ValueError(f"a threshold of {threshold} seconds is not above 0")

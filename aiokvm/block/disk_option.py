@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from aiokvm.arguments import checked
+from aiokvm.arguments import checked, checked_init
 from aiokvm.errors import ConfigError
 from aiokvm.proto.image import FORMATS
 from aiokvm.proto.nbd import parse_uri
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class DiskOption:
     """A disk as it was asked for: ``format`` is "raw", "nbd", or one that `Image` serves."""

@@ -146,6 +146,7 @@ class Raw(BlockBackend):
                 raise
             await super().write_zeroes(offset, length, unmap)
 
+    @checked
     async def resize(self, size_bytes: int) -> None:
         """Makes the file longer or shorter; of a block device, takes note of a size that it has got.
 

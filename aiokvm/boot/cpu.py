@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aiokvm.arguments import checked_init
+
 CR0_PE = 1 << 0
 CR0_ET = 1 << 4
 CR0_PG = 1 << 31
@@ -12,6 +14,7 @@ EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
 
 
+@checked_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRegister:
     """A segment register with its hidden part (``struct kvm_segment``); ``limit`` is in bytes."""
@@ -30,6 +33,7 @@ class SegmentRegister:
     unusable: int = 0
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class DescriptorTable:
     """GDTR or IDTR (``struct kvm_dtable``); ``limit`` is the offset of the last byte."""
@@ -38,6 +42,7 @@ class DescriptorTable:
     limit: int
 
 
+@checked_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuState:
     """The boot processor's registers, all general ones among them, before its first instruction."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from aiokvm.arguments import checked_init
 from aiokvm.boot.e820 import memory_map
 from aiokvm.boot.elf import Elf
 from aiokvm.boot.entry import protected_mode
@@ -51,6 +52,7 @@ class _Part(NamedTuple):
     size: int
 
 
+@checked_init
 @dataclass(frozen=True)
 class Multiboot:
     """Boot a Multiboot kernel: an ELF file, or another whose header says what goes where.

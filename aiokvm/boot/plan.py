@@ -6,6 +6,7 @@ from bisect import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from aiokvm.arguments import checked, checked_init
 from aiokvm.boot.layout import ACPI, HIGH_MEMORY, PAGE_SIZE
 from aiokvm.errors import BootError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from aiokvm.errors import ConfigError
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Bytes to be copied into guest RAM at ``gpa``."""
@@ -25,6 +27,7 @@ class Segment:
     data: bytes | memoryview
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class GuestInfo:
     """What a loader knows of the machine.
@@ -39,6 +42,7 @@ class GuestInfo:
     virtio_mmio: tuple[tuple[int, int, int], ...] = ()
 
 
+@checked_init
 @dataclass(frozen=True, slots=True)
 class BootPlan:
     """What has to be in RAM and in the boot processor's registers before it runs.
@@ -69,6 +73,7 @@ class BootProtocol(Protocol):
         ...
 
 
+@checked
 def check_plan(plan: BootPlan, guest: GuestInfo) -> None:
     """Check that a plan can be carried out on the machine, as `VM.create` does with every plan.
 
@@ -85,6 +90,7 @@ def check_plan(plan: BootPlan, guest: GuestInfo) -> None:
 class PlanBuilder:
     """Collects a plan, and refuses with ``error`` whatever is outside RAM or overlaps something else."""
 
+    @checked
     def __init__(self, guest: GuestInfo, error: type[BootError | ConfigError] = BootError) -> None:
         self._ram = guest.ram
         self._error = error
@@ -94,6 +100,7 @@ class PlanBuilder:
         if guest.rsdp:
             self.claim("the ACPI tables", ACPI, HIGH_MEMORY - ACPI)
 
+    @checked
     def claim(self, what: str, gpa: int, size: int) -> None:
         """Take ``size`` bytes at ``gpa``, for which nothing is planned yet; ``what`` names them in errors."""
         if size < 0:
@@ -110,10 +117,12 @@ class PlanBuilder:
                 raise self._error(f"{what} ({gpa:#x} to {end:#x}) overlaps {other} ({start:#x} to {stop:#x})")
         self._claims.insert(at, (gpa, end, what))
 
+    @checked
     def place(self, gpa: int, data: bytes | memoryview) -> None:
         """Have ``data`` copied to ``gpa``, inside what was claimed."""
         self._segments.append(Segment(gpa, data))
 
+    @checked
     def copy(self, what: str, gpa: int, data: bytes | memoryview, size: int = 0) -> None:
         """Claim ``gpa`` and have ``data`` copied there, followed by zeros where ``size`` is larger."""
         size = max(size, len(data))
@@ -123,6 +132,7 @@ class PlanBuilder:
         if size > len(data):
             self._zero.append((gpa + len(data), size - len(data)))
 
+    @checked
     def highest(self, size: int, limit: int) -> int | None:
         """Return the highest page with ``size`` free bytes of RAM, from 1 MiB to ``limit``, or None."""
         for base, length in reversed(self._ram):
@@ -134,6 +144,7 @@ class PlanBuilder:
                 top = min(top, start)
         return None
 
+    @checked
     def build(self, cpu: CpuState) -> BootPlan:
         """Return the plan that was collected, with the registers ``cpu``."""
         return BootPlan(tuple(self._segments), cpu, tuple(self._zero))

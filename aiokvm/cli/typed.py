@@ -1,4 +1,4 @@
-"""What is typed at a terminal, and how large that is: how a guest hears of it, and ``aiokvm run`` in the lab."""
+"""What is typed at a terminal, and its size: how a guest and ``aiokvm run`` in the lab hear of them."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
+from aiokvm.arguments import checked, checked_init
 from aiokvm.errors import ConfigError, ImageError
 from aiokvm.images import debian, modules, rootfs
 from aiokvm.images.cache import sha256_file
@@ -62,6 +63,7 @@ _PUBLIC_KEY = re.compile(r"(?:^|\s)(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+\s+AAAA[A-Za-z
 _GRACE_S = 20.0
 
 
+@checked_init
 @dataclass(frozen=True)
 class DebianDisk:
     """A Debian root file system: paths of the raw ext4 ``disk`` and of the ``kernel`` and ``initrd`` for it.
@@ -75,6 +77,7 @@ class DebianDisk:
     initrd: Path
 
     @classmethod
+    @checked
     def beside(cls, disk: Path) -> DebianDisk:
         """Return the paths that belong to a disk."""
         return cls(disk, disk.with_name(f"{disk.name}.vmlinuz"), disk.with_name(f"{disk.name}.initrd"))

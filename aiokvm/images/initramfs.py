@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.proto import cpio
 
@@ -97,6 +98,7 @@ def modules_archive(release: str, modules: Mapping[str, bytes]) -> bytes:
     return cpio.archive([*parents, *(cpio.file(f"{folder}/{name}", data) for name, data in modules.items())])
 
 
+@checked
 def command_archive(argv: Sequence[str]) -> bytes:
     """Return the archive that, joined to the initramfs, makes its ``/init`` run ``argv`` instead of a shell.
 

@@ -107,6 +107,27 @@ Type=oneshot
 RemainAfterExit=yes
 ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
 """
+# As above, for other packages.
+_OWN_FILES = """\
+[Unit]
+Description=Files of this machine's own
+ConditionPathExists=|/usr/sbin/make-ssl-cert
+ConditionPathExists=|/usr/bin/newaliases
+ConditionPathIsReadWrite=/etc
+Before=network.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/aiokvm-own
+"""
+_OWN_SCRIPT = """\
+#!/bin/sh
+[ -x /usr/sbin/make-ssl-cert ] && [ ! -e /etc/ssl/private/ssl-cert-snakeoil.key ] &&
+    make-ssl-cert generate-default-snakeoil
+[ -x /usr/bin/newaliases ] && [ -e /etc/aliases ] && [ ! -e /etc/aliases.db ] && newaliases
+exit 0
+"""
 # What is plugged in later is named as it comes. At boot only what has names by udev is looked at, for each of
 # Linux's many terminals costs a process.
 _TRIGGER = """\
@@ -130,6 +151,8 @@ _FILES = {
     "etc/systemd/system/aiokvm-ssh-keys.service": _SSH_KEYS,
     "etc/systemd/system/systemd-udev-trigger.service.d/aiokvm.conf": _TRIGGER,
     "usr/local/sbin/aiokvm-dhcp": _DHCP_SCRIPT,
+    "etc/systemd/system/aiokvm-own.service": _OWN_FILES,
+    "usr/local/sbin/aiokvm-own": _OWN_SCRIPT,
     # A prompt that is only what it says, for those who wait for it.
     "root/.inputrc": "set enable-bracketed-paste off\n",
 }
@@ -147,6 +170,7 @@ _MASKED = (
 
 _OWN = (
     *("etc/ssh/ssh_host_*", "var/lib/systemd/random-seed", "var/lib/dbus/machine-id"),
+    *("etc/ssl/private/ssl-cert-snakeoil.key", "etc/ssl/certs/ssl-cert-snakeoil.pem", "etc/aliases.db"),
     *("var/log/apt", "var/log/dpkg.log", "var/log/bootstrap.log", "var/log/alternatives.log"),
     *("var/cache/ldconfig/aux-cache", "var/cache/debconf/*-old", "var/lib/dpkg/*-old", "etc/*-"),
 )
@@ -242,8 +266,8 @@ def write_overlay(
                 _link(archive, f"etc/systemd/system/{name}", "/dev/null")
             _link(archive, "etc/systemd/system/default.target", "/lib/systemd/system/multi-user.target")
             wants = "etc/systemd/system/multi-user.target.wants"
-            for name in ("aiokvm-dhcp.service", "aiokvm-ssh-keys.service", "aiokvm-tty.service"):
-                _link(archive, f"{wants}/{name}", f"../{name}")
+            for name in ("dhcp", "own", "ssh-keys", "tty"):
+                _link(archive, f"{wants}/aiokvm-{name}.service", f"../aiokvm-{name}.service")
             # D-Bus starts it when somebody asks for it.
             _link(archive, f"{wants}/systemd-logind.service", "/dev/null")
             # Adapters are eth0, eth1 and so on, in the order of the machine's.

@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 
 from aiokvm import images
+from aiokvm.arguments import checked
 from aiokvm.errors import LabError
 from aiokvm.lab import bochs, qemu
 from aiokvm.lab.config import LabConfig, own_archive
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LabConfig", "needed", "run"]
 
 
+@checked
 def needed(cpu: Literal["amd", "intel"] = "amd") -> list[str]:
     """Return the Debian packages that the lab with that CPU needs and the machine lacks."""
     present = {
@@ -54,6 +56,7 @@ def needed(cpu: Literal["amd", "intel"] = "amd") -> list[str]:
     return [package for package, there in present.items() if not there]
 
 
+@checked
 async def run(
     command: Sequence[str],
     config: LabConfig | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.memory import PAGE_SIZE, discard
 from aiokvm.virtio.balloon import Balloon
@@ -53,6 +54,7 @@ class MemoryBalloon:
         return self.device.num_pages * PAGE_SIZE
 
     @target.setter
+    @checked
     def target(self, size_bytes: int) -> None:
         if size_bytes % PAGE_SIZE or not 0 <= size_bytes <= self._size_bytes:
             raise ConfigError(
@@ -82,6 +84,7 @@ class MemoryBalloon:
             self._require_guest()
             await self._moved.wait()
 
+    @checked
     async def stats(self, timeout: float = ANSWER_SECONDS) -> Mapping[str, int]:
         """What the guest says about its memory now, by the names of `aiokvm.virtio.balloon.STATISTICS`.
 

@@ -95,6 +95,7 @@ class Device:
         """The guest wrote ``value``, unsigned, of ``size`` bytes (1, 2, 4 or 8), at ``offset``."""
         return None
 
+    @checked
     def doorbell(self, offset: int, count: int) -> Awaitable[None] | None:  # noqa: ARG002
         """The guest has written to the DOORBELL region at ``offset``, ``count`` times since the last call.
 
@@ -116,6 +117,7 @@ class Device:
         """The monotonic clock of the event loop, in nanoseconds. Raises DeviceError unless attached."""
         return self._attached().now_ns()
 
+    @checked
     def timer(self, deadline_ns: int, callback: Callable[[], object], period_ns: int = 0) -> Timer:
         """Call back when `now_ns` has reached ``deadline_ns``, and with a period after each period from then.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from aiokvm.aio.owner import owned
-from aiokvm.arguments import checked_init
+from aiokvm.arguments import checked, checked_init
 from aiokvm.block import BlockBackend, Raw
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.machine import events
@@ -133,6 +133,7 @@ class VmDisk:
         stats = self._data.stats()
         return DiskStats(**{name: stats[name] for name in DiskStats.__slots__})
 
+    @checked
     async def resize(self, size_bytes: int) -> None:
         """Give the disk another size while the guest runs, and tell it. Raises ConfigError and OSError."""
         backend = self.backend

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Irq:
         """Interrupt once: an edge, or a message. Raises StateError when the device is detached."""
         raise NotImplementedError
 
+    @checked
     def set(self, level: bool) -> None:
         """Drive the line high or low, where it stays until it is driven again; a detached one is low.
 
@@ -64,6 +66,7 @@ class GsiIrq(Irq):
             raise StateError("the device is not attached any more")
         os.eventfd_write(self.fd, 1)
 
+    @checked
     def set(self, level: bool) -> None:
         if self.fd < 0:
             raise StateError("the device is not attached any more")
@@ -98,6 +101,7 @@ class MsiIrq(Irq):
             raise StateError("the device is not attached any more")
         self._vm.signal_msi(self._msi)
 
+    @checked
     def set(self, level: bool) -> None:  # noqa: ARG002
         raise ConfigError("a message signalled interrupt has no level: use pulse()")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi, lib
+from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Limit:
         return max(0, self.value - self.used) // self.each if self.each else sys.maxsize
 
 
+@checked
 def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
     """The limits of this process and host as they stand, for machines of ``cpus`` vCPUs each.
 
@@ -96,6 +98,7 @@ def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
     )
 
 
+@checked
 def check_limits(machines: int, cpus: int = 1) -> None:
     """Whether this process may have so many machines more, of ``cpus`` vCPUs each, before any is made.
 
@@ -112,6 +115,7 @@ def check_limits(machines: int, cpus: int = 1) -> None:
         )
 
 
+@checked
 def check_memory(size_bytes: int) -> None:
     """Whether this host, and the control group of this process, have so much memory at all, swap included.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.net_core import NicData
@@ -77,6 +78,7 @@ class VmNic:
         """Frames and bytes since the machine was made: "sent" is what the guest has sent."""
         return self._data.stats()
 
+    @checked
     async def set_link(self, up: bool) -> None:
         """Plug the cable in, or pull it; the guest is told. A backend whose peer is not there has no link.
 
@@ -88,6 +90,7 @@ class VmNic:
         self._up = up
         self._follow()
 
+    @checked
     async def replace(self, backend: NetBackend) -> None:
         """Lead somewhere else while the guest runs: its link goes down and up, and it is to announce itself.
 

@@ -90,6 +90,7 @@ class ConsoleStream(SerialConsole):
                 raise SerialClosedError(f"{self._closed}: nobody opens port {self.port.name}")
             await self._opened.wait()
 
+    @checked
     def set_open(self, is_open: bool) -> None:
         """Tell the guest that somebody listens here, as it is told first, or nobody: reads end there then."""
         self.port.open(is_open)
@@ -142,11 +143,13 @@ class Consoles(Mapping[str, ConsoleStream]):
     def __len__(self) -> int:
         return len(self._streams)
 
+    @checked
     def add(self, name: str) -> ConsoleStream:
         """Give the guest another port. Raises ConfigError for its name, DeviceError if there are too many."""
         check_names((*self._streams, name))
         return self._add(name)
 
+    @checked
     def remove(self, name: str) -> None:
         """Take a port away; readers get what is left. Raises KeyError, and ConfigError for hvc0."""
         if name == FIRST:

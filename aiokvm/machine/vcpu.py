@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, KvmError, StateError
 from aiokvm.machine.exits import NOT_INHERITED, check
 
@@ -104,6 +105,7 @@ class VirtualCpu:
             raise StateError(NOT_INHERITED)
         return self._vcpu
 
+    @checked
     def read_register(self, name: str) -> int:
         """A general register, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer or apic_base.
 
@@ -115,6 +117,7 @@ class VirtualCpu:
             return int(getattr(self.kvm_vcpu.get_sregs(), name))
         raise ValueError(_unknown(name))
 
+    @checked
     def write_register(self, name: str, value: int) -> None:
         """Set what `read_register` reads; ``value`` has at most 64 bits.
 

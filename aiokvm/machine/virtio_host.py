@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked, checked_late
 from aiokvm.errors import VirtqueueError
 from aiokvm.machine.device import Timer
 from aiokvm.machine.irq import GsiIrq
@@ -220,15 +221,18 @@ class VirtioAttachment:
 
     # The device's: `aiokvm.virtio.device.VirtioHost`.
 
+    @checked_late
     def interrupt(self, queue: int) -> None:  # noqa: ARG002
         self.registers.interrupt()
 
     def config_changed(self) -> None:
         self.registers.config_changed()
 
+    @checked
     def needs_reset(self, reason: str) -> None:
         self.registers.needs_reset(reason)
 
+    @checked_late
     def again(self, queue: int) -> None:
         if queue not in self._again:
             self._again.add(queue)
@@ -237,9 +241,11 @@ class VirtioAttachment:
     def now_ns(self) -> int:
         return self._loop.now_ns()
 
+    @checked
     def timer(self, deadline_ns: int, callback: Callable[[], object], period_ns: int = 0) -> Timer:
         return Timer(self._loop, self, deadline_ns, callback, period_ns)
 
+    @checked
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         async def run() -> None:
             try:
@@ -259,6 +265,7 @@ class VirtioAttachment:
     def notifier(self) -> Any:
         return self._interrupts.notifier
 
+    @checked
     def shared_memory(self, shmid: int) -> memoryview:
         return self._shared[shmid][1]
 

@@ -361,6 +361,7 @@ class VM:
             on_error=on_error,
         )
 
+    @checked
     def detach(self, attachment: Attachment) -> None:
         """Take a region away: accesses to it find nothing from now on. DeviceError if it is not attached.
 
@@ -369,6 +370,7 @@ class VM:
         self._exits.check_owner()
         self._attachments.detach(attachment)
 
+    @checked
     def attach_virtio(self, device: VirtioDevice) -> VirtioAttachment:
         """Give the machine a virtio device, by virtio-mmio: before it starts, as guests look for it but once.
 

@@ -17,7 +17,7 @@ from aiokvm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Address: TypeAlias = "str | os.PathLike[str] | tuple[str, int]"
+Address: TypeAlias = str | os.PathLike[str] | tuple[str, int]
 """A path (one that begins with a zero byte is an abstract name), or a host and a port."""
 
 Resolved: TypeAlias = tuple[int, "str | tuple[str | int, ...]"]

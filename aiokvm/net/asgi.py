@@ -16,6 +16,7 @@ import anyio
 import anyio.lowlevel
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
 from aiokvm.text import get_logger
@@ -59,6 +60,7 @@ class Asgi:
     if the package h11 is not installed.
     """
 
+    @checked
     def __init__(self, app: Application, *, lifespan: bool = True) -> None:
         try:
             import h11

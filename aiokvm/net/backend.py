@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypedDict
 
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class NetBackend(ABC):
     queues: int = 1
     """How many queue pairs it can serve."""
 
+    @checked
     def __init__(
         self,
         *,
@@ -163,6 +165,7 @@ class NetBackend(ABC):
             self.carrier = carrier
             self._on_carrier()
 
+    @checked
     async def set_filters(self, filters: Iterable[Rule | Hook]) -> None:
         """Have other filters from now on, also while it is in use.
 

@@ -11,6 +11,7 @@ from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.net.address import (
+    Address,
     bind,
     check_address,
     connected,
@@ -27,7 +28,6 @@ from aiokvm.net.backend import NetBackend, Policy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiokvm.net.address import Address
     from aiokvm.net.plane import End, Plane
 
 # What comes while the machine is busy waits here; the kernel gives less if it wants to.

@@ -17,7 +17,7 @@ from aiokvm.aio.owner import check_here
 from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
-from aiokvm.net.filter import DIRECTIONS, PROTOCOLS, Rule
+from aiokvm.net.filter import DIRECTIONS, PROTOCOLS, Direction, Rule
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from aiokvm._core import Pointer
     from aiokvm.aio import Loop, Task
-    from aiokvm.net.filter import Direction
     from aiokvm.net.plane import End
 
 logger = get_logger("aiokvm.net")
@@ -74,10 +73,6 @@ class Hook:
         direction: Direction | None = None,
         timeout: float = 30.0,
     ) -> None:
-        if not callable(decide):
-            raise ConfigError(f"decide is a function of a flow, {decide!r} is none")
-        if direction not in DIRECTIONS:
-            raise ConfigError(f"direction {direction!r} is neither 'egress' nor 'ingress'; None is both")
         if not timeout > 0:
             raise ConfigError(f"timeout is a number of seconds above 0, not {timeout!r}")
         self.decide = decide

@@ -13,7 +13,7 @@ from anyio import to_thread
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
-from aiokvm.arguments import checked
+from aiokvm.arguments import checked, shown
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
 from aiokvm.proto import pcapng
@@ -68,7 +68,7 @@ class Pcap:
         limit_bytes: int | None = None,
     ) -> None:
         if not isinstance(file, str | os.PathLike) and not callable(getattr(file, "write", None)):
-            raise ConfigError(f"a capture goes to a path or a binary file, not to {file!r}")
+            raise ConfigError(f"Pcap: file={shown(file)}: give a path or a binary file")
         if not 14 <= snaplen <= 262144:
             raise ConfigError(f"snaplen is 14 to 262144 bytes, not {snaplen}")
         if not MIN_BUFFER_BYTES <= buffer_bytes <= 1 << 32:

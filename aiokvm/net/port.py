@@ -12,7 +12,7 @@ import anyio
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
-from aiokvm.arguments import checked
+from aiokvm.arguments import checked, checked_late
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.net.backend import NetBackend
 
@@ -57,6 +57,7 @@ class Frame:
 
     __slots__ = ("csum_offset", "csum_start", "data", "gso_size", "gso_type", "needs_csum")
 
+    @checked
     def __init__(
         self,
         data: Buffer,
@@ -121,6 +122,7 @@ class Batch(Sequence[memoryview]):
         """Bytes of all frames."""
         return self._ends[-1] - self._ends[0]
 
+    @checked_late
     def frame(self, index: int) -> Frame:
         """One of them with what the guest left to be done to it."""
         data = self[index]
@@ -244,12 +246,14 @@ class Port(NetBackend):
             self._at = 0
         return frame
 
+    @checked
     def batches(self, max: int = 64) -> _Batches:  # noqa: A002
         """Frames as they come, at most ``max`` (1 to 256) at a time. Raises ConfigError for other numbers."""
         if not 1 <= max <= lib.AIOKVM_NET_PORT_BATCH:
             raise ConfigError(f"a batch is 1 to {lib.AIOKVM_NET_PORT_BATCH} frames, not {max}")
         return _Batches(self, max)
 
+    @checked_late
     def take_nowait(self, max: int = 64) -> Batch | None:  # noqa: A002
         """The next batch if something has come; None: not now."""
         if not self._left:
@@ -303,6 +307,7 @@ class Port(NetBackend):
 
     # ---- to the guest ----
 
+    @checked_late
     def send_nowait(self, frames: Iterable[Buffer | Frame] | Buffer | Frame) -> int:
         """Send frames, or one; returns how many were taken, from the first on. The others have no room now.
 
@@ -314,6 +319,7 @@ class Port(NetBackend):
             pass
         return outgoing.sent
 
+    @checked_late
     async def send(self, frames: Iterable[Buffer | Frame] | Buffer | Frame) -> None:
         """Send all of them, or one, waiting for room where there is none.
 

@@ -14,6 +14,7 @@ from anyio.abc import ByteStream, SocketAttribute
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
+from aiokvm.arguments import checked
 from aiokvm.budget import DESCRIPTORS, Share
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Connection(ByteStream):
             SocketAttribute.raw_socket: lambda: self._socket,
         }
 
+    @checked
     async def receive(self, max_bytes: int = _CHUNK) -> bytes:
         """At least one byte. Raises EndOfStream, BrokenResourceError if it was reset, ClosedResourceError."""
         await anyio.lowlevel.checkpoint()
@@ -95,6 +97,7 @@ class Connection(ByteStream):
                 raise anyio.EndOfStream
             return data
 
+    @checked
     async def send(self, item: bytes) -> None:
         """All of it, waiting for the guest to take it. Raises BrokenResourceError, ClosedResourceError."""
         await anyio.lowlevel.checkpoint()

@@ -12,6 +12,7 @@ from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError
 from aiokvm.net.address import (
+    Address,
     bind,
     check_address,
     connect,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiokvm.aio import Handle, Task
-    from aiokvm.net.address import Address
     from aiokvm.net.plane import End, Plane
 
 # How long a listener that has failed (no descriptors are left, say) is let alone.

@@ -234,6 +234,7 @@ class Switch:
     async def __aexit__(self, *_: object) -> None:
         await current_loop().uncancelled(self.close)
 
+    @checked
     def port(
         self,
         *,
@@ -254,6 +255,7 @@ class Switch:
         name = name or str(self._made)
         return SwitchPort(self, name, vlan=vlan, trunk=trunk, isolated=isolated, **policy)
 
+    @checked
     async def connect(
         self,
         backend: NetBackend,
@@ -309,6 +311,7 @@ class Switch:
             await current_loop().uncancelled(lambda: _close_both(port))
             raise
 
+    @checked
     async def disconnect(self, port: SwitchPort) -> None:
         """Close a port that `connect` made, and what is connected there. Idempotent.
 

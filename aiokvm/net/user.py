@@ -173,6 +173,7 @@ class User(NetBackend):
         """What is forwarded; before it was opened, what will be. Ports that the system chose are real."""
         return tuple(each.real for each in self._forwards)
 
+    @checked
     async def add_forward(self, host: int | str, guest: int | str) -> Forward:
         """Forward a port of the host to one of the guest, from now on. Gives it with its real port.
 
@@ -187,6 +188,7 @@ class User(NetBackend):
                 raise
         return forwarded.real
 
+    @checked
     async def remove_forward(self, host: int | str | Forward) -> None:
         """Forward it no more; connections that there are go on. Raises ConfigError for one that is not."""
         if not isinstance(host, Forward):
@@ -257,6 +259,7 @@ class User(NetBackend):
         """Addresses and ports that are answered in this process."""
         return tuple(self._handlers)
 
+    @checked
     async def add_service(self, address: tuple[str, int] | str, handler: Responder) -> tuple[str, int]:
         """Answer the guest's connections to this address and port from now on. Gives both.
 
@@ -273,6 +276,7 @@ class User(NetBackend):
                 raise
         return at
 
+    @checked
     async def remove_service(self, address: tuple[str, int] | str) -> None:
         """Answer there no more: handlers are cancelled. Raises ConfigError for one that is not."""
         at = _endpoint(address)

@@ -40,8 +40,8 @@ class Gate:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"decide": None}, "decide is a function"),
-        ({"decide": bool, "direction": "up"}, "'up' is neither"),
+        ({"decide": None}, "decide=None: give a function"),
+        ({"decide": bool, "direction": "up"}, "direction='up': give 'egress' or 'ingress' or None"),
         ({"decide": bool, "timeout": 0}, "timeout is a number of seconds above 0"),
     ],
 )

@@ -44,7 +44,7 @@ def read(data: bytes) -> tuple[list[Interface], list[Packet], list[Statistics]]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"file": None}, "to a path or a binary file"),
+        ({"file": None}, "file=None: give a path or a binary file"),
         ({"file": "x", "snaplen": 0}, "snaplen is 14"),
         ({"file": "x", "buffer_bytes": 1000}, "buffer_bytes is 262144"),
         ({"file": "x", "limit_bytes": 0}, "limit_bytes is above 0"),

@@ -220,8 +220,10 @@ async def test_what_may_be_sent(linked: Linked) -> None:
         for wrong in (b"", bytes(13), bytes(65551)):
             with pytest.raises(ConfigError, match=f"frame 1 has {len(wrong)} bytes"):
                 await one.send([whole, wrong])
-        with pytest.raises(TypeError):
+        with pytest.raises(ConfigError, match="frames='frame': give a list of bytes or Frame"):
             await one.send("frame")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"frames=\['frame'\]: give a list of bytes or Frame"):
+            one.send_nowait(["frame"])  # type: ignore[list-item]
         assert other.take_nowait() is None
         await one.send(HEAD + bytes(65536))
         assert len(await anext(other)) == 65550
