@@ -7,32 +7,12 @@
 #include <errno.h>
 #include <linux/virtio_blk.h>
 #include <stddef.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "blk_priv.h"
+#include "fuzz.h"
 
 enum { SIZE = 16, RANGE = 0x8000, DRIVER = 0x200, DEVICE = 0x300, QUEUES = 2, RING = 0x800, SECTORS = 1000 };
 enum { DESC_FLAGS = 3 }; /* NEXT and WRITE */
-
-#define REQUIRE(condition) \
-    do {                   \
-        if (!(condition))  \
-            abort();       \
-    } while (0)
-
-struct input {
-    const uint8_t *bytes;
-    size_t left;
-};
-
-static uint32_t take(struct input *input, size_t size)
-{
-    uint32_t value = 0;
-    for (size_t i = 0; i < size && input->left; i++, input->left--)
-        value |= (uint32_t)*input->bytes++ << 8 * i;
-    return value;
-}
 
 /* ---- an engine that leaves its operations lying about ---- */
 

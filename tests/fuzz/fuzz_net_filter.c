@@ -3,49 +3,8 @@
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
  * Sources: net_rules.c clock.c pace.c ratelimit.c
  */
-#include <stdlib.h>
-#include <string.h>
-
 #include "net_filter.h"
-#include "net_priv.h"
-
-#define REQUIRE(condition) \
-    do {                   \
-        if (!(condition))  \
-            abort();       \
-    } while (0)
-
-struct input {
-    const uint8_t *bytes;
-    size_t left;
-};
-
-static uint32_t take(struct input *input, size_t size)
-{
-    uint32_t value = 0;
-    for (size_t i = 0; i < size && input->left; i++, input->left--)
-        value |= (uint32_t)*input->bytes++ << 8 * i;
-    return value;
-}
-
-static bool serve(struct aiokvm_net_end *end)
-{
-    (void)end;
-    return false;
-}
-
-static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *frame)
-{
-    (void)end, (void)frame;
-    return NET_TAKEN;
-}
-
-static void end_free(struct aiokvm_net_end *end)
-{
-    free(end);
-}
-
-static const struct net_type TYPE = { .serve = serve, .receive = receive, .free = end_free };
+#include "net_fuzz.h"
 
 /* Any bytes are a rule, but that counts of bits are those of the address. */
 static void make_rules(struct input *input, struct aiokvm_net_rule rules[4])
@@ -93,8 +52,6 @@ static void send_frame(struct input *input, struct aiokvm_net_end *from)
     free(head);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct input input = { data, size };
@@ -103,9 +60,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static struct aiokvm_net *net;
     if (!net)
         net = aiokvm_net_new(NULL, &error);
-    struct aiokvm_net_end *ends[2];
-    for (int i = 0; i < 2; i++)
-        ends[i] = net_end_new(net, &TYPE, sizeof(*ends[i]), &error);
+    struct aiokvm_net_end *ends[] = { &peer_new(net, 31)->end, &peer_new(net, 31)->end };
     REQUIRE(!aiokvm_net_link(ends[0], ends[1]));
     make_rules(&input, rules);
     struct aiokvm_net_filter *filter = aiokvm_net_filter_new(ends[0], rules, 4, &error);

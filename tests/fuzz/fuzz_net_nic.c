@@ -7,67 +7,15 @@
  * The guest's RAM is an allocation of its own, and so is what the peer copies frames to: AddressSanitizer sees every
  * byte outside them. */
 #include <linux/virtio_net.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "net_fuzz.h"
 #include "net_nic.h"
-#include "net_priv.h"
 
 enum { SIZE = 8, RANGE = 0x8000, QUEUES = 4, RINGS = 0x400, DRIVER = 0x100, DEVICE = 0x200, BUFFERS = 0x1000 };
 
-struct input {
-    const uint8_t *bytes;
-    size_t left;
-};
-
-static uint32_t take(struct input *input, size_t size)
-{
-    uint32_t value = 0;
-    for (size_t i = 0; i < size && input->left; i++, input->left--)
-        value |= (uint32_t)*input->bytes++ << 8 * i;
-    return value;
-}
-
-#define REQUIRE(condition) \
-    do {                   \
-        if (!(condition))  \
-            abort();       \
-    } while (0)
-
 /* ---- the peer ---- */
-
-struct peer {
-    struct aiokvm_net_end end;
-    bool blocks;
-};
-
-static bool serve(struct aiokvm_net_end *end)
-{
-    (void)end;
-    return false;
-}
-
-static enum net_result receive(struct aiokvm_net_end *end, struct net_frame *frame)
-{
-    if (((struct peer *)end)->blocks)
-        return NET_BLOCKED;
-    REQUIRE(frame->size >= AIOKVM_NET_MIN_FRAME && frame->size <= AIOKVM_NET_MAX_FRAME);
-    REQUIRE(frame->hdr.csum_start + frame->hdr.csum_offset < NET_HEAD);
-    uint8_t *copy = malloc(frame->size);
-    REQUIRE(copy);
-    net_frame_copy(frame, copy);
-    free(copy);
-    return NET_TAKEN;
-}
-
-static void free_peer(struct aiokvm_net_end *end)
-{
-    free(end);
-}
-
-static const struct net_type PEER = { .serve = serve, .receive = receive, .free = free_peer };
 
 static void send_frame(struct peer *peer, struct input *input)
 {
@@ -193,7 +141,7 @@ static void step(struct guest *guest, struct peer *peer, struct input *input)
     case 7:
     case 8:
         REQUIRE(write(guest->kicks[index], &(uint64_t){ 1 }, 8) == 8);
-        while (aiokvm_net_serve(net, UINT64_C(1) << 40) == 1)
+        while (aiokvm_net_serve(net, 0) == 1)
             continue;
         break;
     case 9:
@@ -232,9 +180,8 @@ static void run(struct aiokvm_net *net, struct input *input)
     uint32_t bits = take(input, 1);
     guest.features = take(input, 2) | (uint64_t)(bits & 3) << 28 | (uint64_t)(bits >> 2 & 3) << 34;
     guest.end = aiokvm_net_nic_new(net, &error);
-    struct peer *peer = net_end_new(net, &PEER, sizeof(*peer), &error);
-    REQUIRE(guest.end && peer);
-    peer->end.offloads = bits >> 4;
+    struct peer *peer = peer_new(net, bits >> 4);
+    REQUIRE(guest.end);
     REQUIRE(!aiokvm_net_nic_set_features(guest.end, guest.features, 0));
     for (uint32_t i = 0; i < QUEUES; i++) {
         guest.kicks[i] = eventfd(0, EFD_NONBLOCK);
@@ -258,8 +205,6 @@ static void run(struct aiokvm_net *net, struct input *input)
     }
     free(guest.ram);
 }
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {

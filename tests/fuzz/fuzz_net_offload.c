@@ -27,8 +27,6 @@ static void send_all(struct peer *from, struct peer *to, struct net_frame *frame
         REQUIRE(to->received && to->bytes >= frame->size);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct peer *from, *to;

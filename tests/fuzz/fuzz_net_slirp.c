@@ -50,16 +50,22 @@ ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct so
     return (ssize_t)size;
 }
 
-static uint32_t seq, ack; /* where the guest is in its last connection */
+/* Of its last connection: where the guest is, and the headers that it has heard. */
+static uint32_t seq, ack, heard_size;
+static uint8_t heard[74];
 
 static void look(struct peer *peer, const uint8_t *data, uint32_t size)
 {
     (void)peer;
-    if (size < 54 || net_load16(data + 12) != 0x0800 || data[23] != 6)
+    bool is_ip6 = net_load16(data + 12) == 0x86dd;
+    uint32_t headers = is_ip6 ? 74 : 54;
+    if (size < headers || (is_ip6 ? data[20] != 6 : net_load16(data + 12) != 0x0800 || data[23] != 6))
         return;
-    uint32_t length = net_load16(data + 16) - 20u - (uint32_t)(data[46] >> 4) * 4;
-    ack = net_load32(data + 38) + length + !!(data[47] & 3);
-    seq = net_load32(data + 42);
+    const uint8_t *tcp = data + headers - 20;
+    ack = net_load32(tcp + 4) + size - (uint32_t)(tcp - data) - (uint32_t)(tcp[12] >> 4) * 4 + !!(tcp[13] & 3);
+    seq = net_load32(tcp + 8);
+    heard_size = headers;
+    memcpy(heard, data, headers);
 }
 
 static void seal(uint8_t *frame, uint32_t size)
@@ -134,6 +140,35 @@ static uint32_t make(struct input *input, uint8_t *frame)
     return size;
 }
 
+static void swap(uint8_t *one, uint8_t *other, size_t size)
+{
+    uint8_t copy[16];
+    memcpy(copy, one, size);
+    memcpy(one, other, size);
+    memcpy(other, copy, size);
+}
+
+/* What a guest's TCP says to what it has heard last. */
+static uint32_t reply(struct input *input, uint8_t *frame)
+{
+    uint32_t choice = take(input, 1), size = heard_size + (choice & 128 ? take(input, 1) : 0);
+    bool is_ip6 = heard_size == 74;
+    memcpy(frame, heard, heard_size);
+    uint8_t *tcp = frame + heard_size - 20, *ip = frame + 14;
+    swap(frame, frame + 6, 6);
+    swap(ip + (is_ip6 ? 8 : 12), ip + (is_ip6 ? 24 : 16), is_ip6 ? 16 : 4);
+    swap(tcp, tcp + 2, 2);
+    net_store32(tcp + 4, seq);
+    net_store32(tcp + 8, ack);
+    tcp[12] = 0x50;
+    tcp[13] = (uint8_t)((tcp[13] & 18) == 2 ? 18 : 16) ^ (choice & 15);
+    net_store16(tcp + 14, choice & 16 ? take(input, 2) : 0xffff);
+    memset(tcp + 16, 0, 4);
+    memset(frame + heard_size, 0, size - heard_size);
+    seal(frame, size);
+    return size;
+}
+
 static void send_frame(struct peer *peer, const uint8_t *data, uint32_t size)
 {
     uint8_t private[NET_HEAD];
@@ -150,6 +185,7 @@ static void send_frame(struct peer *peer, const uint8_t *data, uint32_t size)
 struct outside {
     struct sockaddr_un path;
     struct sockaddr_in port;
+    struct sockaddr_in6 port6; /* of the guests that talk some are reached here, and not by the path */
     int fd, udp;
 };
 
@@ -157,7 +193,14 @@ static void come_in(struct outside *outside, uint32_t what)
 {
     static uint8_t data[3000];
     int flags = SOCK_NONBLOCK | SOCK_CLOEXEC;
-    if (outside->fd < 0) {
+    if (outside->fd < 0 && outside->port6.sin6_port) {
+        outside->fd = socket(AF_INET6, SOCK_STREAM | flags, 0);
+        REQUIRE(outside->fd >= 0);
+        /* It leaves nothing behind. */
+        setsockopt(outside->fd, SOL_SOCKET, SO_LINGER, &(struct linger){ .l_onoff = 1 }, sizeof(struct linger));
+        long result = syscall(SYS_connect, outside->fd, &outside->port6, sizeof(outside->port6));
+        REQUIRE(!result || errno == EINPROGRESS);
+    } else if (outside->fd < 0) {
         outside->fd = socket(AF_UNIX, SOCK_STREAM | flags, 0);
         REQUIRE(outside->fd >= 0);
         REQUIRE(!connect(outside->fd, (struct sockaddr *)&outside->path, sizeof(outside->path)) || errno == EAGAIN);
@@ -215,6 +258,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         snprintf(path, sizeof(path), "/tmp/fuzz_net_slirp.%d", (int)getpid());
     unlink(path);
     struct input input = { data, size };
+    /* Some guests talk: their side of TCP follows what they hear. */
+    uint32_t first = take(&input, 1);
+    bool talks = first >> 4 == 10;
     int error = 0, fds[4] = { -1, -1, -1, -1 };
     uint32_t ids[4] = { 0 };
     struct aiokvm_net *net = aiokvm_net_new(NULL, &error);
@@ -222,7 +268,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct aiokvm_net_slirp_config config = {
         .network = 0x0a000200, .netmask = 0xffffff00, .host = HOST, .dhcp_start = GUEST, .nameserver = NAMESERVER,
         .prefix6 = { 0xfe, 0xc0 }, .prefix6_length = 64, .host6 = { 0xfe, 0xc0, [15] = 2 },
-        .nameserver6 = { 0xfe, 0xc0, [15] = 3 }, .mtu = take(&input, 1) & 1 ? 1500 : 9000, .max_connections = 8,
+        .nameserver6 = { 0xfe, 0xc0, [15] = 3 }, .mtu = first & 1 ? 1500 : 9000, .max_connections = 8,
         .hostname = "guest", .host_loopback = take(&input, 1) & 1, .restricted = take(&input, 1) % 4 == 0, .has_dns = 1,
     };
     struct aiokvm_net_end *end = aiokvm_net_slirp_new(net, &config, &error);
@@ -236,19 +282,24 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     REQUIRE(aiokvm_net_slirp_add_service(end, 0x0a0002ff, 53, path, 2) == 2);
     path[strlen(path) - 1] = 'f';
     unlink(path);
-    REQUIRE(aiokvm_net_slirp_add_forward(end, 0, path, 0, "10.0.2.15", 80) == 0);
+    REQUIRE(!aiokvm_net_slirp_add_forward(end, 0, path, 0, "10.0.2.15", 80));
     struct outside outside = { .path.sun_family = AF_UNIX, .port.sin_family = AF_INET, .fd = -1, .udp = -1 };
+    int port = talks && first & 2 ? aiokvm_net_slirp_add_forward(end, 0, "::1", 0, "fec0::9", 80) : 0;
+    if (port > 0)
+        outside.port6 = (struct sockaddr_in6){
+            .sin6_family = AF_INET6, .sin6_port = htons((uint16_t)port), .sin6_addr = IN6ADDR_LOOPBACK_INIT,
+        };
     strcpy(outside.path.sun_path, path);
     path[strlen(path) - 1] = 0;
-    int port = aiokvm_net_slirp_add_forward(end, 1, "127.0.0.1", 0, "10.0.2.15", 53);
+    port = aiokvm_net_slirp_add_forward(end, 1, "127.0.0.1", 0, "10.0.2.15", 53);
     REQUIRE(port > 0);
     outside.port.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     outside.port.sin_port = htons((uint16_t)port);
-    seq = ack = 0;
+    seq = ack = heard_size = 0;
     passed_ns = 0;
     while (input.left) {
         uint32_t what = take(&input, 1);
-        send_frame(peer, frame, make(&input, frame));
+        send_frame(peer, frame, talks && what & 128 && heard_size ? reply(&input, frame) : make(&input, frame));
         if (what & 1)
             program(&input, end, fds, ids);
         if (what & 16)

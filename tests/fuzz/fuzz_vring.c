@@ -2,33 +2,13 @@
  *
  * The two ranges of RAM are separate allocations: AddressSanitizer sees every byte outside them. */
 #include <stdbool.h>
-#include <stdlib.h>
-#include <string.h>
 
+#include "fuzz.h"
 #include "vring.h"
 
 enum { SIZE = 8, RANGE = 0x2000, HIGH = 0x8000 };
 enum { DESC = 0x100, DRIVER = 0x400, DEVICE = 0x600, TABLE = 0x800 };
 enum { HELD = 3 * SIZE }; /* more than the pool has */
-
-struct input {
-    const uint8_t *bytes;
-    size_t left;
-};
-
-static uint32_t take(struct input *input, size_t size)
-{
-    uint32_t value = 0;
-    for (size_t i = 0; i < size && input->left; i++, input->left--)
-        value |= (uint32_t)*input->bytes++ << 8 * i;
-    return value;
-}
-
-#define REQUIRE(condition) \
-    do {                   \
-        if (!(condition))  \
-            abort();       \
-    } while (0)
 
 /* A descriptor of either layout, more often possible than not. */
 static void write_descriptor(struct input *input, uint8_t *at)
@@ -69,8 +49,6 @@ static int start(struct aiokvm_vring *vring, uint32_t seed)
     return aiokvm_vring_start(vring, size, places[seed >> 4 & 3 ? seed >> 12 & 3 : 0], seed & 0x80 ? DESC : DRIVER,
                               DEVICE, features);
 }
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {

@@ -1,31 +1,9 @@
-/* What fuzzers of ends have in common: the input, and a peer that reads every byte that it is given. */
+/* What fuzzers of ends have in common: a peer that reads every byte that it is given. */
 #ifndef AIOKVM_NET_FUZZ_H
 #define AIOKVM_NET_FUZZ_H
 
-#include <stdlib.h>
-#include <string.h>
-
+#include "fuzz.h"
 #include "net_priv.h"
-
-#define REQUIRE(condition) \
-    do {                   \
-        if (!(condition))  \
-            abort();       \
-    } while (0)
-
-struct input {
-    const uint8_t *bytes;
-    size_t left;
-};
-
-/* The next bytes as a number, 0 behind the end. */
-static inline uint32_t take(struct input *input, size_t size)
-{
-    uint32_t value = 0;
-    for (size_t i = 0; i < size && input->left; i++, input->left--)
-        value |= (uint32_t)*input->bytes++ << 8 * i;
-    return value;
-}
 
 struct peer {
     struct aiokvm_net_end end;
@@ -51,6 +29,7 @@ static enum net_result peer_receive(struct aiokvm_net_end *end, struct net_frame
         return NET_BLOCKED;
     REQUIRE(frame->size >= AIOKVM_NET_MIN_FRAME && frame->size <= AIOKVM_NET_MAX_FRAME);
     REQUIRE(!(net_frame_needs(frame) & ~end->offloads));
+    REQUIRE(frame->hdr.csum_start + frame->hdr.csum_offset < NET_HEAD);
     frame->iov[-1] = (struct iovec){ 0 };
     size_t size = 0;
     for (uint32_t i = 0; i < frame->count; i++)
