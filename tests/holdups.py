@@ -6,11 +6,15 @@ a thread (`anyio.to_thread.run_sync`), or the test is marked ``computes`` and is
 with no loop, of a model, takes the fixture ``step`` and makes the calls that are the loop's in a callback
 under it: ``with step(): device.notified(0)``.
 
+The collection of garbage counts, of what the test has made: what was there before, pytest's own and other
+tests' objects, are out of its reach for as long as the test runs.
+
 ``--holdups FILE`` writes what the worst step of each test took: benchmarks/holdups.py makes a table of it.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from contextlib import contextmanager
@@ -40,8 +44,12 @@ LIMIT_S = 0.05
 @contextmanager
 def measured(request: pytest.FixtureRequest) -> Iterator[StepMeter]:
     """What the steps of this test take; it fails past the limit."""
-    with StepMeter(LIMIT_S) as meter:
-        yield meter
+    gc.freeze()
+    try:
+        with StepMeter(LIMIT_S) as meter:
+            yield meter
+    finally:
+        gc.unfreeze()
     if meter.worst is None or request.node.get_closest_marker("computes"):
         return
     if file := request.config.getoption("--holdups"):

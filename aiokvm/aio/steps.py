@@ -6,13 +6,12 @@ next. CPU time is measured, because on a busy host any step may last long withou
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +55,9 @@ class StepMeter:
     """Measures the steps of one loop; a context manager. ``begin`` and ``end`` are called around each.
 
     A step that has taken ``threshold`` seconds of CPU time is told to ``on_hold_up`` when it has ended, on
-    the loop's thread. ``worst`` is the longest of all, None before the first; ``steps`` counts them. The
-    collection of garbage is left out: it is about all objects of the program, and none of the step's doing.
+    the loop's thread. ``worst`` is the longest of all, None before the first; ``steps`` counts them. What
+    collects garbage counts as the step's in which it happens: the loop waits for it. It takes long where a
+    program has many objects, of which `gc.freeze` keeps it off.
 
     A thread looks at what a step does when it has taken half of the threshold: that is the stack of the
     `HoldUp`. What holds Python's global lock keeps that thread waiting, and the stack may then be empty, or
@@ -73,7 +73,6 @@ class StepMeter:
         self._clock: ThreadClock | None = None
         self._began_ns = self._began_at_ns = 0
         self._worst_ns = -1
-        self._collecting_ns = 0
         # Of the step of this number the thread has seen what it did.
         self._seen = 0
         self._stack = ""
@@ -81,7 +80,6 @@ class StepMeter:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        gc.callbacks.append(self._on_gc)
         self._stopped.clear()
         self._thread = threading.Thread(target=self._look, name="aiokvm step meter", daemon=True)
         self._thread.start()
@@ -94,7 +92,6 @@ class StepMeter:
         traceback: TracebackType | None,
     ) -> None:
         assert self._thread is not None
-        gc.callbacks.remove(self._on_gc)
         self._stopped.set()
         self._thread.join()
 
@@ -126,15 +123,6 @@ class StepMeter:
             self.worst = hold_up
         if took_ns >= self._threshold_ns and self._on_hold_up is not None:
             self._on_hold_up(hold_up)
-
-    def _on_gc(self, phase: str, info: dict[str, Any]) -> None:  # noqa: ARG002
-        if not self._depth or self._clock is None or self._clock.ident != threading.get_ident():
-            return
-        if phase == "start":
-            self._collecting_ns = time.thread_time_ns()
-        elif self._collecting_ns:
-            self._began_ns += time.thread_time_ns() - self._collecting_ns
-            self._collecting_ns = 0
 
     def _look(self) -> None:
         while not self._stopped.wait(self._threshold_ns / 4e9):
