@@ -1101,6 +1101,7 @@ int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service
 int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
                             struct aiokvm_net_slirp_connection *connection);
 int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
+int aiokvm_net_slirp_cut_some(struct aiokvm_net_end *end);
 int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection);
 int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *data);
 int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size);

@@ -289,6 +289,23 @@ int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection)
     return result;
 }
 
+int aiokvm_net_slirp_cut_some(struct aiokvm_net_end *end)
+{
+    struct slirp_end *self = self_of(end);
+    if (!net_enter(end->net))
+        return -EOWNERDEAD;
+    for (; self->cut_buckets < SLIRP_SOCKET_BUCKETS && !end->net->is_over; self->cut_buckets++)
+        for (struct slirp_socket *socket = self->sockets.buckets[self->cut_buckets], *next; socket; socket = next) {
+            next = socket->next;
+            net_spend(end->net, NET_COST_CALL);
+            /* One that is still being made goes with the end. */
+            if (socket->flow.is_tcp)
+                slirp_cut(self, socket);
+        }
+    net_leave(end->net);
+    return self->cut_buckets < SLIRP_SOCKET_BUCKETS;
+}
+
 int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection)
 {
     struct slirp_end *self = self_of(end);

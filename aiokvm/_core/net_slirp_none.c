@@ -59,6 +59,12 @@ int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection)
     return -ENOSYS;
 }
 
+int aiokvm_net_slirp_cut_some(struct aiokvm_net_end *end)
+{
+    (void)end;
+    return -ENOSYS;
+}
+
 int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection)
 {
     (void)end, (void)connection;

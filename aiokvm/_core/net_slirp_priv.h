@@ -298,6 +298,7 @@ struct slirp_end {
     struct slirp_broken *broken;
     struct slirp_sockets sockets;
     uint64_t reaped_ns;
+    uint32_t cut_buckets; /* of sockets: how many of them aiokvm_net_slirp_cut_some has been through */
     struct aiokvm_share descriptors, bytes;
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has, or had when it was starved */
     struct slirp_guard guard;

@@ -97,6 +97,9 @@ class NetBackend(ABC):
         gone, the device was deleted. The end stays until `close`.
         """
 
+    async def _wind_down(self, end: End) -> None:  # noqa: B027
+        """Ends what would take long all at once, before ``end`` is closed."""
+
     @abstractmethod
     async def _close(self) -> None:
         """Gives back what `_open` got; the end has been closed."""
@@ -137,13 +140,16 @@ class NetBackend(ABC):
         if end is None:
             return
         self._on_carrier = _nothing
-        self._last_stats = end.stats()
-        end.close()
+        self._closing = True
+        try:
+            await self._wind_down(end)
+        finally:
+            self._last_stats = end.stats()
+            end.close()
         if self._filter:
             self._filter.close()
             self._filter = None
         capture, self._capture = self._capture, None
-        self._closing = True
         try:
             await self._close()
         finally:

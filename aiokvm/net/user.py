@@ -419,6 +419,12 @@ class User(NetBackend):
             raise
         return end
 
+    async def _wind_down(self, end: End) -> None:
+        assert self._plane
+        end.unlink()
+        while end.is_open and lib.aiokvm_net_slirp_cut_some(end.core) == 1:
+            await self._plane.loop.turn()
+
     async def _close(self) -> None:
         dns, self._dns = self._dns, None
         if dns:

@@ -91,6 +91,32 @@ TEST(a_connection_to_a_service_is_two_descriptors)
     remove_path();
 }
 
+TEST(connections_are_ended_piece_by_piece)
+{
+    make_path();
+    struct aiokvm_net_slirp_config many = config();
+    many.max_connections = 300;
+    struct nat nat = nat_with(&many, 0);
+    struct slirp_end *slirp = (struct slirp_end *)nat.slirp;
+    CHECK(aiokvm_net_slirp_add_service(nat.slirp, SERVICE, 80, path, 300) > 0);
+    greet(&nat);
+    for (uint32_t port = 5000; port < 5300; port++)
+        open_connection(&nat, port, SERVICE, 80);
+    CHECK_EQ(slirp->tcp, 300);
+    uint32_t calls = 1;
+    fake_end_clear(nat.guest);
+    CHECK_EQ(aiokvm_net_slirp_cut_some(nat.slirp), 1);
+    CHECK(slirp->tcp > 0 && slirp->tcp < 300);
+    while (aiokvm_net_slirp_cut_some(nat.slirp) == 1)
+        CHECK(++calls < 1000);
+    CHECK_EQ(slirp->tcp, 0);
+    CHECK_EQ(aiokvm_net_slirp_cut_some(nat.slirp), 0);
+    /* Nobody takes it for an end. */
+    CHECK(nat.guest->frames[0].data[47] & RST);
+    aiokvm_net_free(nat.net);
+    remove_path();
+}
+
 TEST(connections_that_nobody_accepts_are_bounded)
 {
     make_path();
