@@ -1,16 +1,17 @@
 """The loop adapter: the only part of aiokvm that knows which event loop runs.
 
 `current_loop` gives a `Loop` for the loop that runs the caller: asyncio with any of its event loops, uvloop
-included, or trio. It holds what anyio has no words for; structured concurrency is anyio's everywhere.
+included, or trio. It holds what anyio has no words for, and the little that a machine needs to start: loading
+anyio's back end takes longer than creating one. Structured concurrency is anyio's everywhere.
 """
 
 from __future__ import annotations
 
 import sys
 
-from aiokvm.aio.loop import Handle, Loop, Task
+from aiokvm.aio.loop import Event, Handle, Loop, Task
 
-__all__ = ["Handle", "Loop", "Task", "current_loop"]
+__all__ = ["Event", "Handle", "Loop", "Task", "current_loop"]
 
 
 def current_loop() -> Loop:

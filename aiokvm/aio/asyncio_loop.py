@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import anyio
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aiokvm.aio.failures import call, task_failed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiokvm.aio.loop import Handle, Task
+    from aiokvm.aio.loop import Event, Handle, Task
     from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
@@ -92,13 +94,20 @@ class _Task:
         await asyncio.wait([self._task])
 
 
+# Neither a loop nor what it shares is kept by this.
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[type, Any]] = WeakKeyDictionary()
+
+
 class AsyncioLoop:
     """See `Loop`."""
+
+    cancelled = asyncio.CancelledError
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ident = threading.get_ident()
         self.pid = os.getpid()
+        self.shared = _shared.setdefault(self._loop, WeakValueDictionary())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AsyncioLoop) and other._loop is self._loop
@@ -131,6 +140,16 @@ class AsyncioLoop:
     async def turn(self) -> None:
         await asyncio.sleep(0)
 
+    def event(self) -> Event:
+        return asyncio.Event()
+
+    def lock(self) -> AbstractAsyncContextManager[object]:
+        return asyncio.Lock()
+
+    async def within(self, seconds: float | None, work: Callable[[], Awaitable[T]]) -> T:
+        async with asyncio.timeout(seconds):
+            return await work()
+
     def being_cancelled(self) -> bool:
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
@@ -147,9 +166,15 @@ class AsyncioLoop:
             return await work()
 
         # anyio's scopes are kept off by the shield, asyncio's own cancel() by waiting for a task of its own.
+        shield: AbstractContextManager[object] = nullcontext()
+        # If nobody has loaded it, there are none.
+        if "anyio" in sys.modules:
+            import anyio
+
+            shield = anyio.CancelScope(shield=True)
         task = asyncio.create_task(run())
         cancelled: asyncio.CancelledError | None = None
-        with anyio.CancelScope(shield=True):
+        with shield:
             while not task.done():
                 try:
                     await asyncio.wait([task])
@@ -160,3 +185,6 @@ class AsyncioLoop:
         finally:
             if cancelled is not None:
                 raise cancelled
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await self.uncancelled(partial(asyncio.to_thread, work))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+    from weakref import WeakValueDictionary
 
 T = TypeVar("T")
+
+
+class Event(Protocol):
+    """Something that happens once, and that tasks can wait for."""
+
+    def set(self) -> None:
+        """It has happened. Idempotent."""
+
+    async def wait(self) -> object:
+        """Returns when it has happened."""
 
 
 class Handle(Protocol):
@@ -33,6 +45,12 @@ class Loop(Protocol):
 
     pid: int
     """The process that it runs in: a child of fork has only a copy."""
+    shared: WeakValueDictionary[type, Any]
+    """What there is one of on this loop, by its class, for as long as somebody else keeps it."""
+
+    @property
+    def cancelled(self) -> type[BaseException]:
+        """What is raised in a task that is cancelled."""
 
     def is_here(self) -> bool:
         """Whether the caller runs on it, or in its thread while no loop runs there. From any thread."""
@@ -61,6 +79,15 @@ class Loop(Protocol):
     async def turn(self) -> None:
         """Returns when the loop has looked at everything else that is due."""
 
+    def event(self) -> Event:
+        """An event that has not happened yet."""
+
+    def lock(self) -> AbstractAsyncContextManager[object]:
+        """What one task has at a time; others wait for their turn. Entering a free one may not suspend."""
+
+    async def within(self, seconds: float | None, work: Callable[[], Awaitable[T]]) -> T:
+        """What work returns. Raises TimeoutError, with it cancelled, if it takes longer; None is for ever."""
+
     def being_cancelled(self) -> bool:
         """Whether the task that runs is cancelled, as opposed to something that it awaits."""
 
@@ -72,3 +99,6 @@ class Loop(Protocol):
 
     async def uncancelled(self, work: Callable[[], Awaitable[T]]) -> T:
         """Runs work to its end whatever cancels the caller, and only then lets the cancellation through."""
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Runs a function that blocks in a worker thread, to its end whatever cancels the caller."""

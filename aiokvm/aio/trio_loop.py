@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from math import inf
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -13,8 +14,9 @@ from aiokvm.aio.failures import call, task_failed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
-    from aiokvm.aio.loop import Handle, Task
+    from aiokvm.aio.loop import Event, Handle, Task
     from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
@@ -111,14 +113,24 @@ class _Task:
         await self._ended.wait()
 
 
+_shared: trio.lowlevel.RunVar[WeakValueDictionary[type, Any]] = trio.lowlevel.RunVar("aiokvm_shared")
+
+
 class TrioLoop:
     """See `Loop`."""
+
+    cancelled = trio.Cancelled
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._root = trio.lowlevel.current_root_task()
         self._ident = threading.get_ident()
         self.pid = os.getpid()
+        try:
+            self.shared = _shared.get()
+        except LookupError:
+            self.shared = WeakValueDictionary()
+            _shared.set(self.shared)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrioLoop) and other._token is self._token
@@ -153,6 +165,19 @@ class TrioLoop:
     async def turn(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    def event(self) -> Event:
+        return trio.Event()
+
+    def lock(self) -> AbstractAsyncContextManager[object]:
+        return trio.Lock()
+
+    async def within(self, seconds: float | None, work: Callable[[], Awaitable[T]]) -> T:
+        try:
+            with trio.fail_after(inf if seconds is None else max(0, seconds)):
+                return await work()
+        except trio.TooSlowError:
+            raise TimeoutError from None
+
     def being_cancelled(self) -> bool:
         # trio has no other cancellation than that of a scope around the task.
         return trio.current_effective_deadline() == -inf
@@ -176,3 +201,6 @@ class TrioLoop:
     async def uncancelled(self, work: Callable[[], Awaitable[T]]) -> T:  # type: ignore[return]
         with trio.CancelScope(shield=True):
             return await work()
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work)

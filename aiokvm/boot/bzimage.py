@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from aiokvm.boot import zeropage as zp
 from aiokvm.boot.layout import FOUR_GIB, HIGH_MEMORY
@@ -19,8 +19,7 @@ _PAYLOAD_END = zp.PAYLOAD_LENGTH + 4
 _INIT_SIZE_END = zp.INIT_SIZE + 4
 
 
-@dataclass(frozen=True, slots=True)
-class BzImage:
+class BzImage(NamedTuple):
     """A bzImage that was found to be consistent.
 
     ``setup`` is the setup header from offset 0x1f1 on, ``code`` the protected-mode kernel, which goes to

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from aiokvm.errors import BootError
@@ -48,8 +47,7 @@ class _ProgramHeader(NamedTuple):
     align: int
 
 
-@dataclass(frozen=True, slots=True)
-class Elf:
+class Elf(NamedTuple):
     """An ELF kernel whose headers were found to be consistent.
 
     ``pvh_entry`` is the address in the PVH note, None where there is none. Whether the segments fit

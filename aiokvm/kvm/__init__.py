@@ -9,7 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from aiokvm.kvm.caps import Cap
 from aiokvm.kvm.constants import KvmExit
 from aiokvm.kvm.structs import CpuidEntry, DTable, MpState, MsrEntry, Regs, Segment, Sregs
 from aiokvm.kvm.system import System
@@ -18,6 +17,7 @@ from aiokvm.kvm.vcpu import Vcpu
 from aiokvm.kvm.vm import Device, Vm
 
 if TYPE_CHECKING:
+    from aiokvm.kvm.caps import Cap
     from aiokvm.kvm.probe import ring0_speed
     from aiokvm.kvm.rings import DirtyRing
     from aiokvm.kvm.routing import (
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 # What a machine that runs well never needs: each of these modules would slow its start.
 _LATER = {
+    "caps": ("Cap",),
     "state_structs": (
         "DebugRegs",
         "EventException",

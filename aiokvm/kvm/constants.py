@@ -6,6 +6,17 @@ from enum import IntEnum
 
 KVM_API_VERSION = 12
 
+# What this package and a machine that starts ask for: `Cap`, which has them all, takes longer to load.
+KVM_CAP_COALESCED_MMIO = 15
+KVM_CAP_GET_TSC_KHZ = 61
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_X2APIC_API = 129
+KVM_CAP_NESTED_STATE = 157
+KVM_CAP_DIRTY_LOG_RING = 192
+KVM_CAP_XSAVE2 = 208
+KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
+
 KVM_X86_DEFAULT_VM = 0
 KVM_X86_SW_PROTECTED_VM = 1
 

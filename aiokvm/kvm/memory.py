@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi
 from aiokvm.errors import KvmError
-from aiokvm.kvm.caps import Cap
-from aiokvm.kvm.constants import KVM_MEM_GUEST_MEMFD
+from aiokvm.kvm.constants import (
+    KVM_CAP_DIRTY_LOG_RING,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+    KVM_MEM_GUEST_MEMFD,
+)
 from aiokvm.kvm.hints import hint
 from aiokvm.kvm.ioctl import Handle
 
 if TYPE_CHECKING:
     from typing import Any
 
+    from aiokvm.kvm.caps import Cap
     from aiokvm.kvm.vm_structs import DirtyLog
 
 _PAGE = 4096
@@ -114,9 +118,9 @@ class MemoryIoctls(Handle):
 
         KVM_CAP_DIRTY_LOG_RING_ACQ_REL or KVM_CAP_DIRTY_LOG_RING say how many bytes, 16 each, there may be.
         """
-        cap = Cap.KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+        cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL
         if self.check_extension(cap) == 0:
-            cap = Cap.KVM_CAP_DIRTY_LOG_RING
+            cap = KVM_CAP_DIRTY_LOG_RING
         self.enable_cap(cap, entries * ffi.sizeof("struct kvm_dirty_gfn"))
         self.dirty_ring_entries = entries
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import KvmError
-from aiokvm.kvm.caps import Cap
-from aiokvm.kvm.constants import KVM_GUESTDBG_ENABLE, KvmExit
+from aiokvm.kvm.constants import KVM_CAP_COALESCED_MMIO, KVM_GUESTDBG_ENABLE, KvmExit
 from aiokvm.kvm.hints import hint
 from aiokvm.kvm.memory import enable_cap
 from aiokvm.kvm.vcpu_state import StateIoctls
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from aiokvm._core import Pointer
+    from aiokvm.kvm.caps import Cap
     from aiokvm.kvm.rings import DirtyRing
     from aiokvm.kvm.run_state import RunState
     from aiokvm.kvm.state_structs import X86Mce
@@ -157,7 +157,7 @@ class Vcpu(StateIoctls):
         """Take the VM's coalesced writes, oldest first (KVM_CAP_COALESCED_MMIO)."""
         from aiokvm.kvm.rings import drain_coalesced
 
-        page = self.vm.check_extension(Cap.KVM_CAP_COALESCED_MMIO)
+        page = self.vm.check_extension(KVM_CAP_COALESCED_MMIO)
         if page == 0:
             raise KvmError("KVM_REGISTER_COALESCED_MMIO", errno.EOPNOTSUPP, "this KVM coalesces no writes")
         return drain_coalesced(ffi.cast("char *", self.run_pointer) + page * mmap.PAGESIZE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiokvm._core import ffi
-from aiokvm.kvm.caps import Cap
+from aiokvm.kvm.constants import KVM_CAP_NESTED_STATE, KVM_CAP_XSAVE2
 from aiokvm.kvm.ioctl import AttributeHandle
 from aiokvm.kvm.structs import MpState, Regs, Sregs
 from aiokvm.kvm.tables import get_cpuid, get_msrs, set_cpuid, set_msrs
@@ -148,7 +148,7 @@ class StateIoctls(AttributeHandle):
 
     def get_nested_state(self) -> bytes:
         """Return struct kvm_nested_state and its data, of the guest's own guests (KVM_CAP_NESTED_STATE)."""
-        size = self.vm.check_extension(Cap.KVM_CAP_NESTED_STATE)
+        size = self.vm.check_extension(KVM_CAP_NESTED_STATE)
         buffer = ffi.new("char[]", max(size, 128))
         header = ffi.cast("__u32 *", buffer)
         header[1] = len(buffer)
@@ -178,7 +178,7 @@ class StateIoctls(AttributeHandle):
         return TranslateResult(linear_address, c.physical_address, c.valid, c.writeable, c.usermode)
 
     def _xsave_bytes(self) -> int:
-        return self.vm.check_extension(Cap.KVM_CAP_XSAVE2)
+        return self.vm.check_extension(KVM_CAP_XSAVE2)
 
     def _get_bytes(self, name: str, size: int) -> bytes:
         buffer = ffi.new("char[]", size)

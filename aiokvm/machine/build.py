@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
-
-import anyio.lowlevel
-from anyio import to_thread
 
 from aiokvm.boot import acpi
 from aiokvm.boot.layout import RESET_VECTOR
@@ -44,11 +42,11 @@ def acpi_tables(config: Config, virtio: Iterable[Place]) -> acpi.Tables:
     return acpi.build(acpi_platform(config, described(virtio)), limit=RESET_VECTOR)
 
 
-async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
+async def boot_plan(loop: Loop, config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
     """What has to be in RAM and registers; nothing has been allocated for it."""
     virtio = tuple(virtio)
     tables = acpi_tables(config, virtio)
-    files = await read_files(config.boot.files(), config.memory_bytes)
+    files = await read_files(loop, config.boot.files(), config.memory_bytes)
     guest = GuestInfo(
         ram=ram_ranges(config.memory_bytes),
         rsdp=tables.rsdp,
@@ -60,30 +58,30 @@ async def boot_plan(config: Config, virtio: Iterable[Place] = ()) -> BootPlan:
     return replace(booted, segments=(*booted.segments, Segment(tables.gpa, tables.data), vector))
 
 
-async def load(hardware: Hardware, plans: list[BootPlan]) -> None:
+async def load(loop: Loop, hardware: Hardware, plans: list[BootPlan]) -> None:
     """Put what is booted into RAM and registers, a piece at a time: the loop has other machines.
 
     Takes the plan out of its list, which is the last that has it: a worker frees it, as that may take long.
     """
     for segment in plans[0].segments:
-        await _put(hardware, segment)
+        await _put(loop, hardware, segment)
     del segment
     hardware.set_cpu_state(plans[0].cpu)
-    await to_thread.run_sync(plans.clear)
+    await loop.in_thread(plans.clear)
 
 
-async def _put(hardware: Hardware, segment: Segment) -> None:
+async def _put(loop: Loop, hardware: Hardware, segment: Segment) -> None:
     data = memoryview(segment.data).cast("B")
     for start in range(0, len(data), PIECE_BYTES):
         hardware.memory.write(segment.gpa + start, data[start : start + PIECE_BYTES])
-        await anyio.lowlevel.checkpoint()
+        await loop.turn()
 
 
 async def build_hardware(loop: Loop, config: Config, undo: AsyncExitStack) -> Hardware:
     """The hardware, which takes the kernel a while; closed by ``undo``, also if this is cancelled."""
 
     async def make() -> Hardware:
-        hardware = await to_thread.run_sync(Hardware, config)
+        hardware = await loop.in_thread(partial(Hardware, config))
         undo.callback(hardware.close)
         return hardware
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-import anyio
-import anyio.lowlevel
-
+from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, SerialClosedError
-from aiokvm.machine.search import compiled, search
 from aiokvm.machine.turn import Slice
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
-    import regex
-
-    from aiokvm.aio import Loop
+    from aiokvm.aio import Event, Loop
 
 # What the guest has written and nobody has read: room for a whole boot log, a bound for a hostile guest.
 OUTPUT_LIMIT = 1 << 20
@@ -48,10 +46,10 @@ class SerialConsole:
         self._output = bytearray()
         self._input = bytearray()
         self._closed = ""
-        self._reading = anyio.ResourceGuard("reading from")
-        self._sending = anyio.Lock()
-        self._news = anyio.Event()
-        self._room = anyio.Event()
+        self._is_read = False
+        # What a reader or a sender waits for.
+        self._news: Event | None = None
+        self._room: Event | None = None
         self._slice = Slice()
         self.dropped = 0
         """Bytes of output that were dropped because nobody read them."""
@@ -65,27 +63,27 @@ class SerialConsole:
         if excess > 0:
             del self._output[:excess]
             self.dropped += excess
-        self._news.set()
+        self._wake(self._news)
 
     def on_room(self) -> None:
         """The UART can take more."""
         if self._input:
             del self._input[: self._receive(bytes(self._input[:64]))]
             if len(self._input) < INPUT_LIMIT:
-                self._room.set()
+                self._wake(self._room)
 
     def close(self, reason: str = "the machine has ended") -> None:
         """There is no guest behind it any more: readers get what is left and then the end. Idempotent."""
         self._closed = self._closed or reason
         # What is left may be read anywhere.
         self._owner = None
-        self._news.set()
-        self._room.set()
+        self._wake(self._news)
+        self._wake(self._room)
 
     def reset(self) -> None:
         """Forget what was sent and not read: the UART that was to take it has been reset."""
         self._input.clear()
-        self._room.set()
+        self._wake(self._room)
 
     # The program's side.
 
@@ -97,10 +95,11 @@ class SerialConsole:
         machine has ended.
         """
         async with self._sending:
+            await self._let_others()
             for start in range(0, len(data), INPUT_LIMIT):
                 part = data[start : start + INPUT_LIMIT]
                 while len(self._input) + len(part) > INPUT_LIMIT and not self._closed:
-                    self._room = anyio.Event()
+                    self._room = current_loop().event()
                     await self._room.wait()
                 if self._closed:
                     raise SerialClosedError(f"{self._closed}: nobody reads what is sent")
@@ -110,7 +109,7 @@ class SerialConsole:
     @checked
     async def read(self, limit: int = 65536) -> bytes:
         """At least one and at most ``limit`` bytes of output; b"" when the machine has ended."""
-        with self._reading:
+        with self._reading():
             await self._let_others()
             await self._wait_for_output(self.dropped)
             return self._take(min(limit, len(self._output)))
@@ -132,23 +131,23 @@ class SerialConsole:
         if overlap < 1:
             raise ConfigError(f"overlap is {overlap}: at least 1 byte is searched again")
         shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        with self._reading:
+        with self._reading():
             # Not in the time that it has: what is there already is found whatever that is.
             await self._let_others()
+            if isinstance(pattern, re.Pattern):
+                place = partial(self._match, pattern, overlap, shown)
+            else:
+                place = partial(self._find, pattern, shown)
             try:
-                with anyio.fail_after(timeout):
-                    if isinstance(pattern, re.Pattern):
-                        end = await self._match(compiled(pattern), overlap, shown)
-                    else:
-                        end = await self._find(pattern, shown)
-                    return self._take(max(0, end - self.dropped))
+                end = await current_loop().within(timeout, place)
             except TimeoutError:
                 raise TimeoutError(f"no {shown!r} within {timeout} s{self._tail()}") from None
+            return self._take(max(0, end - self.dropped))
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The lines of the output, without their CR and LF, until the machine has ended."""
         while True:
-            with self._reading:
+            with self._reading():
                 await self._let_others()
                 searched = self.dropped
                 while (end := self._output.find(b"\n", max(0, searched - self.dropped))) < 0:
@@ -176,8 +175,11 @@ class SerialConsole:
             await self._more(self._end, shown)
         return self.dropped + found + len(pattern)
 
-    async def _match(self, pattern: regex.Pattern[bytes], overlap: int, shown: bytes) -> int:
+    async def _match(self, pattern: re.Pattern[bytes], overlap: int, shown: bytes) -> int:
         """The same for a regular expression: piece by piece, each with what is before and behind it."""
+        from aiokvm.machine.search import compiled, search
+
+        matcher = compiled(pattern)
         begin = self.dropped
         while True:
             size = 2 * overlap
@@ -186,7 +188,7 @@ class SerialConsole:
                 first = max(begin - overlap, self.dropped)
                 text = bytes(self._output[first - self.dropped : begin - self.dropped + size])
                 is_last = first + len(text) >= self._end
-                match = await search(pattern, text, begin - first)
+                match = await search(matcher, text, begin - first)
                 if is_last or not match or match.end() < len(text):
                     break
                 # It ends where the piece does: it may be longer.
@@ -198,7 +200,28 @@ class SerialConsole:
                 await self._more(first + len(text), shown)
             else:
                 begin += overlap
-                await anyio.lowlevel.checkpoint()
+                await current_loop().turn()
+
+    @cached_property
+    def _sending(self) -> AbstractAsyncContextManager[object]:
+        return current_loop().lock()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        if self._is_read:
+            import anyio
+
+            raise anyio.BusyResourceError("reading from")
+        self._is_read = True
+        try:
+            yield
+        finally:
+            self._is_read = False
+
+    @staticmethod
+    def _wake(event: Event | None) -> None:
+        if event is not None:
+            event.set()
 
     async def _more(self, seen: int, shown: bytes) -> None:
         """Wait for output behind a place. Raises SerialClosedError when there will be none."""
@@ -207,15 +230,15 @@ class SerialConsole:
         await self._wait_for_output(seen)
 
     async def _let_others(self) -> None:
-        """A reader that finds something each time would never let the loop go on."""
+        """One that never has to wait would never let the loop go on."""
         if self._slice.is_over():
-            await anyio.lowlevel.checkpoint()
+            await current_loop().turn()
             self._slice.begin()
 
     async def _wait_for_output(self, seen: int) -> None:
         """Wait until more than ``seen`` bytes have come in all, or the end."""
         while self._end <= seen and not self._closed:
-            self._news = anyio.Event()
+            self._news = current_loop().event()
             await self._news.wait()
             self._slice.begin()
 

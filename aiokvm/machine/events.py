@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-import anyio
-
+from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aiokvm.aio import Loop
+    from aiokvm import aio
 
 # A subscriber that never looks must not make the process grow.
 BACKLOG = 1024
@@ -145,7 +144,7 @@ class Exited(Event):
 class EventHub:
     """Hands every event to every subscriber; one that falls behind loses its oldest, one that is gone all."""
 
-    def __init__(self, loop: Loop | None = None) -> None:
+    def __init__(self, loop: aio.Loop | None = None) -> None:
         self._loop = loop
         self._subscribers: WeakSet[_Subscriber] = WeakSet()
         self._closed = False
@@ -154,7 +153,7 @@ class EventHub:
         """Hand the event on."""
         for subscriber in self._subscribers:
             subscriber.events.append(event)
-            subscriber.news.set()
+            subscriber.wake()
 
     def close(self) -> None:
         """End all iterators once they have given what came before. Idempotent."""
@@ -162,7 +161,7 @@ class EventHub:
         for subscriber in self._subscribers:
             subscriber.closed = True
             subscriber._owner = None
-            subscriber.news.set()
+            subscriber.wake()
 
     def subscribe(self) -> AsyncIterator[Event]:
         """All events from now on, until the hub is closed."""
@@ -175,11 +174,16 @@ class EventHub:
 class _Subscriber:
     """No generator: one that is left in the middle would need its loop to be finished."""
 
-    def __init__(self, closed: bool, loop: Loop | None) -> None:
+    def __init__(self, closed: bool, loop: aio.Loop | None) -> None:
         self._owner = loop
         self.closed = closed
         self.events: deque[Event] = deque(maxlen=BACKLOG)
-        self.news = anyio.Event()
+        self.news: aio.Event | None = None
+
+    def wake(self) -> None:
+        """There is something new."""
+        if self.news is not None:
+            self.news.set()
 
     def __aiter__(self) -> _Subscriber:
         return self
@@ -188,6 +192,6 @@ class _Subscriber:
         while not self.events:
             if self.closed:
                 raise StopAsyncIteration
-            self.news = anyio.Event()
+            self.news = current_loop().event()
             await self.news.wait()
         return self.events.popleft()

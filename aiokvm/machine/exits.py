@@ -11,8 +11,6 @@ import os
 from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from anyio import get_cancelled_exc_class
-
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError, DeviceError, StateError
 from aiokvm.hw.bus import MMIO_LIMIT, PIO_LIMIT, Bus, PostedWrites
@@ -370,7 +368,7 @@ class Exits:
             answer = index(await value) & ones
         except Exception as error:
             self._failed(target, _describe(False, size, offset), error)
-        except get_cancelled_exc_class() as error:
+        except self._loop.cancelled as error:
             self._cut_off(target, _describe(False, size, offset), error)
         finally:
             if self.is_open:
@@ -383,7 +381,7 @@ class Exits:
             await done
         except Exception as error:
             self._failed(target, _describe(True, size, offset), error)
-        except get_cancelled_exc_class() as error:
+        except self._loop.cancelled as error:
             self._cut_off(target, _describe(True, size, offset), error)
         finally:
             if self.is_open:
@@ -467,7 +465,7 @@ class Exits:
             data = as_bytes(await answer) if not is_write else await answer
         except Exception as error:
             self._failed(target, what, error)
-        except get_cancelled_exc_class() as error:
+        except self._loop.cancelled as error:
             self._cut_off(target, what, error)
         finally:
             if self.is_open:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import partial
 from typing import TYPE_CHECKING
-
-from anyio import to_thread
 
 from aiokvm.errors import BootError
 
@@ -14,14 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from aiokvm.aio import Loop
 
-async def read_files(paths: Iterable[Path], limit_bytes: int) -> dict[Path, bytes]:
+
+async def read_files(loop: Loop, paths: Iterable[Path], limit_bytes: int) -> dict[Path, bytes]:
     """The content of each file.
 
     Raises BootError for one that is missing, unreadable, not a regular file, or larger than ``limit_bytes``,
     which is what the guest's RAM could hold.
     """
-    return {path: await to_thread.run_sync(_read_file, path, limit_bytes) for path in paths}
+    return {path: await loop.in_thread(partial(_read_file, path, limit_bytes)) for path in paths}
 
 
 def _read_file(path: Path, limit_bytes: int) -> bytes:

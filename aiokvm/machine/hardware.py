@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiokvm import kvm
 from aiokvm.errors import ConfigError, KvmError
-from aiokvm.kvm import Cap
 from aiokvm.kvm.constants import (
+    KVM_CAP_GET_TSC_KHZ,
+    KVM_CAP_MAX_VCPUS,
+    KVM_CAP_TSC_DEADLINE_TIMER,
+    KVM_CAP_X2APIC_API,
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
@@ -131,7 +134,7 @@ class Hardware:
 
 
 def _check_limits(system: kvm.System, config: Config) -> None:
-    most = system.check_extension(Cap.KVM_CAP_MAX_VCPUS)
+    most = system.check_extension(KVM_CAP_MAX_VCPUS)
     if config.cpus > most:
         raise ConfigError(f"cpus is {config.cpus}: KVM on this host allows at most {most}")
 
@@ -147,7 +150,7 @@ def _create_vm(system: kvm.System, config: Config, memory: GuestMemory | None) -
         vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         if config.cpus > XAPIC_IDS:
             ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
-            vm.enable_cap(Cap.KVM_CAP_X2APIC_API, ids)
+            vm.enable_cap(KVM_CAP_X2APIC_API, ids)
         vm.create_irqchip()
         # The dummy speaker answers port 0x61, whose refresh bit old kernels calibrate delays with.
         vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
@@ -171,11 +174,11 @@ def gsi_routing() -> list[kvm.IrqRoutingEntry]:
 
 def _create_vcpus(system: kvm.System, vm: kvm.Vm, config: Config) -> Iterable[kvm.Vcpu]:
     supported = system.get_supported_cpuid()
-    timer = bool(system.check_extension(Cap.KVM_CAP_TSC_DEADLINE_TIMER))
+    timer = bool(system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
     for index in range(config.cpus):
         vcpu = vm.create_vcpu(index)
         try:
-            tsc_khz = vcpu.get_tsc_khz() if system.check_extension(Cap.KVM_CAP_GET_TSC_KHZ) else 0
+            tsc_khz = vcpu.get_tsc_khz() if system.check_extension(KVM_CAP_GET_TSC_KHZ) else 0
             vcpu.set_cpuid2(
                 cpuid(supported, index=index, cpus=config.cpus, tsc_khz=tsc_khz, tsc_deadline_timer=timer)
             )

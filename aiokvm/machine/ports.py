@@ -62,7 +62,7 @@ class ConsoleStream(SerialConsole):
                 # A driver that gives tiny buffers as fast as they are filled is served in later turns.
                 break
         if len(self._input) < limits.INPUT_LIMIT:
-            self._room.set()
+            self._wake(self._room)
 
     def on_guest_open(self, is_open: bool) -> None:
         """The guest opened or closed the port."""

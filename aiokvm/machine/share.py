@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from typing import TYPE_CHECKING
-from weakref import ref
-
-from anyio.lowlevel import RunVar
 
 from aiokvm.machine.turn import SLICE_NS
 
@@ -38,12 +35,10 @@ class LoopShare:
 
     @staticmethod
     def of(loop: Loop) -> LoopShare:
-        """The share of the loop that runs the caller."""
-        reference = _share.get(None)
-        share = reference() if reference else None
+        """The loop's share. Its machines keep it, as they do their turn."""
+        share: LoopShare | None = loop.shared.get(LoopShare)
         if share is None:
-            share = LoopShare(loop)
-            _share.set(ref(share))
+            share = loop.shared[LoopShare] = LoopShare(loop)
         return share
 
     def serve(self, work: Callable[[], object]) -> None:
@@ -84,7 +79,3 @@ class LoopShare:
         work()
         self._last_ns = _now_ns()
         self._spent_ns += self._last_ns - now_ns
-
-
-# Its machines keep it, as they do their turn.
-_share: RunVar[ref[LoopShare] | None] = RunVar("aiokvm_share")

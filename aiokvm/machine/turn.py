@@ -25,9 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
-from weakref import ref
-
-from anyio.lowlevel import RunVar
 
 from aiokvm._core import ffi, lib
 from aiokvm.errors import AiokvmError
@@ -178,12 +175,10 @@ class Turn:
 
     @staticmethod
     def of(loop: Loop) -> Turn:
-        """The turn of the loop that runs the caller."""
-        reference = _turn.get(None)
-        turn = reference() if reference else None
+        """The loop's turn. Its machines keep it."""
+        turn: Turn | None = loop.shared.get(Turn)
         if turn is None:
-            turn = Turn(loop)
-            _turn.set(ref(turn))
+            turn = loop.shared[Turn] = Turn(loop)
         return turn
 
     def add(self, exits: Exits) -> tuple[int, Pointer]:
@@ -326,7 +321,3 @@ class Turn:
         # The deadline has come. If not, every window is over, or this is a child of fork.
         self._watching = count == -errno.EAGAIN
         return False
-
-
-# Its machines keep it. Kept here it would keep the loop, by which alone anyio knows when to forget it.
-_turn: RunVar[ref[Turn] | None] = RunVar("aiokvm_turn")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import anyio
-
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ class Vcpus:
         self._loop = loop
         self._kicker: Handle | None = None
         self._stopping = False
-        self._parked = anyio.Event()
+        self._parked = loop.event()
         self.threads: set[int] = set()
         self.all: tuple[VirtualCpu, ...] = ()
         try:
@@ -64,7 +62,7 @@ class Vcpus:
 
     async def pause(self) -> None:
         """Until all stand still, or `stop` is called. If cancelled, they may: `resume` them."""
-        self._parked = anyio.Event()
+        self._parked = self._loop.event()
         self.hold()
         self._kick_again_later(KICK_AGAIN_NS)
         await self._parked.wait()

@@ -6,8 +6,6 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import anyio
-
 from aiokvm.boot.acpi import MAX_VIRTIO, VirtioMmio
 from aiokvm.errors import ConfigError, DeviceError
 from aiokvm.machine.device import Device, RegionMode
@@ -135,6 +133,10 @@ class VirtioDevices:
 
         Raises DeviceError, with devices that have not been reset, if that takes longer than ``seconds``.
         """
+        if not self._all:
+            return
+        import anyio
+
         with anyio.move_on_after(seconds):
             for attachment in self._all:
                 try:
@@ -157,6 +159,10 @@ class VirtioDevices:
 
         All at once: one that does not come to an end keeps no other from it.
         """
+        if not self._all:
+            return
+        import anyio
+
         async with anyio.create_task_group() as tasks:
             for attachment in self._all:
                 tasks.start_soon(attachment.finished)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import enum
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
-
-import anyio
-import anyio.lowlevel
-from anyio import to_thread
 
 from aiokvm._core import lib
 from aiokvm.aio import current_loop
@@ -96,9 +92,9 @@ class VM:
         self._state = VmState.CREATED
         self._logger = machine_logger(config.name)
         self._hub = events.EventHub(loop)
-        self._changing = anyio.Lock()
-        self._ended = anyio.Event()
-        self._closed = anyio.Event()
+        self._changing = loop.lock()
+        self._ended = loop.event()
+        self._closed = loop.event()
         self._closing = False
         self._kept_told = False
         self._boots_kernel = False
@@ -223,8 +219,8 @@ class VM:
         if not config.overcommit:
             check_memory(config.memory_bytes)
         count = len(disks) + len(nets) + peripherals_count(config) + len(virtio)
-        plans = [await boot_plan(config, islice(places(config), count))]
         loop = current_loop()
+        plans = [await boot_plan(loop, config, islice(places(config), count))]
         async with AsyncExitStack() as undo:
             hardware = await build_hardware(loop, config, undo)
             vm = cls(config, loop, hardware)
@@ -247,7 +243,7 @@ class VM:
                 vm.attach(placement.device, **placement.where)
             vm._exits.ask_unclaimed(log_unclaimed)
             vm._boots_kernel = holds_kernel(plans[0])
-            await load(hardware, plans)
+            await load(loop, hardware, plans)
             undo.pop_all()
         return vm
 
@@ -417,9 +413,9 @@ class VM:
 
     async def start(self) -> None:
         """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
-        await anyio.lowlevel.checkpoint()
+        await self._loop.turn()
         if self._boots_kernel and not warn_if_emulated.cache_info().currsize:
-            await to_thread.run_sync(warn_if_emulated)
+            await self._loop.in_thread(warn_if_emulated)
         self._require(VmState.CREATED)
         self._state = VmState.RUNNING
         try:
@@ -474,8 +470,8 @@ class VM:
         """
         if self._state is VmState.RUNNING and self.exit is None:
             self.power_button()
-            with anyio.move_on_after(timeout):
-                return await self.wait()
+            with suppress(TimeoutError):
+                return await self._loop.within(timeout, self.wait)
         return await self.kill()
 
     async def kill(self) -> Exit:
@@ -486,8 +482,8 @@ class VM:
         """
         self._exits.check_owner()
         self._end(Exit(ExitReason.KILLED))
-        with anyio.move_on_after(STUCK_SECONDS):
-            return await self.wait()
+        with suppress(TimeoutError):
+            return await self._loop.within(STUCK_SECONDS, self.wait)
         stuck = min(self._vcpus.threads)
         raise AiokvmError(
             f"machine {self.name}: {len(self._vcpus.threads)} vCPU threads, vCPU {stuck}'s "
@@ -581,7 +577,7 @@ class VM:
             self._power.rebooted()
 
     async def _reset_by(self, cause: str, *, power_cycle: bool) -> None:
-        plans = [await boot_plan(self._config, self._virtio.places)]
+        plans = [await boot_plan(self._loop, self._config, self._virtio.places)]
         zero = None if power_cycle else plans[0].zero
         async with self._changing:
             self._require(VmState.RUNNING, VmState.PAUSED)
@@ -597,11 +593,11 @@ class VM:
         try:
             # First: it ends what still writes to the guest's memory.
             await self._virtio.reset(DRAIN_SECONDS)
-            kept = await to_thread.run_sync(self._hardware.reset, zero)
+            kept = await self._loop.in_thread(partial(self._hardware.reset, zero))
             self._platform.reset()
             self._peripherals.reset()
             self._attachments.reset()
-            await load(self._hardware, plans)
+            await load(self._loop, self._hardware, plans)
         except BaseException as error:
             self._end(Exit(ExitReason.ERROR, detail=f"reset failed: {error}"))
             raise
@@ -678,24 +674,27 @@ class VM:
                 self._vcpus.close()
                 self._exits.close()
                 # Freeing gigabytes takes the kernel a while.
-                await to_thread.run_sync(self._hardware.close)
+                await self._loop.in_thread(self._hardware.close)
         finally:
             self._state = VmState.CLOSED
             self._closed.set()
 
     async def _devices_finished(self) -> None:
-        with anyio.move_on_after(DEVICES_SECONDS) as waited:
+        async def handlers() -> None:
             await self._exits.finished()
             await self._attachments.finished()
-        if waited.cancelled_caught:
+
+        try:
+            await self._loop.within(DEVICES_SECONDS, handlers)
+        except TimeoutError:
             self._logger.error(
                 "%s: what a device runs has been cancelled and does not end in %g s: it is left to itself",
                 self.name,
                 DEVICES_SECONDS,
             )
-        with anyio.move_on_after(DRAIN_SECONDS) as drained:
-            await self._virtio.finished()
-        if drained.cancelled_caught:
+        try:
+            await self._loop.within(DRAIN_SECONDS, self._virtio.finished)
+        except TimeoutError:
             self._logger.error(
                 "%s: what virtio devices have in flight does not end in %g s: it is left to itself",
                 self.name,

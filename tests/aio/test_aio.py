@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from typing import TYPE_CHECKING, NoReturn
@@ -274,3 +275,115 @@ async def test_what_raises_again_and_again_is_logged_ever_so_seldom(
     assert record.name == "aiokvm.aio"
     assert record.exc_info is not None
     assert str(record.exc_info[1]) == "bad callback"
+
+
+async def test_an_event_wakes_all_who_wait_and_whoever_comes_later() -> None:
+    event = current_loop().event()
+    woken: list[int] = []
+
+    async def wait(number: int) -> None:
+        await event.wait()
+        woken.append(number)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(wait, number)
+            await anyio.wait_all_tasks_blocked()
+            assert woken == []
+            event.set()
+            event.set()
+        await event.wait()
+    assert sorted(woken) == [0, 1, 2]
+
+
+async def test_a_lock_is_had_by_one_at_a_time_and_left_by_whoever_is_cancelled() -> None:
+    lock = current_loop().lock()
+    steps: list[str] = []
+
+    async def work(name: str) -> None:
+        async with lock:
+            steps.append(f"{name} begins")
+            await anyio.lowlevel.checkpoint()
+            steps.append(f"{name} ends")
+
+    async def give_up() -> None:
+        with anyio.move_on_after(0):
+            await work("cancelled")
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group, lock:
+            group.start_soon(work, "first")
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(give_up)
+            group.start_soon(work, "second")
+            await anyio.wait_all_tasks_blocked()
+            assert steps == []
+    assert steps == ["first begins", "first ends", "second begins", "second ends"]
+
+
+async def test_within_hands_on_what_ends_in_time_and_cancels_what_does_not() -> None:
+    loop = current_loop()
+    ended: list[str] = []
+
+    async def quick() -> int:
+        await anyio.lowlevel.checkpoint()
+        return 7
+
+    async def slow() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.append("slow")
+
+    for seconds in (None, 5, 0.5):
+        assert await loop.within(seconds, quick) == 7
+    for late in (0.01, 0, -1):
+        with pytest.raises(TimeoutError):
+            await loop.within(late, slow)
+    assert ended == 3 * ["slow"]
+    with anyio.move_on_after(0.01) as scope:
+        await loop.within(60, slow)
+    assert scope.cancelled_caught
+
+
+async def test_what_runs_in_a_thread_ends_before_a_cancellation_gets_through() -> None:
+    loop = current_loop()
+    begun, go = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def work() -> int:
+        begun.set()
+        assert go.wait(5)
+        ended.append(threading.get_ident())
+        return 7
+
+    async def caller() -> None:
+        await loop.in_thread(work)
+        await anyio.lowlevel.checkpoint()
+        ended.append(0)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(caller)
+            while not begun.is_set():
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+            go.set()
+        assert len(ended) == 1
+        assert ended[0] != threading.get_ident()
+        assert await loop.in_thread(lambda: 7) == 7
+        with pytest.raises(ValueError, match="bad work"):
+            await loop.in_thread(lambda: int("bad work"))
+
+
+class Shared:
+    pass
+
+
+async def test_what_a_loop_shares_is_forgotten_with_the_last_who_keeps_it() -> None:
+    kept = current_loop().shared[Shared] = Shared()
+    assert current_loop().shared[Shared] is kept
+    del kept
+    gc.collect()
+    assert Shared not in current_loop().shared

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,36 @@ def test_uncancelled_work_survives_task_cancel_and_the_cancellation_follows() ->
         return steps
 
     assert asyncio.run(main()) == ["ended"]
+
+
+# What anyio shields is not loaded there.
+WITHOUT_ANYIO = """
+import asyncio, sys, threading
+from aiokvm.aio import current_loop
+
+async def main():
+    go, ended = threading.Event(), []
+    def work():
+        go.wait(5)
+        ended.append(True)
+    task = asyncio.create_task(current_loop().in_thread(work))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    try:
+        await task
+    except asyncio.CancelledError:
+        assert ended
+    else:
+        raise SystemExit("not cancelled")
+
+asyncio.run(main())
+assert "anyio" not in sys.modules
+"""
+
+
+def test_uncancelled_work_survives_where_anyio_is_not_loaded() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_ANYIO], check=True)

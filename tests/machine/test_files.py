@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from aiokvm import BootError
+from aiokvm.aio import current_loop
 from aiokvm.machine.files import read_files
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ async def test_files_come_by_their_paths(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(b"kernel")
     other.write_bytes(b"")
-    assert await read_files([one, other], 6) == {one: b"kernel", other: b""}
-    assert await read_files([], 0) == {}
+    assert await read_files(current_loop(), [one, other], 6) == {one: b"kernel", other: b""}
+    assert await read_files(current_loop(), [], 0) == {}
 
 
 async def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -35,22 +36,22 @@ async def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ".": "not a regular file|Is a directory",
     }.items():
         with anyio.fail_after(10), pytest.raises(BootError, match=message):
-            await read_files([tmp_path / name], 100)
+            await read_files(current_loop(), [tmp_path / name], 100)
 
 
 async def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     with anyio.fail_after(10), pytest.raises(BootError, match="not a regular file"):
-        await read_files([tmp_path / "zero"], 1 << 30)
+        await read_files(current_loop(), [tmp_path / "zero"], 1 << 30)
 
 
 async def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    await read_files([], 0)
+    await read_files(current_loop(), [], 0)
     with pytest.raises(BootError):
-        await read_files([tmp_path / "fifo"], 100)
+        await read_files(current_loop(), [tmp_path / "fifo"], 100)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         with pytest.raises(BootError):
-            await read_files([tmp_path / "fifo"], 100)
+            await read_files(current_loop(), [tmp_path / "fifo"], 100)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -46,6 +46,23 @@ async def main():
 anyio.run(main)
 """
 
+# A machine's whole life, as most programs write it. The guest says hi, and then 42 to the debug exit.
+PLAIN = """
+import asyncio, sys
+from aiokvm import VM, boot
+
+HI = bytes.fromhex("ba f8 03 b0 68 ee b0 69 ee ba f4 00 b0 2a ee f4")
+
+async def main():
+    async with await VM.create(boot=boot.Flat(HI), memory="2M") as vm:
+        await vm.start()
+        await vm.serial.expect(b"hi", timeout=30)
+        print((await vm.wait()).code)
+
+asyncio.run(main())
+print(*sys.modules)
+"""
+
 # What a service does to end its machines at a signal.
 CLEAN = """
 import signal
@@ -216,3 +233,13 @@ def test_a_loop_in_a_daemon_thread_ends_silently_with_the_program(
     argv = [sys.executable, "-c", DAEMON, loop, str(disk), what]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_plain_machine_loads_no_more_than_it_needs() -> None:
+    result = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True)
+    code, *modules = result.stdout.split()
+    assert code == "42"
+    # Loading anyio takes longer than creating a machine; the others stand for what this one has none of.
+    assert not {"anyio", "sniffio", "typing_extensions", "regex"} & set(modules)
+    parts = ("block", "net", "virtio", "images", "lab", "cli", "machine.disks", "machine.nets")
+    assert not {f"aiokvm.{part}" for part in (*parts, "kvm.caps", "kvm.run_state")} & set(modules)

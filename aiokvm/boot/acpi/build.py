@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiokvm.boot.acpi.dsdt import dsdt
 from aiokvm.boot.acpi.facs import facs
@@ -21,8 +20,7 @@ _ALIGN = 16
 _FACS_ALIGN = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Tables:
+class Tables(NamedTuple):
     """``data`` belongs at guest physical address ``gpa``, in RAM; ``rsdp`` is the RSDP's address in it."""
 
     gpa: int
