@@ -10,6 +10,7 @@ import anyio.lowlevel
 import pytest
 
 from aiokvm import VM, ConfigError, Exit, ExitReason, KvmError, StateError, WasReset, boot, kvm
+from aiokvm.logs import BURST
 from aiokvm.machine import build
 from aiokvm.machine import vm as machine
 
@@ -59,6 +60,7 @@ async def test_a_guest_that_resets_itself_begins_anew_with_empty_ram(guest: Gues
 
 
 async def test_a_triple_fault_may_reboot_too(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    began = anyio.current_time()
     async with guest(UD2, mode="protected", on_reset="reboot", cpus=2, start=False) as vm:
         events = vm.events()
         await vm.start()
@@ -69,7 +71,7 @@ async def test_a_triple_fault_may_reboot_too(guest: Guest, caplog: pytest.LogCap
             assert event.cause.startswith("vCPU 0: triple fault; rip=0x1000 ")
         assert (await vm.kill()) == Exit(ExitReason.KILLED)
     # A guest may do so as often as it likes.
-    assert len(caplog.records) <= 11
+    assert 0 < len(caplog.records) <= BURST + 1 + (anyio.current_time() - began)
 
 
 async def test_a_machine_that_reboots_can_be_paused_and_reset(guest: Guest) -> None:
