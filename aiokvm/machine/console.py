@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from aiokvm.aio import current_loop
-from aiokvm.aio.owner import owned
+from aiokvm.aio.owner import check_loop, owned
 from aiokvm.arguments import checked
 from aiokvm.errors import ConfigError, SerialClosedError
 from aiokvm.machine.turn import Slice
@@ -147,6 +147,7 @@ class SerialConsole:
     async def lines(self) -> AsyncIterator[bytes]:
         """The lines of the output, without their CR and LF, until the machine has ended."""
         while True:
+            check_loop(self)
             with self._reading():
                 await self._let_others()
                 searched = self.dropped

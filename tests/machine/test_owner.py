@@ -138,10 +138,17 @@ async def test_a_machine_and_all_of_it_is_for_its_own_loop(tmp_path: Path, where
             *(device, device.irq, timer, virtio._host, port, user, switch, vm.nets[2].backend),
             *(disk, overlay, overlay.base, vm.events(), vm.trace(lambda data: None)),
         ]
+        lines = [vm.serial.lines(), vm.console["agent"].lines()]
+
+        async def check() -> None:
+            await refuse_all(owners)
+            for iterator in lines:
+                await refuse(iterator.__anext__)
+
         if where == "thread":
-            await anyio.to_thread.run_sync(in_thread, lambda: refuse_all(owners))
+            await anyio.to_thread.run_sync(in_thread, check)
         else:
-            await anyio.to_thread.run_sync(lambda: anyio.run(refuse_all, owners, backend=where))
+            await anyio.to_thread.run_sync(lambda: anyio.run(check, backend=where))
         # Here all of it works as before.
         await vm.pause()
         await vm.resume()
