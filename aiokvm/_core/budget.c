@@ -10,7 +10,7 @@
 
 #define SECOND_NS UINT64_C(1000000000)
 
-enum { LOG_LINES = 200, PART = 2 };
+enum { LOG_LINES = 1000, PART = 2 };
 
 struct aiokvm_budget {
     uint64_t (*measure)(void); /* its total, which can change; NULL: it is `total` */
