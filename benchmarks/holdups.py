@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -46,30 +47,46 @@ def measure_core(file: Path) -> int:
     log = (build / "meson-logs/testlog.txt").read_text(errors="replace")
     with file.open("a") as lines:
         for ms, call, test in re.findall(r"^# held up: ([\d.]+) ms in (.*), (\w+)$", log, re.M):
-            name = f"{CORE}::{test} ({call})"
-            lines.write(json.dumps({"test": name, "seconds": float(ms) / 1e3}) + "\n")
+            row = {"test": f"{CORE}::{test}", "seconds": float(ms) / 1e3, "where": call}
+            lines.write(json.dumps(row) + "\n")
     return code
 
 
-def worst(file: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by case and loop, of all its parameters."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+@dataclass
+class Case:
+    """Milliseconds by loop, of all parameters; ``where`` the worst was half way, if it was long."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+    where: str = ""
+
+    @property
+    def worst(self) -> float:
+        return max(self.ms.values())
+
+    def add(self, loop: str, ms: float, where: str) -> None:
+        if not self.ms or ms > self.worst:
+            self.where = where
+        self.ms[loop] = max(self.ms.get(loop, 0.0), ms)
+
+
+def cases(file: Path) -> dict[str, Case]:
+    """The worst first."""
+    found: dict[str, Case] = defaultdict(Case)
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        case, _, parameters = row["test"].partition("[")
+        name, _, parameters = row["test"].partition("[")
         loop = next((name for name in LOOPS if name in parameters.rstrip("]").split("-")), "none")
-        found[case][loop] = max(found[case].get(loop, 0.0), 1e3 * row["seconds"])
-    return dict(sorted(found.items(), key=lambda item: -max(item[1].values())))
+        found[name].add(loop, 1e3 * row["seconds"], row["where"])
+    return dict(sorted(found.items(), key=lambda item: -item[1].worst))
 
 
-def report(found: dict[str, dict[str, float]], shown_ms: float) -> None:
-    table = Table("case", *LOOPS, "no loop", title="CPU time of the worst step, ms")
-    for case, by_loop in found.items():
-        if max(by_loop.values()) >= shown_ms:
-            table.add_row(
-                case, *(f"{by_loop[name]:.1f}" if name in by_loop else "" for name in (*LOOPS, "none"))
-            )
-    Console(width=140).print(table)
+def report(found: dict[str, Case], shown_ms: float) -> None:
+    table = Table("case", *LOOPS, "no loop", "half way", title="CPU time of the worst step, ms")
+    for name, case in found.items():
+        if case.worst >= shown_ms:
+            by_loop = (f"{case.ms[loop]:.1f}" if loop in case.ms else "" for loop in (*LOOPS, "none"))
+            table.add_row(name, *by_loop, case.where)
+    Console(width=200).print(table)
     print(f"{len(found)} cases; those below {shown_ms:g} ms on every loop are not shown")
 
 
@@ -81,10 +98,12 @@ def main(arguments: list[str], shown_ms: float) -> int:
         code = measure(in_python, file) if in_python else 0
         if "tests" in arguments or in_python != arguments:
             code = measure_core(file) or code
-        found = worst(file)
+        found = cases(file)
     report(found, shown_ms)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "holdups.json").write_text(json.dumps(found, indent=1))
+    (RESULTS / "holdups.json").write_text(
+        json.dumps({name: asdict(case) for name, case in found.items()}, indent=1)
+    )
     return code
 
 

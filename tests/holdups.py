@@ -9,13 +9,15 @@ under it: ``with step(): device.notified(0)``.
 The collection of garbage counts, of what the test has made: what was there before, pytest's own and other
 tests' objects, are out of its reach for as long as the test runs.
 
-``--holdups FILE`` writes what the worst step of each test took: benchmarks/holdups.py makes a table of it.
+``--holdups FILE`` writes what the worst step of each test took, and where a long one was half way:
+benchmarks/holdups.py makes a table of it.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,24 +39,33 @@ if TYPE_CHECKING:
 # With eager tasks, which run before `create_task` returns, asyncio is another loop: Python 3.12 and later.
 LOOPS = ["asyncio", "uvloop", "trio", *(["asyncio-eager"] if sys.version_info >= (3, 12) else [])]
 
-# 5 ms are wanted; in no callback this much.
+WANTED_S = 0.005
+# In no callback this much.
 LIMIT_S = 0.05
+
+
+def where(stack: str) -> str:
+    """The innermost place of ours in a traceback: in aiokvm, or in a test. Empty if there is none."""
+    frames = re.findall(r'File ".*/((?:aiokvm|tests)/[^"]*)", line (\d+), in (\S+)', stack)
+    return "{}:{} {}".format(*frames[-1]) if frames else ""
 
 
 @contextmanager
 def measured(request: pytest.FixtureRequest) -> Iterator[StepMeter]:
     """What the steps of this test take; it fails past the limit."""
+    file = request.config.getoption("--holdups")
     gc.freeze()
     try:
-        with StepMeter(LIMIT_S) as meter:
+        with StepMeter(WANTED_S if file else LIMIT_S) as meter:
             yield meter
     finally:
         gc.unfreeze()
     if meter.worst is None or request.node.get_closest_marker("computes"):
         return
-    if file := request.config.getoption("--holdups"):
+    if file:
+        worst = {"seconds": meter.worst.cpu_seconds, "where": where(meter.worst.stack)}
         with Path(file).open("a") as lines:
-            lines.write(json.dumps({"test": request.node.nodeid, "seconds": meter.worst.cpu_seconds}) + "\n")
+            lines.write(json.dumps({"test": request.node.nodeid, **worst}) + "\n")
     if meter.worst.cpu_seconds >= LIMIT_S:
         pytest.fail(
             f"{meter.worst.task or 'a callback'} held the loop for {meter.worst.cpu_seconds * 1e3:.1f} ms "
