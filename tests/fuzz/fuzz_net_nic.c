@@ -1,7 +1,7 @@
 /* The adapter under libFuzzer: the input is what a driver writes into its rings and buffers, what its peer sends and
  * takes, and what the program sets meanwhile.
  *
- * Sources: net*.c vring*.c clock.c notify.c pace.c ratelimit.c
+ * Sources: net*.c vring*.c budget.c clock.c notify.c pace.c ratelimit.c
  * Runs: 100000
  *
  * The guest's RAM is an allocation of its own, and so is what the peer copies frames to: AddressSanitizer sees every
