@@ -146,16 +146,16 @@ class NetBackend(ABC):
         finally:
             self._last_stats = end.stats()
             end.close()
-        if self._filter:
-            self._filter.close()
-            self._filter = None
-        capture, self._capture = self._capture, None
-        try:
-            await self._close()
-        finally:
-            self._closing = False
-            if capture:
-                await capture.close()
+            if self._filter:
+                self._filter.close()
+                self._filter = None
+            capture, self._capture = self._capture, None
+            try:
+                await self._close()
+            finally:
+                self._closing = False
+                if capture:
+                    await capture.close()
 
     def stats(self) -> NetStats:
         """What it has sent to the guest and received from it. Raises StateError before it was opened."""

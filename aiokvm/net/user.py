@@ -421,6 +421,7 @@ class User(NetBackend):
 
     async def _wind_down(self, end: End) -> None:
         assert self._plane
+        self._end = None
         end.unlink()
         while end.is_open and lib.aiokvm_net_slirp_cut_some(end.core) == 1:
             await self._plane.loop.turn()

@@ -698,6 +698,35 @@ async def test_closing_in_the_middle_of_everything(tmp_path: Path) -> None:
     assert not user._directory
 
 
+@pytest.mark.anyio
+async def test_closing_though_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        """That never comes to the end of its connections."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def aiokvm_net_slirp_cut_some(self, _end: Any) -> int:
+            return 1
+
+    monkeypatch.setattr(module, "lib", Core())
+    path = tmp_path / "guest.sock"
+    plane = Plane(current_loop())
+    user = net.User(forward={str(path): 22})
+    try:
+        before = set(os.listdir("/proc/self/fd"))
+        for _ in range(2):
+            await user.open(plane, print)
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await user.close()
+            assert scope.cancelled_caught
+            assert not path.exists()
+        assert set(os.listdir("/proc/self/fd")) == before
+    finally:
+        plane.close()
+
+
 SYNS = """
 import socket, sys
 all = []
