@@ -10,7 +10,6 @@ import re
 import types
 import typing
 from collections.abc import Awaitable, Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast
 
@@ -69,21 +68,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     if function.__code__.co_flags & inspect.CO_COROUTINE:
         later = cast("Callable[P, Awaitable[Any]]", function)
 
-        @wraps(function)
         async def call_later(*args: P.args, **kwargs: P.kwargs) -> Any:
             check(args, kwargs)
             return await later(*args, **kwargs)
 
-        call_later.is_checked = True  # type: ignore[attr-defined]
-        return cast("Callable[P, R]", call_later)
+        return cast("Callable[P, R]", _like(function, call_later))
 
-    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         check(args, kwargs)
         return function(*args, **kwargs)
 
-    call.is_checked = True  # type: ignore[attr-defined]
-    return call
+    return _like(function, call)
 
 
 def checked_late(function: Callable[P, R]) -> Callable[P, R]:
@@ -93,7 +88,6 @@ def checked_late(function: Callable[P, R]) -> Callable[P, R]:
     if function.__code__.co_flags & inspect.CO_COROUTINE:
         later = cast("Callable[P, Awaitable[Any]]", function)
 
-        @wraps(function)
         async def call_later(*args: P.args, **kwargs: P.kwargs) -> Any:
             try:
                 return await later(*args, **kwargs)
@@ -101,10 +95,8 @@ def checked_late(function: Callable[P, R]) -> Callable[P, R]:
                 check(args, kwargs)
                 raise
 
-        call_later.is_checked = True  # type: ignore[attr-defined]
-        return cast("Callable[P, R]", call_later)
+        return cast("Callable[P, R]", _like(function, call_later))
 
-    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
@@ -112,14 +104,25 @@ def checked_late(function: Callable[P, R]) -> Callable[P, R]:
             check(args, kwargs)
             raise
 
-    call.is_checked = True  # type: ignore[attr-defined]
-    return call
+    return _like(function, call)
 
 
 def checked_init(cls: type[T]) -> type[T]:
     """Have a class's constructor do so; above ``@dataclass``, too."""
     cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
     return cls
+
+
+def _like(function: Callable[..., object], call: T) -> T:
+    """Have ``call`` look as the function; `functools.wraps` would take most of the time of an import."""
+    made: Any = call
+    made.__name__, made.__qualname__, made.__module__ = (
+        function.__name__,
+        function.__qualname__,
+        function.__module__,
+    )
+    made.__doc__, made.__wrapped__, made.is_checked = function.__doc__, function, True
+    return call
 
 
 def _check(function: Callable[..., object]) -> Callable[[tuple[object, ...], dict[str, object]], None]:

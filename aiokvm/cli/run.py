@@ -312,7 +312,8 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
     if not options.overcommit:
         aiokvm.check_memory(options.memory)
     disks.check(options.disks)
-    report.lab = _use_lab(options)
+    why_lab = _why_lab(options)
+    report.lab = why_lab is not None
     if report.lab:
         disks.lab_directories(options.disks)
         nets.lab_forwards(options.nets, options.forwards)
@@ -331,6 +332,8 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
         trace = _writer(stack.enter_context(options.trace.open("wb"))) if options.trace else None
         machine: Machine
         if report.lab:
+            if why_lab:
+                common.say(f"{why_lab}: running in the lab, an emulated machine (--lab never forbids it)")
             if options.pcap:
                 # Where it is copied to at the end.
                 options.pcap.open("wb").close()
@@ -406,15 +409,13 @@ def _writer(file: IO[bytes]) -> Callable[[bytes], object]:
     return write
 
 
-def _use_lab(options: Options) -> bool:
+def _why_lab(options: Options) -> str | None:
+    """Return why the machine is to run in the lab, in words unless that was asked for; None: it runs here."""
     if options.lab != "auto":
-        return options.lab == "always"
+        return "" if options.lab == "always" else None
     from aiokvm.cli.host import why_lab
 
-    why = why_lab()
-    if why:
-        common.say(f"{why}: running in the lab, an emulated machine (--lab never forbids it)")
-    return bool(why)
+    return why_lab() or None
 
 
 class Here:

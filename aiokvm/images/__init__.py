@@ -202,6 +202,8 @@ async def build_debian(
     recipe = await anyio.to_thread.run_sync(
         disk.recipe, suite, packages, size_bytes, files or {}, authorized_keys, enable
     )
+    if output is not None:
+        await anyio.to_thread.run_sync(disk.check_output, output)
     cache, tell = Cache(default_root()), progress or (lambda _: None)
     found = None if refresh else await anyio.to_thread.run_sync(disk.verified, cache, recipe)
     if found is None:

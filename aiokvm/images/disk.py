@@ -211,6 +211,18 @@ async def build(
         raise ImageError(f"cannot build {recipe.name} in {cache.root}: {error.strerror}") from error
 
 
+def check_output(output: Path) -> None:
+    """Raise ``ImageError`` if nothing can be copied there, before minutes go into a build."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise ImageError(f"cannot write {output}: {folder} is no directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ImageError(f"cannot write {output}: {folder} is not for this user to write to")
+    for file in DebianDisk.beside(output).files:
+        if file.is_dir():
+            raise ImageError(f"cannot write {output}: {file} is a directory")
+
+
 async def copy(disk: DebianDisk, output: Path) -> DebianDisk:
     """Copy a disk and what is beside it, sparse. Raises ``ImageError``, and then leaves what was there."""
     target = DebianDisk.beside(output)
