@@ -58,6 +58,15 @@ void net_dirty(struct aiokvm_net_end *end)
     end->net->dirty = end;
 }
 
+void net_later(struct aiokvm_net_end *end)
+{
+    if (end->is_later)
+        return;
+    end->is_later = true;
+    end->next_later = end->net->later;
+    end->net->later = end;
+}
+
 void net_tell(struct aiokvm_net_end *end, uint32_t news, int32_t error, uint32_t detail)
 {
     struct aiokvm_net *net = end->net;
@@ -229,10 +238,21 @@ static struct aiokvm_net_end *take_ready(struct aiokvm_net *net)
     return end;
 }
 
+static void end_wait(struct aiokvm_net *net)
+{
+    struct aiokvm_net_end *end;
+    while ((end = net->later)) {
+        net->later = end->next_later;
+        end->is_later = false;
+        net_ready(end);
+    }
+}
+
 /* Each that is ready has its turn, round and round. True: some still are. */
 static bool turn(struct aiokvm_net *net, uint64_t budget_ns)
 {
     begin_time(net, aiokvm_now_ns() + budget_ns);
+    end_wait(net);
     for (look(net); net->ready; look(net))
         for (struct aiokvm_net_end *end; (end = take_ready(net));) {
             if (end->yields) {
@@ -270,11 +290,33 @@ void net_leave(struct aiokvm_net *net)
     pthread_mutex_unlock(&net->lock);
 }
 
+/* All was served: the next frames may gather, or not any more. True: there is more to do. */
+static bool gather(struct aiokvm_net *net, uint64_t budget_ns)
+{
+    struct net_gather *gather = &net->gather;
+    bool was_on = gather->is_on;
+    uint64_t now_ns = aiokvm_now_ns();
+    net_gather_next(gather, now_ns, net->batch, net->work);
+    net->batch = 0;
+    net->work = 0;
+    net->wake++;
+    if (gather->is_on)
+        set_timer(net, now_ns + gather->period_ns);
+    if (gather->is_on != was_on) {
+        struct epoll_event event = { .events = gather->is_on ? 0 : EPOLLIN };
+        epoll_ctl(net->door, EPOLL_CTL_MOD, net->epoll, &event);
+    }
+    /* Whoever was not told is served once more, and will be. */
+    return was_on && !gather->is_on && turn(net, budget_ns);
+}
+
 int aiokvm_net_serve(struct aiokvm_net *net, uint64_t budget_ns)
 {
     if (!net_enter(net))
         return -EOWNERDEAD;
     bool more = turn(net, budget_ns);
+    if (!more && !net->has_thread)
+        more = gather(net, budget_ns);
     /* The caller comes again by itself: no ringing. */
     pthread_mutex_unlock(&net->lock);
     return more;
@@ -339,6 +381,20 @@ static int start_thread(struct aiokvm_net *net)
     return 0;
 }
 
+static int add(int epoll, int fd, void *data)
+{
+    struct epoll_event event = { .events = EPOLLIN, .data.ptr = data };
+    return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0 ? errno : 0;
+}
+
+/* What the loop watches: while frames gather it hears of the timer, not of what they come by. */
+static int open_door(struct aiokvm_net *net)
+{
+    net->door = epoll_create1(EPOLL_CLOEXEC);
+    int error = net->door < 0 ? errno : add(net->door, net->epoll, NULL);
+    return error ? error : add(net->door, net->timer, NULL);
+}
+
 static int open_descriptors(struct aiokvm_net *net)
 {
     net->epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -347,11 +403,8 @@ static int open_descriptors(struct aiokvm_net *net)
     net->news_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (net->epoll < 0 || net->timer < 0 || net->control < 0 || net->news_fd < 0)
         return errno;
-    struct epoll_event event = { .events = EPOLLIN, .data.ptr = &net->control };
-    if (epoll_ctl(net->epoll, EPOLL_CTL_ADD, net->control, &event) < 0)
-        return errno;
-    event.data.ptr = &net->timer;
-    return epoll_ctl(net->epoll, EPOLL_CTL_ADD, net->timer, &event) < 0 ? errno : 0;
+    int error = add(net->epoll, net->control, &net->control);
+    return error ? error : add(net->epoll, net->timer, &net->timer);
 }
 
 struct aiokvm_net *aiokvm_net_new(const char *name, int *error)
@@ -361,7 +414,7 @@ struct aiokvm_net *aiokvm_net_new(const char *name, int *error)
         *error = ENOMEM;
         return NULL;
     }
-    net->epoll = net->timer = net->control = net->news_fd = -1;
+    net->epoll = net->timer = net->control = net->news_fd = net->door = -1;
     net->pid = getpid();
     net->ready_tail = &net->ready;
     net->told_tail = &net->told;
@@ -369,8 +422,8 @@ struct aiokvm_net *aiokvm_net_new(const char *name, int *error)
     if (name)
         strncpy(net->name, name, sizeof(net->name) - 1);
     *error = open_descriptors(net);
-    if (!*error && name)
-        *error = start_thread(net);
+    if (!*error)
+        *error = name ? start_thread(net) : open_door(net);
     if (*error) {
         aiokvm_net_free(net);
         return NULL;
@@ -388,7 +441,7 @@ void aiokvm_net_free(struct aiokvm_net *net)
     while (net->ends)
         aiokvm_net_end_free(net->ends);
     net_offload_free(net->offload);
-    int descriptors[] = { net->epoll, net->timer, net->control, net->news_fd };
+    int descriptors[] = { net->door, net->epoll, net->timer, net->control, net->news_fd };
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(*descriptors); i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
@@ -398,7 +451,7 @@ void aiokvm_net_free(struct aiokvm_net *net)
 
 int aiokvm_net_fd(const struct aiokvm_net *net)
 {
-    return net->epoll;
+    return net->door;
 }
 
 int aiokvm_net_tid(const struct aiokvm_net *net)
@@ -568,6 +621,12 @@ static void forget(struct aiokvm_net_end *end)
             *at = end->next_dirty;
         else
             at = &(*at)->next_dirty;
+    }
+    for (struct aiokvm_net_end **at = &net->later; *at;) {
+        if (*at == end)
+            *at = end->next_later;
+        else
+            at = &(*at)->next_later;
     }
     if (end->previous)
         end->previous->next = end->next;

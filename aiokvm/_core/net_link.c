@@ -100,6 +100,7 @@ enum net_result net_send(struct aiokvm_net_end *from, struct net_frame *frame)
         from->wake = from->net->wake;
         from->batch = 0;
     }
+    from->net->work += NET_COST_FRAME + frame->size;
     if (++from->batch > from->net->batch)
         from->net->batch = from->batch;
     from->stats.sent_frames++;

@@ -58,12 +58,21 @@ static void complete(struct nic *nic, struct nic_queue *queue)
     net_dirty(&nic->end);
 }
 
+bool nic_polls(struct nic *nic, struct nic_queue *queue)
+{
+    if (!nic->end.net->gather.is_on)
+        return false;
+    queue->is_polled = true;
+    net_later(&nic->end);
+    return true;
+}
+
 /* The next chain is the queue's, and its frame if it has one. False: there is none. */
 static bool take_chain(struct nic *nic, struct nic_queue *queue)
 {
     int result;
     while (!(result = aiokvm_vring_pop(queue->vring, &queue->chain)))
-        if (!aiokvm_vring_enable_notify(queue->vring)) {
+        if (nic_polls(nic, queue) || !aiokvm_vring_enable_notify(queue->vring)) {
             queue->is_pending = false;
             return false;
         }
@@ -102,10 +111,11 @@ static uint32_t transmit(struct nic *nic, struct nic_queue *queue, uint32_t budg
     return budget;
 }
 
-/* The driver has put buffers into a queue. */
+/* The driver has put buffers into a queue, or may have. */
 static void on_kick(struct nic *nic, struct nic_queue *queue)
 {
     queue->kick.events = 0;
+    queue->is_polled = false;
     if (queue->index % 2) {
         queue->is_pending = true;
     } else if (queue->is_starved) {
@@ -125,7 +135,7 @@ static bool serve(struct aiokvm_net_end *end)
     struct nic *nic = (struct nic *)end;
     struct nic_state *state = &nic->state;
     for (uint32_t i = 0; i < 2 * AIOKVM_NET_NIC_PAIRS; i++)
-        if (state->queues[i] && state->queues[i]->kick.events)
+        if (state->queues[i] && (state->queues[i]->kick.events || state->queues[i]->is_polled))
             on_kick(nic, state->queues[i]);
     uint32_t budget = NET_QUANTUM, first = state->next_pair++;
     bool more = false;

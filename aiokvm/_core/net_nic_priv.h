@@ -15,6 +15,7 @@ struct nic_queue {
     struct aiokvm_notifier notifier;
     uint32_t index, size;
     bool is_dirty; /* chains were pushed, and not published since */
+    bool is_polled; /* the driver does not notify, but is looked after when frames have gathered */
 
     /* Of a queue that transmits: the frame that is on its way, or has to wait. */
     bool is_pending; /* there may be chains */
@@ -55,6 +56,9 @@ struct nic {
 /* ---- net_nic.c ---- */
 
 void nic_break(struct nic *nic, const struct nic_queue *queue, int error);
+
+/* The driver's next buffers are looked for when frames have gathered, if they do: it need not notify. */
+bool nic_polls(struct nic *nic, struct nic_queue *queue);
 
 /* ---- net_nic_rx.c ---- */
 

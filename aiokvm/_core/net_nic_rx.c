@@ -133,11 +133,11 @@ static struct aiokvm_chain *stashed(const struct nic_queue *queue, uint32_t at)
 }
 
 /* One more chain is in the stash: 1. There is none: 0, and the driver will notify. Below 0: the queue is broken. */
-static int stash_chain(struct nic_queue *queue)
+static int stash_chain(struct nic *nic, struct nic_queue *queue)
 {
     struct aiokvm_chain *chain;
     int result = aiokvm_vring_pop(queue->vring, &chain);
-    if (!result && aiokvm_vring_enable_notify(queue->vring)) {
+    if (!result && !nic_polls(nic, queue) && aiokvm_vring_enable_notify(queue->vring)) {
         aiokvm_vring_disable_notify(queue->vring);
         result = aiokvm_vring_pop(queue->vring, &chain);
     }
@@ -226,7 +226,7 @@ enum net_result nic_receive(struct aiokvm_net_end *end, struct net_frame *frame)
     uint32_t chains = 0, most = !state->is_mergeable ? 1 : queue->size < MAX_CHAINS ? queue->size : MAX_CHAINS;
     while (room < need && chains < most) {
         if (chains == queue->count) {
-            int result = stash_chain(queue);
+            int result = stash_chain(nic, queue);
             if (result < 0) {
                 nic_break(nic, queue, result);
                 return drop(&end->stats.dropped_full);

@@ -92,10 +92,11 @@ struct aiokvm_net_end {
     bool yields;   /* is resumed when it has its turn */
     bool is_ready; /* in the list of ready ends */
     bool is_dirty;
+    bool is_later; /* in the list of those that are to be served when frames have gathered */
     bool is_told;           /* in the list of those with news */
     uint64_t deadline_ns;   /* of net_at; 0: none */
     uint64_t throttled_ns;  /* until when a rate limit holds back what it sends; 0: it does not */
-    uint32_t wake, batch; /* pace: how many frames it has sent since the plane's thread woke up, if wake is the plane's */
+    uint32_t wake, batch; /* how many frames it has sent since whoever serves the plane woke up, if wake is the plane's */
     uint32_t news, detail;
     int32_t error;
     struct aiokvm_net_filter *filter;
@@ -103,7 +104,7 @@ struct aiokvm_net_end {
     struct aiokvm_ratelimit *sent_limit, *received_limit;
     struct aiokvm_net_stats stats;
     struct aiokvm_net_end *next, *previous;             /* all of the plane */
-    struct aiokvm_net_end *next_ready, *next_dirty, *next_told;
+    struct aiokvm_net_end *next_ready, *next_dirty, *next_later, *next_told;
 };
 
 /* A descriptor that belongs to an end: edge-triggered. What it was ready for stays in `events` (EPOLLIN, EPOLLOUT,
@@ -114,6 +115,14 @@ struct net_watch {
     uint32_t events;
 };
 
+/* Whether a plane without a thread lets frames gather before the loop is woken: net_gather.c. All 0 at first. */
+struct net_gather {
+    bool is_on;
+    uint32_t period_ns; /* how long, while it is on */
+    uint32_t near, singles, nothings, try_after;
+    uint64_t last_ns;
+};
+
 struct aiokvm_net {
     pthread_mutex_t lock;
     _Atomic uint32_t wanted; /* calls that wait for the lock: the thread lets them go first */
@@ -121,12 +130,15 @@ struct aiokvm_net {
     _Atomic uint32_t tid;
     bool has_thread;
     bool rung; /* `control` was written and not read since */
-    uint32_t wake;  /* counts how often the thread woke up */
+    uint32_t wake;  /* counts how often whoever serves it woke up */
     uint32_t batch; /* how many frames one end has sent since then, at most */
+    uint64_t work;  /* what all frames since then have cost, as net_spend counts it */
     _Atomic bool ending;
     char name[16];
     pid_t pid; /* of the process whose it is: a child of fork has a copy */
     int epoll, timer, control, news_fd;
+    int door; /* without a thread, what the loop watches: the epoll instance, or only the timer while frames gather */
+    struct net_gather gather;
     uint64_t timer_ns; /* what the timer is set to, 0: nothing */
     /* The time of the call that holds the lock. */
     uint64_t until_ns; /* 0: the clock was not looked at yet */
@@ -136,6 +148,7 @@ struct aiokvm_net {
     struct aiokvm_net_end *ends;
     struct aiokvm_net_end *ready, **ready_tail;
     struct aiokvm_net_end *dirty;
+    struct aiokvm_net_end *later;
     struct aiokvm_net_end *told, **told_tail;
     struct net_offload *offload; /* for cutting frames in software */
 };
@@ -167,6 +180,8 @@ static inline void net_spend(struct aiokvm_net *net, uint32_t cost)
 void net_yield(struct aiokvm_net_end *end);
 /* To be flushed when the batch is over. */
 void net_dirty(struct aiokvm_net_end *end);
+/* Instead of being told, while frames gather: to be served when they have. */
+void net_later(struct aiokvm_net_end *end);
 /* To be served at this time of aiokvm_now_ns, if not before; 0: no more. */
 void net_at(struct aiokvm_net_end *end, uint64_t deadline_ns);
 /* A rate limit holds back what this end sends until then; `resume` follows. */
@@ -180,6 +195,12 @@ void net_resume(struct aiokvm_net_end *end);
 int net_watch(struct net_watch *watch, struct aiokvm_net_end *end, int fd, uint32_t events);
 /* Does not close the descriptor. */
 void net_unwatch(struct net_watch *watch);
+
+/* ---- net_gather.c ---- */
+
+/* Everything was served: one end had sent so many frames since the last time, at most, and all had so much work, in
+ * bytes as net_spend counts them. */
+void net_gather_next(struct net_gather *gather, uint64_t now_ns, uint32_t batch, uint64_t work);
 
 /* ---- net_link.c ---- */
 
