@@ -291,12 +291,13 @@ void net_leave(struct aiokvm_net *net)
 }
 
 /* All was served: the next frames may gather, or not any more. True: there is more to do. */
-static bool gather(struct aiokvm_net *net, uint64_t budget_ns)
+static bool gather(struct aiokvm_net *net, uint64_t begun_ns, uint64_t budget_ns)
 {
     struct net_gather *gather = &net->gather;
     bool was_on = gather->is_on;
     uint64_t now_ns = aiokvm_now_ns();
-    net_gather_next(gather, now_ns, net->batch, net->work);
+    const struct net_turn done = { .batch = net->batch, .work = net->work, .took_ns = now_ns - begun_ns };
+    net_gather_next(gather, now_ns, &done);
     net->batch = 0;
     net->work = 0;
     net->wake++;
@@ -314,9 +315,10 @@ int aiokvm_net_serve(struct aiokvm_net *net, uint64_t budget_ns)
 {
     if (!net_enter(net))
         return -EOWNERDEAD;
+    uint64_t begun_ns = aiokvm_now_ns();
     bool more = turn(net, budget_ns);
     if (!more && !net->has_thread)
-        more = gather(net, budget_ns);
+        more = gather(net, begun_ns, budget_ns);
     /* The caller comes again by itself: no ringing. */
     pthread_mutex_unlock(&net->lock);
     return more;

@@ -7,10 +7,12 @@
 
 /* Wakes that follow each other so closely, and so many of them, may be a flow. */
 enum { NEAR_NS = 1000000, TRY_AFTER = 16, TRY_AFTER_MAX = 1024 };
-/* How long frames gather, and how much work in bytes, as net_spend counts it, is wanted then: a part of a ring. */
-enum { MIN_NS = 50000, FIRST_NS = 100000, MAX_NS = 1000000, FEW = 48 << 10, MANY = 192 << 10 };
-/* So many times in a row a single frame, or nothing, and it was no flow, or it has ended. */
-enum { SINGLES = 8, NOTHINGS = 2 };
+/* How long frames gather: until there is so much work for a turn, in bytes as net_spend counts it, which is a part of a
+ * ring; but not for longer than so many times what a turn takes, since the loop is hardly busy then. */
+enum { MIN_NS = 50000, FIRST_NS = 100000, MAX_NS = 1000000, FEW = 48 << 10, MANY = 192 << 10, TURNS = 8 };
+/* A question and an answer are no flow, nor what has less than so many frames and so much work at a time. So many times in
+ * a row, and whoever waits for its answer is left alone; nothing so many times, and the flow has ended. */
+enum { FLOW_FRAMES = 4, FLOW_WORK = 16 << 10, SINGLES = 8, NOTHINGS = 2 };
 
 static void begin(struct net_gather *gather)
 {
@@ -19,15 +21,26 @@ static void begin(struct net_gather *gather)
     gather->near = gather->singles = gather->nothings = 0;
 }
 
-static void go_on(struct net_gather *gather, uint32_t batch, uint64_t work)
+static uint32_t longest(uint64_t took_ns)
 {
-    gather->nothings = batch ? 0 : gather->nothings + 1;
-    gather->singles = batch == 1 ? gather->singles + 1 : batch ? 0 : gather->singles;
-    if (batch > 1)
+    if (took_ns > MAX_NS / TURNS)
+        return MAX_NS;
+    return took_ns * TURNS < MIN_NS ? MIN_NS : (uint32_t)took_ns * TURNS;
+}
+
+static void go_on(struct net_gather *gather, const struct net_turn *turn)
+{
+    uint32_t longest_ns = longest(turn->took_ns);
+    gather->nothings = turn->batch ? 0 : gather->nothings + 1;
+    if (turn->batch >= FLOW_FRAMES || turn->work >= FLOW_WORK) {
+        gather->singles = 0;
         gather->try_after = TRY_AFTER;
-    if (work < FEW && gather->period_ns < MAX_NS)
-        gather->period_ns = gather->period_ns * 2 < MAX_NS ? gather->period_ns * 2 : MAX_NS;
-    if (work > MANY && gather->period_ns > MIN_NS)
+    } else if (turn->batch) {
+        gather->singles++;
+    }
+    if (turn->work < FEW)
+        gather->period_ns = gather->period_ns * 2 < longest_ns ? gather->period_ns * 2 : longest_ns;
+    else if (turn->work > MANY && gather->period_ns > MIN_NS)
         gather->period_ns /= 2;
     if (gather->nothings < NOTHINGS && gather->singles < SINGLES)
         return;
@@ -37,14 +50,14 @@ static void go_on(struct net_gather *gather, uint32_t batch, uint64_t work)
         gather->try_after *= 2;
 }
 
-void net_gather_next(struct net_gather *gather, uint64_t now_ns, uint32_t batch, uint64_t work)
+void net_gather_next(struct net_gather *gather, uint64_t now_ns, const struct net_turn *turn)
 {
     if (!gather->try_after)
         gather->try_after = TRY_AFTER;
     if (gather->is_on) {
-        go_on(gather, batch, work);
+        go_on(gather, turn);
     } else {
-        gather->near = batch && now_ns - gather->last_ns < NEAR_NS ? gather->near + 1 : 0;
+        gather->near = turn->batch && now_ns - gather->last_ns < NEAR_NS ? gather->near + 1 : 0;
         if (gather->near >= gather->try_after)
             begin(gather);
     }

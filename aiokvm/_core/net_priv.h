@@ -198,9 +198,15 @@ void net_unwatch(struct net_watch *watch);
 
 /* ---- net_gather.c ---- */
 
-/* Everything was served: one end had sent so many frames since the last time, at most, and all had so much work, in
- * bytes as net_spend counts them. */
-void net_gather_next(struct net_gather *gather, uint64_t now_ns, uint32_t batch, uint64_t work);
+/* What was done since everything had been served before. */
+struct net_turn {
+    uint32_t batch;   /* how many frames one end has sent, at most */
+    uint64_t work;    /* what all frames have cost, in bytes as net_spend counts it */
+    uint64_t took_ns; /* the last call */
+};
+
+/* Everything was served. */
+void net_gather_next(struct net_gather *gather, uint64_t now_ns, const struct net_turn *turn);
 
 /* ---- net_link.c ---- */
 
