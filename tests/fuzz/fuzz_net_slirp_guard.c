@@ -2,7 +2,7 @@
  * neighbours and sockets. The input is frames of the guest and of libslirp, each in an allocation of its size.
  *
  * Sources: net_checksum.c net_slirp_begun.c net_slirp_fragments.c net_slirp_guard.c net_slirp_merge.c
- * Sources: net_slirp_neighbours.c net_slirp_order.c net_slirp_sockets.c
+ * Sources: net_slirp_neighbours.c net_slirp_order.c net_slirp_sockets.c budget.c clock.c
  * Runs: 100000
  */
 #include "net_fuzz.h"
