@@ -73,6 +73,14 @@ static inline uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
 }
 
+/* CPU time of this thread. */
+static inline uint64_t cpu_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
 /* xorshift64*: the same numbers in every run. The state is any number but 0. */
 static inline uint32_t random_below(uint64_t *state, uint32_t limit)
 {

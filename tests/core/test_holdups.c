@@ -9,13 +9,6 @@
 #include "holdups.h"
 #include "net.h"
 
-static uint64_t cpu_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
-
 static void compute(uint64_t ns)
 {
     for (uint64_t begun_ns = cpu_ns(); cpu_ns() - begun_ns < ns;)

@@ -28,13 +28,6 @@
 enum { BUDGET_NS = 500000 };
 enum { BATCH = 64, HEADERS = 54 };
 
-static uint64_t cpu_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
-
 /* One call may be unlucky: a hypervisor's own work counts as the thread's, and so do the first touches of memory. */
 static void serve(struct aiokvm_net *net, uint32_t calls)
 {

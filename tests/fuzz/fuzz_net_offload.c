@@ -2,6 +2,7 @@
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
  * Sources: net_gather.c net_rules.c budget.c clock.c pace.c ratelimit.c
+ * Runs: 300000
  */
 #include "net_fuzz.h"
 
