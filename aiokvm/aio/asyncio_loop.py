@@ -6,8 +6,9 @@ import asyncio
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
+
+# Of all machines of a loop. Those that are made or closed at once wait for the kernel, not for a CPU.
+THREADS_MAX = 40
 
 
 # What takes a callback, and at which place.
@@ -187,4 +191,12 @@ class AsyncioLoop:
                 raise cancelled
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        return await self.uncancelled(partial(asyncio.to_thread, work))
+        return await self.uncancelled(lambda: self._loop.run_in_executor(self._threads, work))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        # Not asyncio's own, which is small, and may be full of what blocks the program.
+        threads: ThreadPoolExecutor | None = self.shared.get(ThreadPoolExecutor)
+        if threads is None:
+            threads = self.shared[ThreadPoolExecutor] = ThreadPoolExecutor(THREADS_MAX, "aiokvm")
+        return threads

@@ -58,19 +58,22 @@ class Event:
     machine: str
 
 
-@dataclass(frozen=True, slots=True)
 class Started(Event):
     """The vCPUs began to run."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True)
+
 class Paused(Event):
     """All vCPUs stand still."""
 
+    __slots__ = ()
 
-@dataclass(frozen=True, slots=True)
+
 class Resumed(Event):
     """The vCPUs run again."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -74,3 +76,22 @@ assert "anyio" not in sys.modules
 
 def test_uncancelled_work_survives_where_anyio_is_not_loaded() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_ANYIO], check=True)
+
+
+def test_worker_threads_are_apart_from_the_programs_and_end_with_the_last_adapter() -> None:
+    async def main() -> None:
+        blocked = threading.Event()
+        # More than asyncio's own executor has threads.
+        others = [asyncio.create_task(asyncio.to_thread(blocked.wait, 30)) for _ in range(40)]
+        try:
+            async with asyncio.timeout(30):
+                worker = await current_loop().in_thread(threading.current_thread)
+            assert not blocked.is_set()
+        finally:
+            blocked.set()
+            await asyncio.wait(others)
+        gc.collect()
+        await asyncio.to_thread(worker.join, 30)
+        assert not worker.is_alive()
+
+    asyncio.run(main())
