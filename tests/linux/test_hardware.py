@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from tests.linux.conftest import Guest, LinuxBooter
 
 pytestmark = [pytest.mark.linux, pytest.mark.anyio]
+
+
+def modes(file: str) -> str:
+    return Path("/sys/kernel/mm/transparent_hugepage", file).read_text()
 
 
 async def numbers(guest: Guest, field: str) -> list[int]:
@@ -66,3 +71,16 @@ async def test_command_line(boot_linux: LinuxBooter) -> None:
     cmdline = start + "x" * (2047 - len(start.encode()))
     async with boot_linux(cmdline=cmdline) as guest:
         assert await guest.run("cat /proc/cmdline") == cmdline
+
+
+async def test_ram_is_mapped_by_large_pages(boot_linux: LinuxBooter) -> None:
+    if "[never]" in modes("enabled"):
+        pytest.skip("the host has no transparent huge pages")
+    async with boot_linux(memory="512M") as guest:
+        await guest.run("dd if=/dev/zero of=/zeros bs=1M count=200 2>&1")
+        kvm = guest.vm.stats().kvm
+        small, large = (kvm[name] for name in ("pages_4k", "pages_2m"))
+        assert isinstance(small, int)
+        assert isinstance(large, int)
+        assert large >= 100
+        assert small < 512  # what was mapped while no large page was there yet
