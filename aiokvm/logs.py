@@ -98,6 +98,9 @@ class _Share:
 def _lines(message: str, args: tuple[object, ...], exc_info: Any) -> int:
     """How many lines a record is, with its traceback: an exception's, or that which is being handled."""
     error = exc_info if isinstance(exc_info, BaseException) else sys.exception() if exc_info else None
-    text = message % args if args else message
+    try:
+        text = message % args if args else message
+    except Exception:  # for the handlers, which tell it, and do not raise
+        text = message
     trace = traceback.format_exception(error) if error else ()
     return min(1 + text.count("\n") + sum(part.count("\n") for part in trace), MOST_LINES)

@@ -97,6 +97,24 @@ def test_the_lines_of_a_traceback_count(caplog: pytest.LogCaptureFixture) -> Non
     assert len(caplog.records) == 1
 
 
+class Untold:
+    def __repr__(self) -> str:
+        raise ValueError("not to be shown")
+
+
+def test_what_cannot_be_shown_is_left_to_the_handlers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logger = logging.getLogger("aiokvm.test")
+    # pytest's own handler would raise.
+    monkeypatch.setattr(logger, "propagate", False)
+    seldom = SeldomLogger(logger)
+    seldom.error("%r failed", Untold())
+    seldom.error("%d of them failed", "some")
+    assert caplog.records == []
+
+
 def test_what_is_not_enabled_takes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     seldom = SeldomLogger(logging.getLogger("aiokvm.test"))
     with caplog.at_level(logging.ERROR, "aiokvm.test"):

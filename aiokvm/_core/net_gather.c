@@ -1,17 +1,18 @@
 /* Whether the loop is woken for each frame, or lets some gather: net_priv.h.
  *
- * A wake of the loop costs many times what a frame does, and takes the CPU from the vCPU or the program that was about to
- * send the next. Who waits for an answer before sending again wants the wake; a flow wants none. Which it is shows in
- * what there is after a while. */
+ * A wake of the loop costs many times what a frame does, and takes the CPU from the vCPU or the program that was about
+ * to send the next. Who waits for an answer before sending again wants the wake; a flow wants none. Which of the two it
+ * is shows in how much there is after a while. */
 #include "net_priv.h"
 
 /* Wakes that follow each other so closely, and so many of them, may be a flow. */
 enum { NEAR_NS = 1000000, TRY_AFTER = 16, TRY_AFTER_MAX = 1024 };
-/* How long frames gather: until there is so much work for a turn, in bytes as net_spend counts it, which is a part of a
- * ring; but not for longer than so many times what a turn takes, since the loop is hardly busy then. */
+/* How long frames gather: a turn finds between FEW and MANY bytes of work, as net_spend counts it; that is a part of a
+ * ring. But no longer than TURNS times what a turn takes: the loop is hardly busy then. */
 enum { MIN_NS = 50000, FIRST_NS = 100000, MAX_NS = 1000000, FEW = 48 << 10, MANY = 192 << 10, TURNS = 8 };
-/* A question and an answer are no flow, nor what has less than so many frames and so much work at a time. So many times in
- * a row, and whoever waits for its answer is left alone; nothing so many times, and the flow has ended. */
+/* A turn with fewer frames than FLOW_FRAMES and less work than FLOW_WORK is no part of a flow: it may be a question and
+ * its answer. After SINGLES such turns frames gather no more: somebody waits for each answer. After NOTHINGS turns with
+ * no frame at all the flow has ended. */
 enum { FLOW_FRAMES = 4, FLOW_WORK = 16 << 10, SINGLES = 8, NOTHINGS = 2 };
 
 static void begin(struct net_gather *gather)

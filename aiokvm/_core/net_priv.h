@@ -96,7 +96,7 @@ struct aiokvm_net_end {
     bool is_told;           /* in the list of those with news */
     uint64_t deadline_ns;   /* of net_at; 0: none */
     uint64_t throttled_ns;  /* until when a rate limit holds back what it sends; 0: it does not */
-    uint32_t wake, batch; /* how many frames it has sent since whoever serves the plane woke up, if wake is the plane's */
+    uint32_t wake, batch; /* frames that it has sent since whoever serves the plane woke up, if wake is the plane's */
     uint32_t news, detail;
     int32_t error;
     struct aiokvm_net_filter *filter;

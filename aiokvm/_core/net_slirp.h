@@ -62,15 +62,15 @@ int aiokvm_net_slirp_add_service(struct aiokvm_net_end *end, uint32_t address, u
                                  uint32_t max);
 /* Connections that wait are closed, others go on. */
 int aiokvm_net_slirp_remove_service(struct aiokvm_net_end *end, uint32_t service);
-/* Its next connection: a stream socket that does not block, the caller's to close and to count. -EAGAIN: there is none; -ENOENT: nor is there
- * the service. */
+/* Its next connection: a stream socket that does not block, the caller's to close and to count. -EAGAIN: there is none;
+ * -ENOENT: nor is there the service. */
 int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
                             struct aiokvm_net_slirp_connection *connection);
 /* The guest gets a reset of the connection instead of an end, when the caller closes it: at once, without reading what
  * it has got. -ENOENT: it has ended. */
 int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
-/* Before the end is freed, which takes long if there are many: ends TCP connections by a reset to both sides, for as long
- * as a call may take. 1: there are more. */
+/* Before the end is freed, which takes long if there are many: ends TCP connections by a reset to both sides, for as
+ * long as a call may take. 1: there are more. */
 int aiokvm_net_slirp_cut_some(struct aiokvm_net_end *end);
 /* One that is broken: the guest has reset it, or it was given up. What reads it finds an end, as if it was an orderly
  * one. 0: there is none, 1: *connection is one. AIOKVM_NET_NEWS_READABLE tells. */
@@ -79,7 +79,8 @@ int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connectio
 /* The next question of the guest to the nameserver, into `data` of AIOKVM_NET_SLIRP_MAX_QUERY bytes: its size, -EAGAIN if
  * there is none. AIOKVM_NET_NEWS_READABLE tells. At most 64 wait for their answers. */
 int aiokvm_net_slirp_take_query(struct aiokvm_net_end *end, uint32_t *id, void *data);
-/* The answer; of no bytes (dropped_unresolved), or of too many (-EMSGSIZE): there is none. -ENOENT: there is no such question. */
+/* The answer; of no bytes (dropped_unresolved), or of too many (-EMSGSIZE): there is none. -ENOENT: there is no such
+ * question. */
 int aiokvm_net_slirp_answer(struct aiokvm_net_end *end, uint32_t id, const void *data, uint32_t size);
 
 #endif

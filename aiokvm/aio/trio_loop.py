@@ -203,4 +203,6 @@ class TrioLoop:
             return await work()
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work)
+        result = await self.uncancelled(lambda: trio.to_thread.run_sync(work))
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return result

@@ -355,6 +355,7 @@ class User(NetBackend):
 
     def _accept_all(self) -> None:
         """What the guest asks for: questions and connections, for as long as the loop can spare."""
+        self._accepting = False
         until_ns = time.monotonic_ns() + BUDGET_NS
         steps = [self._dns.look] if self._dns else []
         steps += [partial(self._accept, service) for service in self._services.values()]

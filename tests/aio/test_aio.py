@@ -372,6 +372,11 @@ async def test_what_runs_in_a_thread_ends_before_a_cancellation_gets_through() -
             go.set()
         assert len(ended) == 1
         assert ended[0] != threading.get_ident()
+        # Nor is it left out for one who has been cancelled before: a machine is closed so.
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await loop.in_thread(work)
+        assert len(ended) == 2
         assert await loop.in_thread(lambda: 7) == 7
         with pytest.raises(ValueError, match="bad work"):
             await loop.in_thread(lambda: int("bad work"))
