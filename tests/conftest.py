@@ -44,9 +44,9 @@ def step(request: pytest.FixtureRequest) -> Iterator[holdups.Step]:
 
 
 def _until_fresh() -> None:
-    """Until a second begins in which guests have caused no lines, or few."""
+    """Until a second begins in which guests have caused no lines, or few: a tenth of what there may be."""
     share = Share(LOG_LINES)
-    while not share.take(50):
+    while not share.fits(300):
         pass
 
 
