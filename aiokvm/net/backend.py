@@ -140,6 +140,7 @@ class NetBackend(ABC):
         if end is None:
             return
         self._on_carrier = _nothing
+        self._last_stats = end.stats()
         self._closing = True
         try:
             await self._wind_down(end)

@@ -727,6 +727,59 @@ async def test_closing_though_it_is_cancelled(tmp_path: Path, monkeypatch: pytes
         plane.close()
 
 
+@pytest.mark.anyio
+async def test_figures_are_there_while_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[net.NetStats] = []
+
+    class Core:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def aiokvm_net_slirp_cut_some(self, _end: Any) -> int:
+            seen.append(user.stats())
+            return 0
+
+    monkeypatch.setattr(module, "lib", Core())
+    plane = Plane(current_loop())
+    user = net.User()
+    try:
+        await user.open(plane, print)
+        await user.close()
+        assert seen == [user.stats()]
+    finally:
+        plane.close()
+
+
+@pytest.mark.anyio
+async def test_connections_are_accepted_though_a_turn_before_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+
+    async def handler(_stream: Connection) -> None:
+        pass
+
+    def accept(_service: Service) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    plane = Plane(current_loop())
+    user = net.User(services={PAGE: handler}, dns="192.0.2.1")
+    try:
+        await user.open(plane, print)
+        monkeypatch.setattr(user._connections, "accept", accept)
+        user._accepting = True  # it goes on in this turn
+        with pytest.raises(OSError, match="Too many open files"):
+            user._accept_all()
+        user._on_news(0, 0, 0)
+        assert calls == 2
+        await user.close()
+    finally:
+        plane.close()
+
+
 SYNS = """
 import socket, sys
 all = []
