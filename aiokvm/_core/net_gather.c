@@ -9,17 +9,18 @@
 enum { NEAR_NS = 1000000, TRY_AFTER = 16, TRY_AFTER_MAX = 1024 };
 /* How long frames gather: a turn finds between FEW and MANY bytes of work, as net_spend counts it; that is a part of a
  * ring. But no longer than TURNS times what a turn takes: the loop is hardly busy then. */
-enum { MIN_NS = 50000, FIRST_NS = 100000, MAX_NS = 1000000, FEW = 48 << 10, MANY = 192 << 10, TURNS = 8 };
-/* A turn with fewer frames than FLOW_FRAMES and less work than FLOW_WORK is no part of a flow: it may be a question and
- * its answer. After SINGLES such turns frames gather no more: somebody waits for each answer. After NOTHINGS turns with
- * no frame at all the flow has ended. */
-enum { FLOW_FRAMES = 4, FLOW_WORK = 16 << 10, SINGLES = 8, NOTHINGS = 2 };
+enum { MIN_NS = 50000, FIRST_NS = 100000, MAX_NS = 2000000, FEW = 48 << 10, MANY = 192 << 10, TURNS = 8 };
+/* A turn with fewer frames than FLOW_FRAMES is no part of a flow: it may be a question and its answer, or frames so long
+ * that a wake costs little beside them. After SINGLES such turns frames gather no more. After END_NS with no frame at
+ * all the flow has ended; a sender may wait that long for a CPU. */
+enum { FLOW_FRAMES = 4, SINGLES = 8, END_NS = 4000000 };
 
-static void begin(struct net_gather *gather)
+static void begin(struct net_gather *gather, uint64_t now_ns)
 {
     gather->is_on = true;
-    gather->period_ns = FIRST_NS;
-    gather->near = gather->singles = gather->nothings = 0;
+    gather->period_ns = gather->longest_ns = FIRST_NS;
+    gather->near = gather->singles = 0;
+    gather->frames_ns = now_ns;
 }
 
 static uint32_t longest(uint64_t took_ns)
@@ -29,11 +30,16 @@ static uint32_t longest(uint64_t took_ns)
     return took_ns * TURNS < MIN_NS ? MIN_NS : (uint32_t)took_ns * TURNS;
 }
 
-static void go_on(struct net_gather *gather, const struct net_turn *turn)
+static void go_on(struct net_gather *gather, uint64_t now_ns, const struct net_turn *turn)
 {
     uint32_t longest_ns = longest(turn->took_ns);
-    gather->nothings = turn->batch ? 0 : gather->nothings + 1;
-    if (turn->batch >= FLOW_FRAMES || turn->work >= FLOW_WORK) {
+    /* A turn of nothing says little. */
+    if (longest_ns < gather->longest_ns)
+        longest_ns = gather->longest_ns - (gather->longest_ns - longest_ns) / 16;
+    gather->longest_ns = longest_ns;
+    if (turn->batch)
+        gather->frames_ns = now_ns;
+    if (turn->batch >= FLOW_FRAMES) {
         gather->singles = 0;
         gather->try_after = TRY_AFTER;
     } else if (turn->batch) {
@@ -43,7 +49,7 @@ static void go_on(struct net_gather *gather, const struct net_turn *turn)
         gather->period_ns = gather->period_ns * 2 < longest_ns ? gather->period_ns * 2 : longest_ns;
     else if (turn->work > MANY && gather->period_ns > MIN_NS)
         gather->period_ns /= 2;
-    if (gather->nothings < NOTHINGS && gather->singles < SINGLES)
+    if (now_ns - gather->frames_ns < END_NS && gather->singles < SINGLES)
         return;
     gather->is_on = false;
     /* Each time in vain it is tried half as often. */
@@ -56,11 +62,11 @@ void net_gather_next(struct net_gather *gather, uint64_t now_ns, const struct ne
     if (!gather->try_after)
         gather->try_after = TRY_AFTER;
     if (gather->is_on) {
-        go_on(gather, turn);
+        go_on(gather, now_ns, turn);
     } else {
         gather->near = turn->batch && now_ns - gather->last_ns < NEAR_NS ? gather->near + 1 : 0;
         if (gather->near >= gather->try_after)
-            begin(gather);
+            begin(gather, now_ns);
     }
     gather->last_ns = now_ns;
 }

@@ -118,9 +118,9 @@ struct net_watch {
 /* Whether a plane without a thread lets frames gather before the loop is woken: net_gather.c. All 0 at first. */
 struct net_gather {
     bool is_on;
-    uint32_t period_ns; /* how long, while it is on */
-    uint32_t near, singles, nothings, try_after;
-    uint64_t last_ns;
+    uint32_t period_ns, longest_ns; /* how long, while it is on; and how long at most */
+    uint32_t near, singles, try_after;
+    uint64_t last_ns, frames_ns; /* the last turn, the last with frames */
 };
 
 struct aiokvm_net {
