@@ -52,6 +52,17 @@ CORRECTIONS: tuple[tuple[str, str, str], ...] = (
         "    if (is_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR)) {\n",
         "    if (is_unmasked_event_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR)) {\n",
     ),
+    # An exit while a virtual interrupt is delivered tells of it, as of any other event (SDM 28.2.4). Else it
+    # is lost, and KVM injects the event before it anew: with ept=0 a page fault, at a stack's first touch.
+    (
+        "cpu/vapic.cc",
+        "      BX_CPU_THIS_PTR sregs[BX_SEG_REG_CS].selector.value, RIP);\n"
+        "    interrupt(vector, BX_EXTERNAL_INTERRUPT, 0, 0);\n",
+        "      BX_CPU_THIS_PTR sregs[BX_SEG_REG_CS].selector.value, RIP);\n"
+        "    vm->idt_vector_info = vector | (BX_EXTERNAL_INTERRUPT << 8);\n"
+        "    vm->idt_vector_error_code = 0;\n"
+        "    interrupt(vector, BX_EXTERNAL_INTERRUPT, 0, 0);\n",
+    ),
     # CPUID leaves 15H and 16H name clocks that the emulated TSC does not have.
     (
         "cpu/cpudb/intel/corei7_skylake-x.cc",
