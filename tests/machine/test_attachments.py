@@ -634,7 +634,9 @@ async def test_many_memory_regions_come_and_go(guest: Guest, resources: Callable
                 vm.attach(Device(), mmio=MMIO + i * 0x10000, size=0x1000, mode="memory") for i in range(20)
             ]
             assert re.search("mmio 0xd0010000-0xd0010fff", repr(attachments[1]))
+            await anyio.lowlevel.checkpoint()
             for attachment in attachments[::2] + attachments[1::2]:
                 vm.detach(attachment)
+            await anyio.lowlevel.checkpoint()
         del attachment, attachments  # which keep their pages
         assert (state(vm), resources()) == before

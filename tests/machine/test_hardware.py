@@ -45,7 +45,7 @@ async def test_more_vcpus_than_kvm_allows_are_refused(monkeypatch: pytest.Monkey
     check_extension = kvm.System.check_extension
 
     def few_vcpus(self: kvm.System, cap: Cap) -> int:
-        return 4 if cap is Cap.KVM_CAP_MAX_VCPUS else check_extension(self, cap)
+        return 4 if cap == Cap.KVM_CAP_MAX_VCPUS else check_extension(self, cap)
 
     monkeypatch.setattr(kvm.System, "check_extension", few_vcpus)
     with pytest.raises(ConfigError, match="cpus is 5: KVM on this host allows at most 4"):

