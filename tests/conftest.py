@@ -50,6 +50,13 @@ def _until_fresh() -> None:
         pass
 
 
+@pytest.fixture(autouse=True)
+def lines_to_spare(request: pytest.FixtureRequest) -> None:
+    """Whoever looks at the log finds all of it: the tests before have left lines of the second's budget."""
+    if "caplog" in request.fixturenames:
+        _until_fresh()
+
+
 @pytest.fixture
 def fresh_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For a test that fills the log, or counts its lines: it has the process's budget of lines for itself."""
