@@ -159,10 +159,12 @@ struct aiokvm_net {
 bool net_enter(struct aiokvm_net *net);
 /* Flushes what is dirty; what is ready will be served. */
 void net_leave(struct aiokvm_net *net);
+/* What was received is published. */
+void net_flush(struct aiokvm_net *net);
 
 void net_look_at_clock(struct aiokvm_net *net);
 
-/* A new end of its type's own size, zeroed but for the fields above; enters by itself. NULL: *error is an errno. */
+/* net_end.c: a new end of its type's own size, zeroed but for the fields above; enters by itself. NULL: *error is an errno. */
 void *net_end_new(struct aiokvm_net *net, const struct net_type *type, size_t size, int *error);
 
 /* To be served soon. */

@@ -27,7 +27,7 @@ def holds_kernel(plan: BootPlan) -> bool:
 
 @cache
 def warn_if_emulated() -> None:
-    """Warn once a process if a kernel takes minutes here. To measure it blocks for a tenth of a second."""
+    """Warn once a process if a kernel takes minutes here. To measure it blocks, for half a second at most."""
     if any(map(os.path.exists, HARDWARE)):
         return
     from aiokvm.kvm import System, ring0_speed

@@ -71,33 +71,39 @@ class Asgi:
         self._log = SeldomLogger(logger)
         self._lifespan = _Lifespan(app, self._log.kind()) if lifespan else None
         self._users = 0
+        # Those who serve it, or are about to: it is their loop's.
+        self._claims = 0
         self._owner: Loop | None = None
         self._changing: anyio.Lock | None = None
 
     async def start(self, loop: Loop) -> None:
         """One who serves it more. Raises AiokvmError if the application cannot start."""
-        if self._owner is None:
+        if self._claims == 0:
             self._owner, self._changing = loop, None
-        async with self._lock():
-            self._owner = loop
-            try:
+        self._claims += 1
+        try:
+            async with self._lock():
                 if self._users == 0 and self._lifespan:
                     await self._lifespan.start(loop)
                 self._users += 1
-            finally:
-                if self._users == 0:
-                    self._owner = None
+        except BaseException:
+            self._release()
+            raise
 
     async def stop(self) -> None:
         """One less."""
-        async with self._lock():
-            self._users -= 1
-            try:
+        try:
+            async with self._lock():
+                self._users -= 1
                 if self._users == 0 and self._lifespan:
                     await self._lifespan.stop()
-            finally:
-                if self._users == 0:
-                    self._owner = None
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._claims -= 1
+        if self._claims == 0:
+            self._owner = None
 
     def _lock(self) -> anyio.Lock:
         # Of the loop that it is used on; it may be made where there is none.

@@ -2,7 +2,7 @@
  * peer of the link sends and takes, and when the other side goes.
  *
  * Sources: net.c net_capture.c net_checksum.c net_datagram.c net_filter.c net_flow.c net_link.c net_offload.c
- * Sources: net_gather.c net_packet.c net_queue.c net_rules.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_packet.c net_queue.c net_rules.c budget.c clock.c pace.c ratelimit.c
  * Runs: 5000
  */
 #include <sys/socket.h>

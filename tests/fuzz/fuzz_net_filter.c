@@ -1,7 +1,7 @@
 /* net_filter.c and net_packet.c under libFuzzer: the input is frames in both directions, answers and other rules.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_gather.c net_rules.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_rules.c budget.c clock.c pace.c ratelimit.c
  */
 #include "net_filter.h"
 #include "net_fuzz.h"

@@ -1,7 +1,7 @@
 /* net_offload.c under libFuzzer: the input is a header and a frame, and what the receiver takes.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_gather.c net_rules.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_rules.c budget.c clock.c pace.c ratelimit.c
  * Runs: 300000
  */
 #include "net_fuzz.h"

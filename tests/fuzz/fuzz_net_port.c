@@ -2,7 +2,7 @@
  * sends, right or wrong.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_port.c
- * Sources: net_gather.c net_queue.c net_rules.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_queue.c net_rules.c budget.c clock.c pace.c ratelimit.c
  * Runs: 30000
  */
 #include <errno.h>

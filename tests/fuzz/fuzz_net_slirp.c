@@ -3,7 +3,7 @@
  * port are real: connect and sendto are here, and the clock, which jumps.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_gather.c net_rules.c net_slirp*.c budget.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_rules.c net_slirp*.c budget.c pace.c ratelimit.c
  * Libraries: slirp
  * Runs: 6000
  */

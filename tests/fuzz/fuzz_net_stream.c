@@ -2,7 +2,7 @@
  * link sends and takes, and connections that come and go.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_gather.c net_rules.c net_stream.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_rules.c net_stream.c budget.c clock.c pace.c ratelimit.c
  * Runs: 15000
  */
 #include <arpa/inet.h>

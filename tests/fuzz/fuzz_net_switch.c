@@ -2,7 +2,7 @@
  * is the last byte of its source address: nobody hears himself, no isolated port another, no VLAN another.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_gather.c net_rules.c net_switch.c net_switch_table.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_rules.c net_switch.c net_switch_table.c budget.c clock.c pace.c ratelimit.c
  * Runs: 8000
  */
 #include "net_fuzz.h"

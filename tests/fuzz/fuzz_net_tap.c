@@ -2,7 +2,7 @@
  * sends and takes, and what that says of its offloads. The device is a socket that keeps messages apart; ioctl is ours.
  *
  * Sources: net.c net_capture.c net_checksum.c net_filter.c net_flow.c net_link.c net_offload.c net_packet.c net_queue.c
- * Sources: net_gather.c net_rules.c net_tap.c budget.c clock.c pace.c ratelimit.c
+ * Sources: net_end.c net_gather.c net_rules.c net_tap.c budget.c clock.c pace.c ratelimit.c
  * Runs: 20000
  */
 #include <errno.h>

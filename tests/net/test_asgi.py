@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
@@ -470,3 +471,40 @@ async def test_a_body_of_tiny_chunks_does_not_keep_the_loop(reads: bool) -> None
         for _ in range(2):
             assert b"200 OK" in await client.until(b"\r\n\r\n")
     assert len(body) == (chunks if reads else 0)
+
+
+async def test_a_start_that_fails_lets_the_others_begin_one_after_the_other() -> None:
+    """While one waits behind it, a third that comes after the failure waits, too."""
+    begun = running = worst = 0
+    both = anyio.Event()
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        nonlocal begun, running, worst
+        begun += 1
+        if begun == 1:
+            await both.wait()
+            raise RuntimeError("not the first time")
+        running += 1
+        worst = max(worst, running)
+        await anyio.lowlevel.checkpoint()
+        yield
+        running -= 1
+
+    handler, loop = Asgi(Starlette(lifespan=lifespan)), current_loop()
+
+    async def first() -> None:
+        with pytest.raises(AiokvmError):
+            await handler.start(loop)
+        await handler.start(loop)
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(first)
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(handler.start, loop)
+            await anyio.wait_all_tasks_blocked()
+            both.set()
+        await handler.stop()
+        await handler.stop()
+    assert (begun, worst, running) == (2, 1, 0)
