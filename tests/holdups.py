@@ -51,15 +51,21 @@ def where(stack: str) -> str:
 
 
 @contextmanager
+def own_garbage() -> Iterator[None]:
+    """What is here before is out of the reach of the collection of garbage: pytest's own, other tests'."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def measured(request: pytest.FixtureRequest) -> Iterator[StepMeter]:
     """What the steps of this test take; it fails past the limit."""
     file = request.config.getoption("--holdups")
-    gc.freeze()
-    try:
-        with StepMeter(WANTED_S if file else LIMIT_S) as meter:
-            yield meter
-    finally:
-        gc.unfreeze()
+    with own_garbage(), StepMeter(WANTED_S if file else LIMIT_S) as meter:
+        yield meter
     if meter.worst is None or request.node.get_closest_marker("computes"):
         return
     if file:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import logging
 import random
 import tracemalloc
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import holdups
 from tests.fuzz.targets import ASGI_SEEDS, TARGETS, Meter, answered, found, mutate
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 each = pytest.mark.parametrize("name", TARGETS)
+
+
+@pytest.fixture(autouse=True)
+def own_garbage() -> Iterator[None]:
+    """Each call is measured: what thousands of other tests have left is not collected in one of them."""
+    with holdups.own_garbage():
+        yield
 
 
 def inputs(name: str) -> list[bytes]:
