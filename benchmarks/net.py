@@ -30,7 +30,7 @@ from bench import pairs
 from bench.guest import CMDLINE, MEMORY_MIB, Shell, has_hardware, in_the_lab, lags, qemu
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from bench.pairs import Measure, Measured
 
@@ -50,7 +50,13 @@ JOBS: dict[str, tuple[str, str, float]] = {
     "UDP to the guest, 64 bytes": ("-u -b 0 -l 64 -R", "packets/s", 1.2),
     "UDP to the guest, 1,400 bytes": ("-u -b 0 -l 1400 -R", "packets/s", 1.2),
 }
-PING = ("round trip p50", "round trip p99")
+ROUND_TRIP = "round trip"
+PING = (f"{ROUND_TRIP} p50", f"{ROUND_TRIP} p99")
+LOOPS: dict[str, dict[str, Any]] = {
+    "asyncio": {"backend": "asyncio", "backend_options": {"use_uvloop": False}},
+    "uvloop": {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
+    "trio": {"backend": "trio"},
+}
 MONITORS = ("loop", "thread", "QEMU")
 BACKENDS = ("tap", "user")
 
@@ -181,7 +187,9 @@ def pings(monitor: str, shell: Shell, host: str) -> Measure:
     return measure
 
 
-async def measure(debian: images.DebianDisk, backend: str, count: int, seconds: float) -> dict[str, Measured]:
+async def measure(
+    debian: images.DebianDisk, backend: str, jobs: Sequence[str], count: int, seconds: float
+) -> dict[str, Measured]:
     """What was measured, by job: by monitor and figure, a value a pair."""
     figures: dict[str, Measured] = {}
     async with host_side(backend), AsyncExitStack() as guests:
@@ -194,13 +202,12 @@ async def measure(debian: images.DebianDisk, backend: str, count: int, seconds: 
             shell = await guests.enter_async_context(made)
             await shell.login()
             shells[monitor] = (shell, await set_up(shell, backend, monitor))
-        for name in JOBS:
-            figures[name] = await pairs.alternate(
-                {monitor: traffic(monitor, *to, name, seconds) for monitor, to in shells.items()}, count
-            )
-        figures["round trip"] = await pairs.alternate(
-            {monitor: pings(monitor, *to) for monitor, to in shells.items()}, count
-        )
+        for name in jobs:
+            measures = {
+                monitor: traffic(monitor, *to, name, seconds) if name in JOBS else pings(monitor, *to)
+                for monitor, to in shells.items()
+            }
+            figures[name] = await pairs.alternate(measures, count)
     return figures
 
 
@@ -229,10 +236,12 @@ def show(figures: dict[str, dict[str, Measured]], count: int) -> None:
         )
 
     for backend, jobs in figures.items():
-        for name, (_, unit, aim) in JOBS.items():
-            row(backend, jobs[name], name, unit, aim)
-        for name in PING:
-            row(backend, jobs["round trip"], name, "ms", 1.0)
+        for job, measured in jobs.items():
+            if job in JOBS:
+                row(backend, measured, job, *JOBS[job][1:])
+            else:
+                for name in PING:
+                    row(backend, measured, name, "ms", 1.0)
     Console(width=150).print(table, pairs.caption(count))
 
 
@@ -244,12 +253,12 @@ async def main(arguments: Any) -> int:
     if not arguments.here and not has_hardware():
         Console().print("ring 0 has no hardware here: measuring in the lab")
         options = ["--disk", str(debian.disk), "--pairs", str(arguments.pairs)]
-        options += ["--seconds", str(arguments.seconds)]
-        for backend in arguments.backend:
-            options += ["--backend", backend]
+        options += ["--seconds", str(arguments.seconds), "--loop", arguments.loop]
+        options += [option for backend in arguments.backend for option in ("--backend", backend)]
+        options += [option for job in arguments.job for option in ("--job", job)]
         return await in_the_lab(__file__, arguments.results, options)
     figures = {
-        backend: await measure(debian, backend, arguments.pairs, arguments.seconds)
+        backend: await measure(debian, backend, arguments.job, arguments.pairs, arguments.seconds)
         for backend in arguments.backend
     }
     show(figures, arguments.pairs)
@@ -262,11 +271,14 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--seconds", type=float, default=3, help="how long each job runs")
     parser.add_argument("--backend", choices=BACKENDS, action="append")
+    parser.add_argument("--job", choices=[*JOBS, ROUND_TRIP], action="append", help="else all")
+    parser.add_argument("--loop", choices=LOOPS, default="asyncio")
     parser.add_argument("--disk", type=Path, help="a disk of `aiokvm images build debian` with the packages")
     parser.add_argument("--here", action="store_true", help="not in the lab")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parsed = parser.parse_args()
     parsed.backend = parsed.backend or list(BACKENDS)
+    parsed.job = parsed.job or [*JOBS, ROUND_TRIP]
     parsed.results = parsed.results.absolute()
     parsed.results.mkdir(exist_ok=True)
-    sys.exit(anyio.run(main, parsed))
+    sys.exit(anyio.run(main, parsed, **LOOPS[parsed.loop]))
