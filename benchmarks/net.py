@@ -5,7 +5,7 @@ user-mode NAT. The other end of all traffic is iperf3 on the host. A guest of ea
 is done by them in turns: bench/pairs.py. Where ring 0 has no hardware all runs in the lab.
 
 aiokvm moves the frames on its loop, and in another guest on a thread of the adapter's own. While traffic
-flows a task of its loop sleeps for 5 ms again and again; how late it wakes up is the loop's lag. While it is
+flows a timer of its loop rings every 10 ms; how late it rings is the loop's lag. While it is
 QEMU's turn the loop has nothing to do: what it lags is the machine's doing.
 """
 
@@ -166,11 +166,8 @@ def traffic(monitor: str, shell: Shell, host: str, name: str, seconds: float) ->
     options, unit, _ = JOBS[name]
 
     async def measure() -> dict[str, float]:
-        late: list[float] = []
-        async with anyio.create_task_group() as group:
-            group.start_soon(lags, late)
+        with lags() as late:
             speed = await iperf(shell, host, options, seconds)
-            group.cancel_scope.cancel()
         lag = sorted(late)[int(0.99 * len(late))]
         print(f"{monitor}: {name}: {speed:.1f} {unit}, lag p99 {lag:.1f} ms", flush=True)
         return {name: speed, "lag p99": lag}

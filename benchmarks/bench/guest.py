@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 
 from aiokvm import AiokvmError, kvm, lab
+from aiokvm.aio import current_loop
 from aiokvm.kvm.probe import HARDWARE_RING0, ring0_speed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
+
+    from aiokvm.aio.loop import Handle
 
 MEMORY_MIB = 512
 BOOT_SECONDS = 300
-LAG_PROBE_SECONDS = 0.005
+LAG_PROBE_NS = 10_000_000
 # Of a Debian disk; a prompt of its own makes the end of a command's output known.
 CMDLINE = "console=ttyS0 quiet loglevel=3 panic=-1 root=/dev/vda rw aiokvm.autologin"
 
@@ -75,12 +77,28 @@ async def qemu(argv: Sequence[str]) -> AsyncIterator[Shell]:
             process.kill()
 
 
-async def lags(found: list[float]) -> None:
-    """How late, in ms, a sleeper wakes up, each time."""
-    while True:
-        begin = time.perf_counter()
-        await anyio.sleep(LAG_PROBE_SECONDS)
-        found.append(1e3 * (time.perf_counter() - begin - LAG_PROBE_SECONDS))
+@contextmanager
+def lags() -> Iterator[list[float]]:
+    """How late, in ms, a timer of this loop rings, each time.
+
+    It takes as little as can be of the loop that it measures: a wake costs the more, the slower the machine.
+    """
+    loop = current_loop()
+    found: list[float] = []
+    timer: Handle
+
+    def set_timer() -> None:
+        nonlocal timer
+        due_ns = loop.now_ns() + LAG_PROBE_NS
+        timer = loop.call_at(due_ns, lambda: ring(due_ns))
+
+    def ring(due_ns: int) -> None:
+        found.append((loop.now_ns() - due_ns) / 1e6)
+        set_timer()
+
+    set_timer()
+    yield found
+    timer.cancel()
 
 
 def has_hardware() -> bool:
