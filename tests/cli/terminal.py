@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from types import TracebackType
 
+# For a guest's shell: shows the size of its terminal now and at each change, as an editor or a pager does.
+WATCH = b"""sh -c 'trap "stty size" WINCH; stty size; echo watch"ing"; while :; do sleep 0.1; done'\n"""
+
 
 class Terminal:
     """The other side of a terminal, 24 rows high and 80 columns wide at first, on which the command runs."""

@@ -8,16 +8,13 @@ import anyio
 import pytest
 
 from aiokvm import images
-from tests.cli.terminal import Terminal
+from tests.cli.terminal import WATCH, Terminal
 from tests.linux.conftest import BOOT_S, COMMAND_S
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.linux, pytest.mark.anyio]
-
-# What an editor or a pager does.
-WATCH = b"""sh -c 'trap "stty size" WINCH; stty size; echo watch"ing"; while :; do sleep 0.1; done'\n"""
 
 
 @pytest.fixture(scope="session")

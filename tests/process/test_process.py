@@ -66,6 +66,20 @@ async def test_the_signal_that_ended_a_program_is_told() -> None:
     await started.aclose()
 
 
+async def test_a_program_that_has_ended_when_it_is_to_end_keeps_its_status(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    statuses = set()
+    for _ in range(100):
+        started = await process.start(["sh", "-c", "exit 7"])
+        assert started.stdout is not None
+        with pytest.raises(anyio.EndOfStream):
+            await started.stdout.receive()
+        statuses.add(await process.end(started))
+    assert statuses == {7}
+    assert caplog.text == ""
+
+
 async def test_a_missing_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         await process.start(["no-such-program"])
