@@ -5,8 +5,8 @@ the one that is faster at the job. All use the host's page cache (cache=writebac
 once, and do each job in turns while the others are idle (bench/pairs.py). Where ring 0 has no hardware
 all of it runs in the lab.
 
-While the guest keeps the disk busy a timer of aiokvm's loop rings every 10 ms; how late it rings is the loop's
-lag.
+While the guest keeps the disk busy a timer of aiokvm's loop rings every 10 ms; how late it rings is the
+loop's lag.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from aiokvm.errors import KvmError
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Where one of these serves /dev/kvm there is hardware behind it, and nothing to be measured.
 HARDWARE = ("/sys/module/kvm_amd", "/sys/module/kvm_intel")
 
+# Taken by the first start of a kernel in the process, for good: those that start beside it measure nothing.
+first_start = Lock()
+
 # The smallest kernels of an operating system have more; what has less is through soon anywhere.
 _KERNEL_BYTES = 1 << 20
 
@@ -25,9 +28,10 @@ def holds_kernel(plan: BootPlan) -> bool:
     return sum(memoryview(segment.data).nbytes for segment in plan.segments) >= _KERNEL_BYTES
 
 
-@cache
 def warn_if_emulated() -> None:
     """Warn once a process if a kernel takes minutes here. To measure it blocks, for half a second at most."""
+    if not first_start.acquire(blocking=False):
+        return
     if any(map(os.path.exists, HARDWARE)):
         return
     from aiokvm.kvm import System, ring0_speed

@@ -18,7 +18,7 @@ from aiokvm.machine.attachments import Attachment, Attachments, device_name
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, load, poll_ns
 from aiokvm.machine.config import POLL_NS, Config, RngConfig
 from aiokvm.machine.device import Device, ErrorPolicy, ModeName, Placement, PolicyName, RegionMode
-from aiokvm.machine.emulated import holds_kernel, warn_if_emulated
+from aiokvm.machine.emulated import first_start, holds_kernel, warn_if_emulated
 from aiokvm.machine.events import Exit, ExitReason
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.failures import Failures
@@ -414,7 +414,7 @@ class VM:
     async def start(self) -> None:
         """Run the guest. Raises StateError unless the machine is new, AiokvmError if no thread can be had."""
         await self._loop.turn()
-        if self._boots_kernel and not warn_if_emulated.cache_info().currsize:
+        if self._boots_kernel and not first_start.locked():
             await self._loop.in_thread(warn_if_emulated)
         self._require(VmState.CREATED)
         self._state = VmState.RUNNING

@@ -1,25 +1,26 @@
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 
 from aiokvm import VM, boot, kvm
-from aiokvm.machine import emulated
+from aiokvm.machine import emulated, vm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kvm]
 
 
 @pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    emulated.warn_if_emulated.cache_clear()
-    yield
-    emulated.warn_if_emulated.cache_clear()
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (emulated, vm):
+        monkeypatch.setattr(module, "first_start", threading.Lock())
 
 
 SMALL = b"\xf4"
@@ -46,6 +47,23 @@ async def test_the_first_linux_on_an_emulated_ring_0_is_warned_of(
         await start(LARGE)
     assert len(caplog.records) == warnings
     assert all("aiokvm lab -- COMMAND" in record.getMessage() for record in caplog.records)
+
+
+async def test_of_several_that_start_at_once_one_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measure(_: object) -> float:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return 1.2e6
+
+    both = threading.Barrier(2)
+    monkeypatch.setattr(emulated, "HARDWARE", ())
+    monkeypatch.setattr(kvm, "ring0_speed", measure)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(4):
+            tasks.start_soon(start, LARGE)
+    assert len(caplog.records) == 1
 
 
 async def test_hosts_with_hardware_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
