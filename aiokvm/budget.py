@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from aiokvm._core import Pointer
 
 DESCRIPTORS = lib.AIOKVM_BUDGET_DESCRIPTORS
+FRAME_BYTES = lib.AIOKVM_BUDGET_FRAME_BYTES
 BOUNCE_BYTES = lib.AIOKVM_BUDGET_BOUNCE_BYTES
 LOG_LINES = lib.AIOKVM_BUDGET_LOG_LINES
 
 
 class Share:
-    """What one of them has of a budget of the process: `DESCRIPTORS`, `BOUNCE_BYTES` or `LOG_LINES`.
+    """What one of them has of a budget of the process, one of those above.
 
     It is given back with the object. Raises MemoryError.
     """

@@ -38,6 +38,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct aiokvm_budget of_process[AIOKVM_BUDGETS] = {
     [AIOKVM_BUDGET_DESCRIPTORS] = { .measure = descriptors },
     [AIOKVM_BUDGET_NET_BYTES] = { .measure = bytes },
+    [AIOKVM_BUDGET_FRAME_BYTES] = { .measure = bytes },
     [AIOKVM_BUDGET_BOUNCE_BYTES] = { .measure = bytes },
     [AIOKVM_BUDGET_LOG_LINES] = { .total = LOG_LINES, .is_rate = true },
 };
@@ -58,28 +59,33 @@ __attribute__((constructor)) static void watch_forks(void)
     pthread_atfork(before_fork, after_fork, after_fork);
 }
 
-/* What there is in all. What was used in a second that is over does not count. */
-static uint64_t look(struct aiokvm_budget *budget, struct aiokvm_share *share)
+/* What was used in a second that is over does not count. */
+static void look(struct aiokvm_budget *budget, struct aiokvm_share *share)
 {
+    if (!budget->is_rate)
+        return;
     if (share && share->whole)
         look(budget, share->whole);
-    if (budget->is_rate) {
-        uint64_t now_ns = aiokvm_now_ns();
-        if (now_ns - budget->since_ns >= SECOND_NS) {
-            budget->since_ns = now_ns;
-            budget->used = 0;
-        }
-        if (share && share->since_ns != budget->since_ns) {
-            share->since_ns = budget->since_ns;
-            share->used = 0;
-        }
+    uint64_t now_ns = aiokvm_now_ns();
+    if (now_ns - budget->since_ns >= SECOND_NS) {
+        budget->since_ns = now_ns;
+        budget->used = 0;
     }
+    if (share && share->since_ns != budget->since_ns) {
+        share->since_ns = budget->since_ns;
+        share->used = 0;
+    }
+}
+
+static uint64_t total_of(const struct aiokvm_budget *budget)
+{
     return budget->measure ? budget->measure() : budget->total;
 }
 
 static bool fits(struct aiokvm_share *share, uint64_t amount)
 {
-    uint64_t total = look(share->budget, share), used = share->budget->used;
+    look(share->budget, share);
+    uint64_t total = total_of(share->budget), used = share->budget->used;
     const struct aiokvm_share *whole = share->whole ? share->whole : share;
     return used < total && amount <= total - used && whole->used + amount <= (total - used - amount) / PART;
 }
@@ -129,8 +135,8 @@ void aiokvm_budget_free(struct aiokvm_budget *budget)
 void aiokvm_budget_state(struct aiokvm_budget *budget, struct aiokvm_budget_state *state)
 {
     pthread_mutex_lock(&lock);
-    *state = (struct aiokvm_budget_state){ .total = look(budget, NULL), .used = budget->used };
-    state->shares = budget->shares;
+    look(budget, NULL);
+    *state = (struct aiokvm_budget_state){ .total = total_of(budget), .used = budget->used, .shares = budget->shares };
     pthread_mutex_unlock(&lock);
 }
 

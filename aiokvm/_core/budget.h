@@ -11,6 +11,7 @@
 enum {
     AIOKVM_BUDGET_DESCRIPTORS,  /* of guests' connections: three quarters of RLIMIT_NOFILE */
     AIOKVM_BUDGET_NET_BYTES,    /* buffers of guests' connections: an eighth of the host's memory */
+    AIOKVM_BUDGET_FRAME_BYTES,  /* frames that wait in switches, ports and filters: as much */
     AIOKVM_BUDGET_BOUNCE_BYTES, /* copies of what disks cannot read or write where it is: as much */
     AIOKVM_BUDGET_LOG_LINES,    /* that guests can bring about, per second */
     AIOKVM_BUDGETS,

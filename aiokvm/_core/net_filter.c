@@ -36,6 +36,7 @@ struct aiokvm_net_filter {
     uint64_t next_id;
     struct net_flows *flows; /* NULL: none yet */
     struct asked asked[MAX_ASKED];
+    struct aiokvm_share frames; /* of AIOKVM_BUDGET_FRAME_BYTES: of those that are asked about */
 };
 
 /* ---- flows ---- */
@@ -143,8 +144,9 @@ static bool belongs(struct aiokvm_net_filter *filter, const struct net_facts *fa
 
 /* ---- asking ---- */
 
-static void drop_asked(struct asked *asked)
+static void drop_asked(struct aiokvm_net_filter *filter, struct asked *asked)
 {
+    aiokvm_share_give(&filter->frames, asked->what.frame_size);
     free(asked->data);
     *asked = (struct asked){ 0 };
 }
@@ -156,8 +158,13 @@ static bool ask(struct aiokvm_net_filter *filter, const struct aiokvm_net_rule *
     struct asked *asked = filter->asked;
     while (asked < filter->asked + MAX_ASKED && asked->id)
         asked++;
-    if (asked == filter->asked + MAX_ASKED || !(asked->data = malloc(frame->size)))
+    if (asked == filter->asked + MAX_ASKED || !aiokvm_share_take(&filter->frames, frame->size))
         return false;
+    asked->data = malloc(frame->size);
+    if (!asked->data) {
+        aiokvm_share_give(&filter->frames, frame->size);
+        return false;
+    }
     net_frame_copy(frame, asked->data);
     asked->id = asked->what.id = ++filter->next_id;
     asked->flow = flow;
@@ -262,6 +269,7 @@ struct aiokvm_net_filter *aiokvm_net_filter_new(struct aiokvm_net_end *end, cons
         return NULL;
     }
     filter->end = end;
+    aiokvm_share_open(&filter->frames, aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES));
     return filter;
 }
 
@@ -274,7 +282,7 @@ int aiokvm_net_filter_replace(struct aiokvm_net_filter *filter, const struct aio
     for (struct asked *asked = filter->asked; !error && asked < filter->asked + MAX_ASKED; asked++)
         if (asked->id) {
             asked->flow->state = NET_FLOW_FREE;
-            drop_asked(asked);
+            drop_asked(filter, asked);
         }
     net_leave(net);
     return error;
@@ -338,7 +346,7 @@ int aiokvm_net_filter_decide(struct aiokvm_net_filter *filter, uint64_t id, int 
             decided.flow->used_ns = now_ns;
             decided.flow->until_ns = now_ns + DENIED_NS;
         }
-        drop_asked(&decided);
+        drop_asked(filter, &decided);
     }
     net_leave(net);
     return found ? 0 : -ENOENT;
@@ -361,6 +369,7 @@ void aiokvm_net_filter_free(struct aiokvm_net_filter *filter)
 {
     for (struct asked *asked = filter->asked; asked < filter->asked + MAX_ASKED; asked++)
         free(asked->data);
+    aiokvm_share_close(&filter->frames);
     free(filter->flows);
     free(filter->rules);
     free(filter);

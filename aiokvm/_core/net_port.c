@@ -4,8 +4,14 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include "clock.h"
 #include "net_priv.h"
+
+/* How long a ring is empty before it gives memory back: a flow that fills and empties it goes on with what it has. */
+static const uint64_t IDLE_NS = 100000000;
 
 struct held {
     uint32_t offset, size;
@@ -21,24 +27,51 @@ struct port {
     /* A ring of frames, each in one piece: what does not fit in before the slab's end lies at its beginning. */
     uint8_t *slab;
     uint32_t bytes, write; /* where the next would lie */
+    uint32_t touched;      /* there may be memory for so much of the slab; the ring has no more */
+    bool shrinks;          /* at the end's deadline */
     struct held *held;     /* a ring of `depth` */
     uint32_t depth, first, count;
+    struct aiokvm_share frames; /* of AIOKVM_BUDGET_FRAME_BYTES */
+    struct net_room room;       /* what of it the slab takes */
     struct net_queue out;
 };
 
 /* ---- from the peer ---- */
 
-/* Where so many bytes fit in, or UINT32_MAX. While frames are held, `write` never catches up with the oldest. */
-static uint32_t place(const struct port *port, uint32_t size)
+/* Whether the ring may reach that far. */
+static bool reach(struct port *port, uint32_t end)
 {
-    if (!port->count)
-        return 0;
-    uint32_t oldest = port->held[port->first].offset;
-    if (port->write <= oldest)
-        return size < oldest - port->write ? port->write : UINT32_MAX;
-    if (size <= port->bytes - port->write)
-        return port->write;
+    if (end <= port->touched)
+        return true;
+    if (!net_room_take(&port->room, end - port->touched))
+        return false;
+    port->touched = end;
+    return true;
+}
+
+/* Where so many bytes fit in, or UINT32_MAX. While frames are held, `write` never catches up with the oldest. */
+static uint32_t place(struct port *port, uint32_t size)
+{
+    uint32_t begin = port->count ? port->write : 0, oldest = port->count ? port->held[port->first].offset : 0;
+    if (port->count && begin <= oldest)
+        return size < oldest - begin ? begin : UINT32_MAX;
+    if (size <= port->bytes - begin && reach(port, begin + size))
+        return begin;
     return size < oldest ? 0 : UINT32_MAX;
+}
+
+/* Gives back what a flood has left behind. */
+static void shrink(struct port *port)
+{
+    port->shrinks = false;
+    if (port->count)
+        return;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)port->slab;
+    uintptr_t from = (begin + page - 1) / page * page, to = (begin + port->touched) / page * page;
+    if (from < to)
+        madvise((void *)from, to - from, MADV_DONTNEED);
+    net_room_give(&port->room, port->touched);
+    port->touched = 0;
 }
 
 static enum net_result port_receive(struct aiokvm_net_end *end, struct net_frame *frame)
@@ -113,6 +146,10 @@ void aiokvm_net_port_release(struct aiokvm_net_end *end, uint32_t count)
         port->refused = false;
         net_resume(end);
     }
+    if (!port->count && port->touched > NET_ROOM_STEP && !port->shrinks) {
+        port->shrinks = true;
+        net_at(end, aiokvm_now_ns() + IDLE_NS);
+    }
     net_leave(end->net);
 }
 
@@ -131,6 +168,8 @@ static bool port_serve(struct aiokvm_net_end *end)
         port->wants = false;
         net_tell(end, AIOKVM_NET_NEWS_WRITABLE, 0, 0);
     }
+    if (port->shrinks && !end->deadline_ns)
+        shrink(port);
     return more;
 }
 
@@ -196,6 +235,7 @@ static void port_free(struct aiokvm_net_end *end)
 {
     struct port *port = (struct port *)end;
     net_queue_clear(&port->out);
+    aiokvm_share_close(&port->frames);
     free(port->held);
     free(port->slab);
     free(port);
@@ -228,6 +268,8 @@ struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct 
     port->bytes = (uint32_t)config->bytes;
     port->held = held;
     port->depth = config->depth;
-    net_queue_init(&port->out, config->depth, config->bytes);
+    aiokvm_share_open(&port->frames, aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES));
+    net_room_init(&port->room, &port->frames);
+    net_queue_init(&port->out, config->depth, config->bytes, &port->frames);
     return &port->end;
 }

@@ -227,16 +227,31 @@ bool net_frame_check(struct net_frame *frame);
 
 /* ---- net_queue.c: frames that wait, copied ---- */
 
+/* How much of a share is taken at a time: so the budgets' lock is not for each frame. */
+enum { NET_ROOM_STEP = 17 << 12 };
+
+/* Memory for frames that wait. The first step it has in any case: one frame, however long, always has room. */
+struct net_room {
+    struct aiokvm_share *share;
+    uint64_t used, taken; /* in bytes */
+};
+
+void net_room_init(struct net_room *room, struct aiokvm_share *share);
+/* False: the share may not have more. */
+bool net_room_take(struct net_room *room, uint64_t bytes);
+void net_room_give(struct net_room *room, uint64_t bytes);
+
 struct net_queue {
     struct net_queued *first, **last;
     uint32_t frames;
     uint32_t max_frames;
     uint64_t bytes;
     uint64_t max_bytes;
-    struct aiokvm_share *share; /* of bytes, that frames take from; NULL: none */
+    struct net_room room;
 };
 
-void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes);
+/* What waits takes from `share`, which is of bytes. */
+void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes, struct aiokvm_share *share);
 void net_queue_clear(struct net_queue *queue);
 /* False: there is no room, in the queue or in its share, or no memory. */
 bool net_queue_put(struct net_queue *queue, const struct net_frame *frame);

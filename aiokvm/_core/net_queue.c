@@ -12,10 +12,48 @@ struct net_queued {
     uint8_t data[];
 };
 
-void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes)
+_Static_assert(NET_ROOM_STEP >= AIOKVM_NET_MAX_FRAME + sizeof(struct net_queued), "one always has room");
+
+/* ---- memory for them ---- */
+
+void net_room_init(struct net_room *room, struct aiokvm_share *share)
+{
+    *room = (struct net_room){ .share = share, .taken = NET_ROOM_STEP };
+    aiokvm_share_add(share, NET_ROOM_STEP);
+}
+
+bool net_room_take(struct net_room *room, uint64_t bytes)
+{
+    uint64_t used = room->used + bytes;
+    if (used > room->taken) {
+        uint64_t more = (used - room->taken + NET_ROOM_STEP - 1) / NET_ROOM_STEP * NET_ROOM_STEP;
+        if (!aiokvm_share_take(room->share, more))
+            return false;
+        room->taken += more;
+    }
+    room->used = used;
+    return true;
+}
+
+void net_room_give(struct net_room *room, uint64_t bytes)
+{
+    room->used -= bytes;
+    /* A step is kept back, for the next frame. */
+    uint64_t less = (room->taken - room->used) / NET_ROOM_STEP;
+    if (less < 2)
+        return;
+    less = (less - 1) * NET_ROOM_STEP;
+    room->taken -= less;
+    aiokvm_share_give(room->share, less);
+}
+
+/* ---- the queue ---- */
+
+void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes, struct aiokvm_share *share)
 {
     *queue = (struct net_queue){ .max_frames = max_frames, .max_bytes = max_bytes };
     queue->last = &queue->first;
+    net_room_init(&queue->room, share);
 }
 
 static void remove_first(struct net_queue *queue)
@@ -26,8 +64,7 @@ static void remove_first(struct net_queue *queue)
         queue->last = &queue->first;
     queue->frames--;
     queue->bytes -= queued->size;
-    if (queue->share)
-        aiokvm_share_give(queue->share, sizeof(*queued) + queued->size);
+    net_room_give(&queue->room, sizeof(*queued) + queued->size);
     free(queued);
 }
 
@@ -41,13 +78,14 @@ bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
 {
     if (queue->frames >= queue->max_frames || queue->bytes + frame->size > queue->max_bytes)
         return false;
-    if (queue->share && !aiokvm_share_fits(queue->share, sizeof(struct net_queued) + frame->size))
+    size_t memory = sizeof(struct net_queued) + frame->size;
+    if (!net_room_take(&queue->room, memory))
         return false;
-    struct net_queued *queued = malloc(sizeof(*queued) + frame->size);
-    if (!queued)
+    struct net_queued *queued = malloc(memory);
+    if (!queued) {
+        net_room_give(&queue->room, memory);
         return false;
-    if (queue->share)
-        aiokvm_share_add(queue->share, sizeof(*queued) + frame->size);
+    }
     *queued = (struct net_queued){ .hdr = frame->hdr, .size = frame->size, .hops = frame->hops,
                                    .queue = frame->queue, .progress = frame->progress };
     net_frame_copy(frame, queued->data);

@@ -616,8 +616,8 @@ struct aiokvm_net_end *aiokvm_net_slirp_new(struct aiokvm_net *net, const struct
     aiokvm_share_open(&self->bytes, aiokvm_budget_of_process(AIOKVM_BUDGET_NET_BYTES));
     /* It is there whether it fits or not: the program has asked for it, not the guest. */
     aiokvm_share_add(&self->bytes, sizeof(*self));
-    net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES);
-    self->queue.share = self->fragments.share = &self->bytes;
+    net_queue_init(&self->queue, WAITING_FRAMES, WAITING_BYTES, &self->bytes);
+    self->fragments.share = &self->bytes;
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (self->epoll < 0) {
         *error = errno;

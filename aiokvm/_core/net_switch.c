@@ -272,6 +272,7 @@ static void port_free(struct aiokvm_net_end *end)
     struct switch_port *port = (struct switch_port *)end;
     detach(port);
     net_queue_clear(&port->queue);
+    aiokvm_share_close(&port->frames);
     free(port->trunk);
     free(port);
 }
@@ -360,7 +361,8 @@ struct aiokvm_net_end *aiokvm_net_switch_port_new(struct aiokvm_net_switch *sw,
     port->isolated = config->isolated;
     port->trunk = trunk;
     port->newest = port->oldest = NO_ENTRY;
-    net_queue_init(&port->queue, QUEUE_FRAMES, QUEUE_BYTES);
+    aiokvm_share_open(&port->frames, aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES));
+    net_queue_init(&port->queue, QUEUE_FRAMES, QUEUE_BYTES, &port->frames);
     bool attached = false;
     if (net_enter(sw->net)) {
         attached = attach(sw, port);

@@ -25,7 +25,8 @@ struct switch_port {
     uint64_t *trunk;  /* a bit for each VLAN; NULL: not a trunk */
     uint16_t newest, oldest; /* entries */
     uint32_t addresses;
-    struct net_queue queue; /* frames that wait for the peer */
+    struct aiokvm_share frames; /* of AIOKVM_BUDGET_FRAME_BYTES */
+    struct net_queue queue;     /* what waits for the peer */
 };
 
 struct aiokvm_net_switch {

@@ -42,6 +42,11 @@ _BUDGETS = {
         "bytes",
         "it is an eighth of the host's memory",
     ),
+    lib.AIOKVM_BUDGET_FRAME_BYTES: (
+        "frames that wait in switches and ports",
+        "bytes",
+        "it is an eighth of the host's memory; close switches, ports and adapters that are not needed",
+    ),
     lib.AIOKVM_BUDGET_BOUNCE_BYTES: (
         "bounce buffers of disks",
         "bytes",

@@ -30,10 +30,10 @@ class NetStats:
     """What one end of a link has done so far: frames and bytes, and what was dropped, by reason.
 
     ``dropped_down``: sent while there was no peer or the link was down. ``dropped_filtered``: a filter said
-    so. ``dropped_full``: there was no room for what it received. ``dropped_invalid``: too short, too long, or
-    with a header that contradicts the frame. Of a NAT, ``dropped_unresolved``: nobody has answered for an
-    address of the guest's network, or no nameserver of the host has answered a question;
-    ``dropped_unsupported``: a protocol or a packet that it does not carry.
+    so. ``dropped_full``: no room for what it received, of its own or of what the process has for all.
+    ``dropped_invalid``: too short, too long, or with a header that contradicts the frame. Of a NAT,
+    ``dropped_unresolved``: nobody has answered for an address of the guest's network, or no nameserver of the
+    host has answered a question; ``dropped_unsupported``: a protocol or a packet that it does not carry.
     ``throttled`` had to wait for the rate limit, ``segmented`` were cut to the peer's size in software,
     ``interrupts`` are a network adapter's.
     """

@@ -172,7 +172,8 @@ class Port(NetBackend):
     Frames from the guest wait in memory of the port's own, up to ``depth`` of them and ``bytes`` bytes,
     until the program takes them: guest memory is never handed out, as the guest could change it meanwhile,
     and would wait for its buffers. When that is full the guest waits (``on_full="block"``, its own queue
-    then fills), or frames are dropped and counted (``"drop"``). As many may wait in the other direction.
+    then fills), or frames are dropped and counted (``"drop"``). As many may wait in the other direction. All
+    ports and switches of the process share what memory it has for that (`host_limits`).
 
     Without ``offload`` all frames are whole and have their checksums. With it they come as the guest gave
     them, up to 64 KiB long, and `Frame` says what remains to be done.

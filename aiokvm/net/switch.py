@@ -146,7 +146,8 @@ class Switch:
     another switch: this one shares its plane, so that the two can be connected, and is closed with it.
 
     It keeps 8,192 addresses, of which one port may teach it 1,024: no guest can push out others'. Frames wait
-    for a port that is blocked, 256 of them or 1 MiB; no other port waits for it.
+    for a port that is blocked, 256 of them or 1 MiB, and its share of what the process has for them
+    (`host_limits`); no other port waits for it.
 
     ``async with`` opens and closes it. Closing it under machines takes the link of their adapters down.
     """

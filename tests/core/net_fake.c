@@ -83,6 +83,24 @@ void fake_end_clear(struct fake_end *fake)
     fake->received = 0;
 }
 
+struct aiokvm_share *fake_share(void)
+{
+    static struct aiokvm_share share;
+    if (!share.budget)
+        aiokvm_share_open(&share, aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES));
+    return &share;
+}
+
+struct aiokvm_share *fake_share_leaving(int which, uint64_t amount)
+{
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(aiokvm_budget_of_process(which), &state);
+    struct aiokvm_share *share = aiokvm_share_new(which);
+    CHECK(share && state.total - state.used >= amount);
+    aiokvm_share_add(share, state.total - state.used - amount);
+    return share;
+}
+
 void fake_end_serve(struct aiokvm_net *net)
 {
     while (aiokvm_net_serve(net, UINT64_C(1) << 40) == 1)

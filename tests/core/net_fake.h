@@ -28,6 +28,10 @@ enum net_result fake_end_send(struct fake_end *fake, const struct virtio_net_hdr
 void fake_end_unblock(struct fake_end *fake);
 /* Forgets what it has received. */
 void fake_end_clear(struct fake_end *fake);
+/* For memory of frames that wait. */
+struct aiokvm_share *fake_share(void);
+/* Leaves others so much of a budget of the process, until it is freed. */
+struct aiokvm_share *fake_share_leaving(int which, uint64_t amount);
 /* Serves until nothing is ready. */
 void fake_end_serve(struct aiokvm_net *net);
 

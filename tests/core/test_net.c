@@ -306,7 +306,7 @@ TEST(frames_wait_in_a_queue_of_bounded_size)
     struct fake_end *ends[2];
     pair(net, ends);
     struct net_queue queue;
-    net_queue_init(&queue, 3, 4000);
+    net_queue_init(&queue, 3, 4000, fake_share());
     struct iovec iov[2] = { [1] = { (void *)(uintptr_t)FRAME, 1000 } };
     struct net_frame frame = { .iov = iov + 1, .count = 1, .size = 1000, .queue = 5 };
     CHECK(net_enter(net));
@@ -345,7 +345,7 @@ TEST(a_frame_that_waits_meets_the_filters_of_another_peer)
     CHECK(filter);
     aiokvm_net_set_policy(&other->end, filter, NULL, NULL, NULL);
     struct net_queue queue;
-    net_queue_init(&queue, 3, 4000);
+    net_queue_init(&queue, 3, 4000, fake_share());
     struct iovec iov[2] = { [1] = { (void *)(uintptr_t)FRAME, 60 } };
     struct net_frame frame = { .iov = iov + 1, .count = 1, .size = 60 };
     ends[1]->blocks = true;
@@ -373,7 +373,7 @@ TEST(a_frame_that_has_to_wait_keeps_what_it_has_passed)
     struct aiokvm_ratelimit *limit = aiokvm_ratelimit_new(0, 0, 1, 1);
     aiokvm_net_set_policy(&ends[0]->end, NULL, NULL, limit, NULL);
     struct net_queue queue;
-    net_queue_init(&queue, 3, 4000);
+    net_queue_init(&queue, 3, 4000, fake_share());
     struct iovec iov[2] = { [1] = { (void *)(uintptr_t)FRAME, 60 } };
     struct net_frame frame = { .iov = iov + 1, .count = 1, .size = 60 };
     CHECK(net_enter(net));

@@ -157,7 +157,7 @@ TEST(a_frame_that_waits_is_recorded_once)
     uint8_t data[100] = { 0 };
     struct iovec iov[2] = { [1] = { data, sizeof(data) } };
     struct net_frame frame = { .iov = iov + 1, .count = 1, .size = sizeof(data) };
-    net_queue_init(&queue, 1, 1000);
+    net_queue_init(&queue, 1, 1000, fake_share());
     CHECK(net_enter(fixture.net));
     CHECK(net_queue_put(&queue, &frame));
     fixture.ends[1]->blocks = true;

@@ -458,6 +458,30 @@ TEST(questions_are_bounded)
     stop(&fixture);
 }
 
+TEST(questions_take_of_what_frames_that_wait_may_have)
+{
+    START({ .verdict = ASK, .directions = BOTH });
+    struct aiokvm_net_flow flow;
+    uint8_t frame[10];
+    struct aiokvm_share *others = fake_share_leaving(AIOKVM_BUDGET_FRAME_BYTES, 100);
+    CHECK(!passes(&fixture, ipv4(GUEST, HOST, UDP, 1, 1), EGRESS));
+    CHECK_EQ(aiokvm_net_filter_take(fixture.filter, &flow, frame, 10), 0);
+    aiokvm_share_free(others);
+    CHECK(!passes(&fixture, ipv4(GUEST, HOST, UDP, 1, 1), EGRESS));
+    CHECK_EQ(aiokvm_net_filter_take(fixture.filter, &flow, frame, 10), 1);
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES), &state);
+    CHECK_EQ(state.used, flow.frame_size);
+    CHECK_EQ(aiokvm_net_filter_decide(fixture.filter, flow.id, 0), 0);
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES), &state);
+    CHECK_EQ(state.used, 0);
+    CHECK(!passes(&fixture, ipv4(GUEST, HOST, UDP, 2, 2), EGRESS));
+    stop(&fixture);
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES), &state);
+    CHECK_EQ(state.used, 0);
+    CHECK_EQ(state.shares, 0);
+}
+
 TEST(a_flood_of_flows_leaves_the_newest)
 {
     START({ .verdict = ALLOW, .directions = EGRESS }, { .verdict = DENY, .directions = BOTH });

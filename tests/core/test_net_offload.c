@@ -326,7 +326,7 @@ TEST(frames_that_wait_in_one_piece_are_left_as_they_are)
     struct aiokvm_net *net = pair(ends);
     uint64_t random = 23;
     struct net_queue queue;
-    net_queue_init(&queue, 8, 1 << 20);
+    net_queue_init(&queue, 8, 1 << 20, fake_share());
     make(&sample, &random, 1000, 0);
     uint8_t head[NET_HEAD];
     struct iovec iov[3], from = { sample.data, sample.size };

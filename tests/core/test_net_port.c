@@ -171,6 +171,94 @@ TEST(a_ring_of_bytes_loses_nothing)
     aiokvm_net_free(bench.net);
 }
 
+static uint64_t used_bytes(void)
+{
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES), &state);
+    return state.used;
+}
+
+static uint32_t flood(struct bench *bench, uint32_t size)
+{
+    uint32_t given = 0;
+    while (given < 1000 && give(bench, (uint8_t)given, size) == NET_TAKEN)
+        given++;
+    return given;
+}
+
+static void take_all(struct bench *bench, uint32_t size)
+{
+    struct aiokvm_net_port_batch batch;
+    for (int count; (count = aiokvm_net_port_take(bench->port, 256, &batch)); ) {
+        for (int i = 0; i < count; i++)
+            CHECK_EQ(batch.ends[i] - (i ? batch.ends[i - 1] : 0), size);
+        aiokvm_net_port_release(bench->port, (uint32_t)count);
+    }
+}
+
+TEST(a_port_that_is_flooded_leaves_what_another_needs)
+{
+    struct bench benches[2];
+    for (int i = 0; i < 2; i++)
+        benches[i] = setup(1000, 8 << 20, i);
+    CHECK_EQ(used_bytes(), 4 * NET_ROOM_STEP);
+    struct aiokvm_share *others = fake_share_leaving(AIOKVM_BUDGET_FRAME_BYTES, 3 << 20);
+    /* A third of what there was. */
+    uint32_t given = flood(&benches[0], 10000);
+    CHECK(given > 90 && given < 130);
+    CHECK_EQ(give(&benches[0], 0, 10000), NET_BLOCKED);
+    /* What is without room is counted where it is dropped. */
+    CHECK_EQ(flood(&benches[1], 10000), 1000);
+    CHECK(stats(&benches[1]).dropped_full > 1000 - given && stats(&benches[1]).dropped_full < 970);
+    take_all(&benches[0], 10000);
+    CHECK(benches[0].peer->resumed);
+    /* The ring is as large as what it has got: round and round. */
+    for (int i = 0; i < 10; i++) {
+        CHECK(flood(&benches[0], 10000) > 40);
+        take_all(&benches[0], 10000);
+    }
+    aiokvm_share_free(others);
+    for (int i = 0; i < 2; i++)
+        aiokvm_net_free(benches[i].net);
+    CHECK_EQ(used_bytes(), 0);
+}
+
+TEST(a_port_has_room_for_the_longest_frame_though_others_have_all)
+{
+    struct bench bench = setup(1000, 8 << 20, false);
+    struct aiokvm_share *others = fake_share_leaving(AIOKVM_BUDGET_FRAME_BYTES, 0);
+    const uint32_t sizes[] = { AIOKVM_NET_MAX_FRAME, AIOKVM_NET_MAX_FRAME };
+    uint8_t *bytes = calloc(2, AIOKVM_NET_MAX_FRAME);
+    bench.peer->blocks = true;
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(give(&bench, 0, AIOKVM_NET_MAX_FRAME), NET_TAKEN);
+        CHECK_EQ(give(&bench, 0, AIOKVM_NET_MAX_FRAME), NET_BLOCKED);
+        take_all(&bench, AIOKVM_NET_MAX_FRAME);
+        CHECK_EQ(aiokvm_net_port_send(bench.port, bytes, sizes, NULL, 2), 1);
+        fake_end_unblock(bench.peer);
+        fake_end_serve(bench.net);
+        CHECK(news(&bench) & AIOKVM_NET_NEWS_WRITABLE);
+        bench.peer->blocks = true;
+    }
+    CHECK_EQ(stats(&bench).dropped_full, 0);
+    free(bytes);
+    aiokvm_share_free(others);
+    aiokvm_net_free(bench.net);
+}
+
+TEST(a_port_that_was_flooded_gives_its_memory_back)
+{
+    struct bench bench = setup(1000, 8 << 20, false);
+    uint64_t idle = used_bytes();
+    for (int round = 0; round < 2; round++) {
+        CHECK_EQ(flood(&bench, 8000), 1000);
+        CHECK(used_bytes() > idle + 7900000);
+        take_all(&bench, 8000);
+        CHECK_SOON((fake_end_serve(bench.net), used_bytes() == idle));
+    }
+    aiokvm_net_free(bench.net);
+}
+
 TEST(headers_come_along)
 {
     struct bench bench = setup(8, BYTES, false);

@@ -422,6 +422,58 @@ TEST(a_port_that_is_blocked_does_not_block_others)
     end(&bench);
 }
 
+static uint64_t used_bytes(void)
+{
+    struct aiokvm_budget_state state;
+    aiokvm_budget_state(aiokvm_budget_of_process(AIOKVM_BUDGET_FRAME_BYTES), &state);
+    return state.used;
+}
+
+/* How many frames of `size` bytes wait for who is blocked, of 250 that come. */
+static uint32_t flood(struct bench *bench, uint32_t to, uint32_t size)
+{
+    static uint8_t bytes[4096];
+    struct aiokvm_net_stats before, after;
+    frame(bytes, to, 0, UNTAGGED);
+    aiokvm_net_end_stats(bench->ports[to], &before);
+    for (int i = 0; i < 250; i++)
+        CHECK_EQ(fake_end_send(bench->hosts[0], NULL, bytes, size), NET_TAKEN);
+    aiokvm_net_end_stats(bench->ports[to], &after);
+    return 250 - (uint32_t)(after.dropped_full - before.dropped_full);
+}
+
+TEST(a_port_that_is_flooded_leaves_what_another_needs)
+{
+    struct bench bench = hub(5);
+    for (uint32_t i = 1; i < 5; i++)
+        say(&bench, i, 9, UNTAGGED);
+    heard(&bench);
+    for (uint32_t i = 1; i < 5; i++)
+        bench.hosts[i]->blocks = true;
+    uint64_t idle = used_bytes();
+    CHECK_EQ(idle, 5 * NET_ROOM_STEP);
+    struct aiokvm_share *others = fake_share_leaving(AIOKVM_BUDGET_FRAME_BYTES, 2 << 20);
+    uint32_t wait[5];
+    for (uint32_t i = 1; i < 4; i++)
+        wait[i] = flood(&bench, i, 4000);
+    /* A third of it, a third of what is left... */
+    CHECK(wait[1] > 140 && wait[1] < 180);
+    CHECK(wait[2] > 90 && wait[2] < 130);
+    CHECK(wait[3] > 50 && wait[3] < wait[2]);
+    aiokvm_share_add(others, 2 << 20);
+    /* Nothing is left: a few frames wait in any case. */
+    CHECK(flood(&bench, 4, 4000) >= 16);
+    CHECK(used_bytes() >= idle + others->used + wait[1] * 4000 - NET_ROOM_STEP);
+    for (uint32_t i = 1; i < 5; i++)
+        fake_end_unblock(bench.hosts[i]);
+    fake_end_serve(bench.net);
+    CHECK_EQ(bench.hosts[1]->received, wait[1]);
+    aiokvm_share_free(others);
+    CHECK_EQ(used_bytes(), idle);
+    end(&bench);
+    CHECK_EQ(used_bytes(), 0);
+}
+
 TEST(a_flood_that_takes_too_long_goes_on_where_it_was)
 {
     struct bench bench = hub(8);

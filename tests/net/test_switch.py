@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aiokvm import ConfigError
+from aiokvm import ConfigError, Limit, host_limits
 from aiokvm.aio import current_loop
+from aiokvm.budget import FRAME_BYTES, Share
 from aiokvm.errors import StateError
 from aiokvm.machine.events import EventHub
 from aiokvm.machine.log import machine_logger
@@ -283,6 +284,30 @@ class TestSwitch:
                     while not any(heard[6:12] == mac(2) for heard in taken(ports[2])):
                         await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
+
+    async def test_ports_that_are_flooded_leave_what_others_need(self) -> None:
+        def waiting() -> Limit:
+            name = "frames that wait in switches and ports"
+            return next(limit for limit in host_limits() if limit.name == name)
+
+        def flooded() -> Port:
+            return Port(depth=65536, bytes=16 << 20, on_full="drop")
+
+        before = waiting().used
+        others = Share(FRAME_BYTES)
+        others.add(waiting().value - before - (8 << 20))
+        long = frame(EVERYBODY, mac(1)) + bytes(1440)
+        async with Switch() as switch:
+            sender, first, second = Port(), flooded(), flooded()
+            await switch.connect(sender)
+            for flooded_port in (first, second):
+                await switch.connect(flooded_port)
+                await sender.send([long] * 3000)
+                assert flooded_port.stats().dropped_full
+            assert waiting().value - (4 << 20) < waiting().used < waiting().value
+            assert len(taken(first)) > len(taken(second)) > 500
+        others.give(1 << 62)
+        assert waiting().used == before
 
 
 def test_what_a_switch_cannot_be() -> None:
