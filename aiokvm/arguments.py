@@ -217,10 +217,15 @@ def _class(hint: type) -> Rule | None:
     if hint is int:
         return _WORDS["int"], lambda value: hasattr(value, "__index__") and not isinstance(value, bool)
     if hint is float:
-        return _WORDS["float"], lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+        return _WORDS["float"], _is_number
     if hint is bytes:
         return "bytes", lambda value: isinstance(value, (bytes, bytearray, memoryview))
     return _WORDS.get(hint.__name__, hint.__name__), lambda value: isinstance(value, hint)
+
+
+def _is_number(value: object) -> bool:
+    # NaN, which is none, equals nothing.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _generic(origin: Any, args: tuple[Any, ...]) -> Rule | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import pytest
@@ -42,6 +43,7 @@ def function(
         ({"number": True}, "number=True: give a whole number"),
         ({"number": 1.5}, "number=1.5: give a whole number"),
         ({"real": "1"}, "real='1': give a number"),
+        ({"real": math.nan}, "real=nan: give a number"),
         ({"text": 5}, "text=5: give str or None"),
         ({"mode": "c"}, "mode='c': give 'a' or 'b'"),
         ({"flag": 1}, "flag=1: give True or False"),

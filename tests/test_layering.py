@@ -36,7 +36,10 @@ MAY_IMPORT = {
     },
     "images": {"boot", "errors", "process", "proto"},
     "lab": {"errors", "images", "process", "proto"},
-    "cli": {"", "block", "boot", "errors", "images", "kvm", "lab", "net", "process", "proto", "size"},
+    "cli": {
+        *("", "aio", "block", "boot", "errors", "images", "kvm", "lab", "machine", "net", "process", "proto"),
+        "size",
+    },
     "__main__": {"cli"},
     "metrics": {""},
     "": {"aio", "block", "boot", "errors", "kvm", "machine", "memory", "net", "virtio"},

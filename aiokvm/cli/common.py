@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,14 @@ def size(text: str) -> int:
         return parse_size(text)
     except ConfigError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def seconds(text: str) -> float:
+    """Return a time above 0: a parameter type. A usage error for anything else."""
+    with suppress(ValueError):
+        if (number := float(text)) > 0:  # which NaN is not
+            return number
+    raise click.BadParameter(f"{text!r} is no number of seconds above 0")
 
 
 def say(text: str) -> None:

@@ -104,6 +104,10 @@ class Output:
                 rest = rest[os.write(self._fd, rest) :]
             except BlockingIOError:
                 await anyio.wait_writable(self._fd)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write the output: {error.strerror}") from None
 
     def close(self) -> None:
         """Close what was opened."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
-from aiokvm import lab
-from aiokvm.cli import disks, nets
+from aiokvm import AiokvmError, lab
+from aiokvm.cli import common, disks, nets
 from aiokvm.cli.progress import Fetching
 from aiokvm.cli.typed import resized, typed
 from aiokvm.process import temporary_folder
@@ -75,6 +75,8 @@ class InLab:
             finally:
                 with anyio.CancelScope(shield=True):
                     await to_thread.run_sync(self._fetch, folder)
+        if status == common.STATUS_FAILED and self._report.reason is None and self._report.detail:
+            raise AiokvmError(self._report.detail)
         return status
 
     async def send(self, data: bytes) -> None:

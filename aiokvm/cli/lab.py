@@ -51,7 +51,7 @@ def _parameters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
 @click.option(
     "--timeout",
     metavar="S",
-    type=click.FloatRange(min=0, min_open=True),
+    type=common.seconds,
     help="End the lab that many seconds after its start.",
 )
 @click.option(

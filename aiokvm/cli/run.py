@@ -17,9 +17,12 @@ from anyio import to_thread
 
 import aiokvm
 from aiokvm import VM, AiokvmError, ConfigError, Exit, ExitReason, SerialClosedError
+from aiokvm.aio import current_loop
 from aiokvm.cli import common, disks, nets
 from aiokvm.cli.console import Console, InitWatch, Output, follow_size, raw_terminal, takes_input
 from aiokvm.cli.typed import WindowSize
+from aiokvm.machine.build import boot_plan
+from aiokvm.machine.config import Config
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -196,7 +199,7 @@ Exit status:
 @click.option(
     "--timeout",
     metavar="S",
-    type=click.FloatRange(min=0, min_open=True),
+    type=common.seconds,
     help="Kill the machine that many seconds after its start.",
 )
 @click.option(
@@ -244,8 +247,12 @@ def run(ctx: click.Context, /, **given: object) -> None:
     async def work(interrupts: Interrupts) -> int:
         try:
             return await _run(options, report, interrupts, warnings)
-        except AiokvmError as error:
-            report.detail = str(error)
+        except BrokenPipeError:
+            raise
+        except (AiokvmError, OSError) as error:
+            report.detail = common.describe(error)
+            if options.framed:  # Who has started this one says so: here all output is one.
+                return common.STATUS_FAILED
             raise
 
     try:
@@ -329,6 +336,11 @@ async def _run(options: Options, report: Report, interrupts: Interrupts, warning
                 data = await to_thread.run_sync(_with_command, initrd, options.command)
                 initrd = await stack.enter_async_context(_temporary(data))
         linux = aiokvm.boot.Linux(kernel, initrd, options.cmdline)
+        if report.lab:
+            description = Config(
+                boot=linux, cpus=options.cpus, memory_bytes=options.memory, name=options.name
+            )
+            await boot_plan(current_loop(), description)  # for what it raises
         trace = _writer(stack.enter_context(options.trace.open("wb"))) if options.trace else None
         machine: Machine
         if report.lab:

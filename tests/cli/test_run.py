@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+import anyio
 import pytest
 from click.testing import CliRunner
 
-from aiokvm import KvmError, kvm
+from aiokvm import KvmError, kvm, lab
 from aiokvm.cli import cli, host
 from aiokvm.cli.run import Options
 from aiokvm.cli.typed import resized
@@ -181,7 +182,8 @@ def test_bare_run_imports_no_more_than_it_needs(kernel: Kernel) -> None:
         (["--kernel", "./nope", "--append", "a\udcff"], 125, "cannot be encoded"),
         (["-m", "5X"], 2, "'5X' is not a size"),
         (["-c", "0"], 2, "0 is not in the range"),
-        (["--timeout", "0"], 2, "0.0 is not in the range"),
+        (["--timeout", "0"], 2, "'0' is no number of seconds above 0"),
+        (["--timeout", "nan"], 2, "'nan' is no number of seconds above 0"),
         (["--lab", "sometimes"], 2, "is not one of"),
         (["--kernel", "./nope", "--", "ls"], 2, "only these initramfs images can: initramfs, "),
         (["--initrd", "./nope", "ls", "-l"], 2, "--initrd ./nope cannot be told a command"),
@@ -192,6 +194,55 @@ def test_what_cannot_work_is_said_in_a_line(args: list[str], status: int, messag
     assert result.exit_code == status
     assert message in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-m", "0"], "memory is 0 bytes"),
+        (["-c", "100000"], "100000 processors"),
+        (["--name", "a\nb"], "printable"),
+        (["--kernel", "./nope"], "nope: No such file or directory"),
+        (["--kernel", __file__], "is neither a bzImage nor an ELF file"),
+    ],
+)
+def test_no_lab_is_started_for_what_cannot_work(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object, **__: object) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(lab, "run", never)
+    result = CliRunner().invoke(cli, ["run", "--lab", "always", "--kernel", __file__, *args])
+    assert (result.exit_code, result.stdout) == (125, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_fails_in_the_lab_is_said_here(
+    kernel: Kernel, aiokvm: Aiokvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = aiokvm(*HERE, "--framed", "--json", "--kernel", "./nope")
+    assert (inner.returncode, inner.stderr) == (125, b"")
+
+    async def run(argv: list[str], *_: object, **__: object) -> int:
+        await anyio.Path(argv[3], "report").write_bytes(inner.stdout)
+        return inner.returncode
+
+    monkeypatch.setattr(lab, "run", run)
+    result = CliRunner().invoke(cli, ["run", "--lab", "always", "--kernel", str(kernel(EXIT_42))])
+    assert (result.exit_code, result.stdout) == (125, "")
+    assert result.stderr.startswith("aiokvm: cannot read ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.kvm
+def test_output_that_cannot_be_written_is_told(kernel: Kernel) -> None:
+    argv = [sys.executable, "-P", "-m", "aiokvm", *HERE, "--kernel", str(kernel(HI + EXIT_42))]
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert result.returncode == 125
+    assert result.stderr == b"aiokvm: cannot write the output: No space left on device\n"
 
 
 def test_own_errors_are_in_the_report() -> None:
@@ -284,8 +335,8 @@ def test_reboot_begins_anew(kernel: Kernel, aiokvm: Aiokvm) -> None:
 
 
 def test_more_memory_than_there_is_takes_overcommit(kernel: Kernel, aiokvm: Aiokvm) -> None:
-    for lab in ("never", "always"):
-        result = aiokvm("run", "--lab", lab, "-m", "64T", "--kernel", kernel(HI + EXIT_42))
+    for where in ("never", "always"):
+        result = aiokvm("run", "--lab", where, "-m", "64T", "--kernel", kernel(HI + EXIT_42))
         assert result.returncode == 125
         assert b"memory is 65536 GiB, and " in result.stderr
         assert result.stderr.count(b"\n") == 1
@@ -337,6 +388,8 @@ ASKS = (
     "66bafd02 ec a801 74f7"  # 2: mov dx, 0x2fd; in al, dx; test al, 1; jz 2b
     "66baf802 ec 66baf803 ee ebeb"  # mov dx, 0x2f8; in al, dx; mov dx, 0x3f8; out dx, al; jmp 2b
 ) + (b"aiokvm.tty\n\0").hex()
+# The same, and ends with 7 when it has got a line.
+ASKS_ONCE = ASKS.replace("351d", "3524").replace("ebeb", "3c0a 75e9 b007 e6f4 f4")
 
 
 @pytest.mark.kvm
@@ -354,8 +407,8 @@ def test_a_guest_that_asks_is_told_each_size_of_the_terminal(kernel: Kernel) -> 
 def test_a_guest_that_asks_where_there_is_no_terminal_is_told_by_frames_alone(
     kernel: Kernel, aiokvm: Aiokvm
 ) -> None:
-    path = kernel(ASKS)
+    path = kernel(ASKS_ONCE)
     result = aiokvm(*HERE, "--timeout", "3", "--kernel", path, stdin=resized(50, 132))
     assert (result.returncode, result.stdout) == (124, b"")
-    result = aiokvm(*HERE, "--timeout", "3", "--framed", "--kernel", path, stdin=resized(50, 132))
-    assert (result.returncode, result.stdout) == (124, b"aiokvm.tty 50 132\n")
+    result = aiokvm(*HERE, "--framed", "--kernel", path, stdin=resized(50, 132))
+    assert (result.returncode, result.stdout) == (7, b"aiokvm.tty 50 132\n")
