@@ -1137,6 +1137,7 @@ struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct 
                                            int *error);
 int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokvm_net_port_batch *batch);
 void aiokvm_net_port_release(struct aiokvm_net_end *end, uint32_t count);
+int aiokvm_net_port_clear_some(struct aiokvm_net_end *end);
 int aiokvm_net_port_send(struct aiokvm_net_end *end, const uint8_t *data, const uint32_t *sizes,
                          const struct aiokvm_net_port_header *headers, uint32_t count);
 

@@ -12,6 +12,8 @@
 
 /* How long a ring is empty before it gives memory back: a flow that fills and empties it goes on with what it has. */
 static const uint64_t IDLE_NS = 100000000;
+/* How much it gives back before it looks at the clock. */
+enum { SHRINK_BYTES = 256 << 10 };
 
 struct held {
     uint32_t offset, size;
@@ -60,18 +62,18 @@ static uint32_t place(struct port *port, uint32_t size)
     return size < oldest ? 0 : UINT32_MAX;
 }
 
-/* Gives back what a flood has left behind. */
+/* Gives back what a flood has left in an empty ring, from its end on, while there is time. */
 static void shrink(struct port *port)
 {
-    port->shrinks = false;
-    if (port->count)
-        return;
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)port->slab;
-    uintptr_t from = (begin + page - 1) / page * page, to = (begin + port->touched) / page * page;
-    if (from < to)
-        madvise((void *)from, to - from, MADV_DONTNEED);
-    net_room_give(&port->room, port->touched);
-    port->touched = 0;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    while (port->touched && !port->end.net->is_over) {
+        uint32_t size = port->touched < SHRINK_BYTES ? port->touched : SHRINK_BYTES;
+        size_t to = (port->touched + page - 1) / page * page, from = (port->touched - size + page - 1) / page * page;
+        madvise(port->slab + from, to - from, MADV_DONTNEED);
+        port->touched -= size;
+        net_room_give(&port->room, size);
+        net_spend(port->end.net, size);
+    }
 }
 
 static enum net_result port_receive(struct aiokvm_net_end *end, struct net_frame *frame)
@@ -168,9 +170,12 @@ static bool port_serve(struct aiokvm_net_end *end)
         port->wants = false;
         net_tell(end, AIOKVM_NET_NEWS_WRITABLE, 0, 0);
     }
-    if (port->shrinks && !end->deadline_ns)
-        shrink(port);
-    return more;
+    if (port->shrinks && !end->deadline_ns) {
+        if (!port->count)
+            shrink(port);
+        port->shrinks = !port->count && port->touched;
+    }
+    return more || (port->shrinks && !end->deadline_ns);
 }
 
 /* False: there is no such frame. */
@@ -231,6 +236,19 @@ int aiokvm_net_port_send(struct aiokvm_net_end *end, const uint8_t *data, const 
 
 /* ---- its life ---- */
 
+int aiokvm_net_port_clear_some(struct aiokvm_net_end *end)
+{
+    struct port *port = (struct port *)end;
+    if (!net_enter(end->net))
+        return -EOWNERDEAD;
+    net_queue_clear_some(&port->out, end->net);
+    port->count = 0;
+    shrink(port);
+    bool more = port->out.frames || port->touched;
+    net_leave(end->net);
+    return more;
+}
+
 static void port_free(struct aiokvm_net_end *end)
 {
     struct port *port = (struct port *)end;
@@ -251,7 +269,8 @@ struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct 
         *error = EINVAL;
         return NULL;
     }
-    uint8_t *slab = malloc(config->bytes);
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uint8_t *slab = aligned_alloc(page, (config->bytes + page - 1) / page * page);
     struct held *held = calloc(config->depth, sizeof(*held));
     struct port *port = slab && held ? net_end_new(net, &PORT, sizeof(*port), error) : NULL;
     if (!port) {

@@ -42,6 +42,8 @@ struct aiokvm_net_end *aiokvm_net_port_new(struct aiokvm_net *net, const struct 
 int aiokvm_net_port_take(struct aiokvm_net_end *end, uint32_t most, struct aiokvm_net_port_batch *batch);
 /* The oldest `count` are not looked at any more. */
 void aiokvm_net_port_release(struct aiokvm_net_end *end, uint32_t count);
+/* Before the end is freed, which takes long if much waits: forgets it, for as long as a call may take. 1: there is more. */
+int aiokvm_net_port_clear_some(struct aiokvm_net_end *end);
 /* Sends frames that lie one behind the other in `data`, in the caller's memory that nobody changes. headers: NULL, or
  * one for each. Returns how many were taken; if not all, AIOKVM_NET_NEWS_WRITABLE tells when to go on. -EINVAL: the
  * first has no size or no header that can be. */

@@ -253,6 +253,8 @@ struct net_queue {
 /* What waits takes from `share`, which is of bytes. */
 void net_queue_init(struct net_queue *queue, uint32_t max_frames, uint64_t max_bytes, struct aiokvm_share *share);
 void net_queue_clear(struct net_queue *queue);
+/* The same for as long as there is time. */
+void net_queue_clear_some(struct net_queue *queue, struct aiokvm_net *net);
 /* False: there is no room, in the queue or in its share, or no memory. */
 bool net_queue_put(struct net_queue *queue, const struct net_frame *frame);
 /* Sends what waits, at most `most` frames, while there is time. NET_BLOCKED: the peer takes no more now. */

@@ -74,6 +74,12 @@ void net_queue_clear(struct net_queue *queue)
         remove_first(queue);
 }
 
+void net_queue_clear_some(struct net_queue *queue, struct aiokvm_net *net)
+{
+    for (; queue->first && !net->is_over; remove_first(queue))
+        net_spend(net, NET_COST_FRAME);
+}
+
 bool net_queue_put(struct net_queue *queue, const struct net_frame *frame)
 {
     if (queue->frames >= queue->max_frames || queue->bytes + frame->size > queue->max_bytes)

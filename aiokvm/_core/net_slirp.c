@@ -319,6 +319,8 @@ static void run_timers(struct slirp_end *self, uint64_t now_ns)
 static bool serve(struct aiokvm_net_end *end)
 {
     struct slirp_end *self = self_of(end);
+    if (self->cut_watched)
+        return false;
     /* A guest that takes nothing now is not sent more: the sockets are left alone. */
     if (net_queue_send(&self->queue, end, NET_QUANTUM) == NET_BLOCKED)
         return false;

@@ -69,8 +69,8 @@ int aiokvm_net_slirp_accept(struct aiokvm_net_end *end, uint32_t service,
 /* The guest gets a reset of the connection instead of an end, when the caller closes it: at once, without reading what
  * it has got. -ENOENT: it has ended. */
 int aiokvm_net_slirp_abort(struct aiokvm_net_end *end, uint32_t connection);
-/* Before the end is freed, which takes long if there are many: ends TCP connections by a reset to both sides, for as
- * long as a call may take. 1: there are more. */
+/* Before the end is freed, which takes long if there are many: ends TCP connections by a reset to both sides, and closes
+ * what else the guest has opened, for as long as a call may take. 1: there is more. */
 int aiokvm_net_slirp_cut_some(struct aiokvm_net_end *end);
 /* One that is broken: the guest has reset it, or it was given up. What reads it finds an end, as if it was an orderly
  * one. 0: there is none, 1: *connection is one. AIOKVM_NET_NEWS_READABLE tells. */

@@ -298,12 +298,18 @@ int aiokvm_net_slirp_cut_some(struct aiokvm_net_end *end)
         for (struct slirp_socket *socket = self->sockets.buckets[self->cut_buckets], *next; socket; socket = next) {
             next = socket->next;
             net_spend(end->net, NET_COST_CALL);
-            /* One that is still being made goes with the end. */
             if (socket->flow.is_tcp)
                 slirp_cut(self, socket);
         }
+    /* What is not connected. */
+    for (; !end->net->is_over && self->cut_watched < self->size; self->cut_watched++)
+        if (self->watched[self->cut_watched].is_counted) {
+            net_spend(end->net, NET_COST_CALL);
+            slirp_close_early(self, (int)self->cut_watched);
+        }
+    bool more = self->cut_watched < self->size;
     net_leave(end->net);
-    return self->cut_buckets < SLIRP_SOCKET_BUCKETS;
+    return more;
 }
 
 int aiokvm_net_slirp_take_broken(struct aiokvm_net_end *end, uint32_t *connection)

@@ -163,6 +163,13 @@ void slirp_unregister(int fd, void *opaque)
     forget(self, fd);
 }
 
+void slirp_close_early(struct slirp_end *self, int fd)
+{
+    slirp_unregister(fd, self);
+    /* What libslirp closes later costs nothing. */
+    dup3(self->epoll, fd, O_CLOEXEC);
+}
+
 /* What has no kind yet is a socket that listens, or that is there for a forwarded UDP port. */
 static void find(struct slirp_end *self, int fd, struct slirp_watched *watched)
 {

@@ -299,6 +299,7 @@ struct slirp_end {
     struct slirp_sockets sockets;
     uint64_t reaped_ns;
     uint32_t cut_buckets; /* of sockets: how many of them aiokvm_net_slirp_cut_some has been through */
+    uint32_t cut_watched; /* the same of `watched`, after that; then libslirp is not called any more but to be freed */
     struct aiokvm_share descriptors, bytes;
     struct aiokvm_net_slirp_connection sender; /* of the frame that it has, or had when it was starved */
     struct slirp_guard guard;
@@ -348,6 +349,8 @@ enum { SLIRP_TCP_BYTES = 256 << 10, SLIRP_OTHER_BYTES = 1 << 10 };
 /* SlirpCb's and slirp_pollfds_poll's; opaque is the end. */
 void slirp_register(int fd, void *opaque);
 void slirp_unregister(int fd, void *opaque);
+/* Closes the socket, of which libslirp has the number still. */
+void slirp_close_early(struct slirp_end *self, int fd);
 int slirp_get_revents(int index, void *opaque);
 /* Asks libslirp what it waits for. */
 void slirp_ask(struct slirp_end *self);

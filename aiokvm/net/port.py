@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Final, Literal, cast, overload
 
 import anyio
@@ -37,6 +39,8 @@ VIRTIO_NET_HDR_GSO_ECN: Final = 0x80
 
 # How long a task may take or send frames before the loop looks at everything else.
 _TURN_NS = 500_000
+# How much is copied of what it sends before the clock is looked at.
+_PIECE_BYTES = 1 << 20
 _OFFLOADS = (
     lib.AIOKVM_NET_OFFLOAD_CSUM
     | lib.AIOKVM_NET_OFFLOAD_TSO4
@@ -310,19 +314,26 @@ class Port(NetBackend):
 
     @checked_late
     def send_nowait(self, frames: Iterable[Buffer | Frame] | Buffer | Frame) -> int:
-        """Send frames, or one; returns how many were taken, from the first on. The others have no room now.
+        """Send frames, or one; returns how many were taken, from the first on.
 
-        A frame is 14 to 65,550 bytes: addresses, type, payload. Frames that the guest has no buffers for wait
-        in the port. Raises ConfigError for one that cannot be, StateError if the port is not connected.
+        The others have no room now, or there is no time for them, as the loop does nothing else meanwhile:
+        256 of them, or a MiB, are taken in any case if there is room. A frame is 14 to 65,550 bytes:
+        addresses, type, payload. Frames that the guest has no buffers for wait in the port. Raises
+        ConfigError for one that cannot be, those before it may have been sent then; StateError if the port is
+        not connected.
         """
         outgoing = _outgoing(frames)
+        until_ns = 0
         while self._send(outgoing) and not outgoing.is_done:
-            pass
+            now_ns = time.monotonic_ns()
+            until_ns = until_ns or now_ns + _TURN_NS
+            if outgoing.is_new and now_ns >= until_ns:
+                break
         return outgoing.sent
 
     @checked_late
     async def send(self, frames: Iterable[Buffer | Frame] | Buffer | Frame) -> None:
-        """Send all of them, or one, waiting for room where there is none.
+        """Send all of them, or one, waiting for room where there is none; the loop has turns in between.
 
         One call's frames are not mixed with another's. Cancelled, it has sent those before some one of them.
         Before the port is first connected it waits. Raises as `send_nowait`; StateError also if the port is
@@ -373,6 +384,10 @@ class Port(NetBackend):
             await self._let_others()
         await super().close()
 
+    async def _wind_down(self, end: End) -> None:
+        while end.is_open and lib.aiokvm_net_port_clear_some(end.core) == 1:
+            await end.plane.loop.turn()
+
     async def _close(self) -> None:
         self._closed = True
         self._tell()
@@ -386,25 +401,47 @@ class Port(NetBackend):
 
 
 class _Outgoing:
-    """Frames in one piece, and pointers to them."""
+    """Frames of one call. A piece at a time is copied, into one buffer, and has pointers to its frames."""
 
-    __slots__ = ("_core_sizes", "_data", "_headers", "_offset", "sent", "sizes")
+    __slots__ = (
+        "_ahead",
+        "_core_sizes",
+        "_data",
+        "_done",
+        "_headers",
+        "_offset",
+        "_sizes",
+        "_source",
+        "sent",
+    )
 
-    def __init__(self, frames: Sequence[Buffer | Frame]) -> None:
+    def __init__(self, frames: Iterable[Buffer | Frame]) -> None:
+        self.sent = 0
+        self._ahead: Sequence[Buffer | Frame] = ()
+        self._source: Iterator[Buffer | Frame] | None = None
+        if not isinstance(frames, Sequence) or len(frames) > lib.AIOKVM_NET_PORT_BATCH:
+            self._source = iter(frames)
+            frames = list(islice(self._source, lib.AIOKVM_NET_PORT_BATCH))
+        self._copy(frames)
+
+    def _copy(self, frames: Sequence[Buffer | Frame]) -> None:
         pieces = [frame.data if isinstance(frame, Frame) else frame for frame in frames]
-        joined = b"".join(pieces)
         sizes = array("I", map(len, pieces))  # type: ignore[arg-type]
+        if sum(sizes) > _PIECE_BYTES and len(sizes) > 1:
+            count = max(bisect_right(list(accumulate(sizes)), _PIECE_BYTES), 1)
+            self._ahead = frames[count:]
+            frames, pieces, sizes = frames[:count], pieces[:count], sizes[:count]
+        joined = b"".join(pieces)
         if sum(sizes) != len(joined):  # a buffer of items that are not bytes
             sizes = array("I", (memoryview(piece).nbytes for piece in pieces))
         if sizes and not (min(sizes) >= lib.AIOKVM_NET_MIN_FRAME and max(sizes) <= lib.AIOKVM_NET_MAX_FRAME):
             wrong = next(number for number, size in enumerate(sizes) if not _can_be(size))
             raise ConfigError(
-                f"frame {wrong} has {sizes[wrong]} bytes: {lib.AIOKVM_NET_MIN_FRAME}"
+                f"frame {self.sent + wrong} has {sizes[wrong]} bytes: {lib.AIOKVM_NET_MIN_FRAME}"
                 f" to {lib.AIOKVM_NET_MAX_FRAME} are possible"
             )
-        self.sizes = sizes
-        self.sent = 0
-        self._offset = 0
+        self._sizes = sizes
+        self._done = self._offset = 0
         self._data = ffi.from_buffer("uint8_t[]", joined)
         self._core_sizes = ffi.from_buffer("uint32_t[]", sizes)
         self._headers: Pointer | None = None
@@ -414,21 +451,30 @@ class _Outgoing:
     @property
     def is_done(self) -> bool:
         """Whether all of them have been sent."""
-        return self.sent == len(self.sizes)
+        return self._done == len(self._sizes)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of this piece has been sent."""
+        return not self._done
 
     def next(self) -> tuple[Pointer, Pointer, Pointer, int]:
         """Data, sizes, headers and number of those that are to be sent next."""
         return (
             self._data + self._offset,
-            self._core_sizes + self.sent,
-            self._headers + self.sent if self._headers else ffi.NULL,
-            min(len(self.sizes) - self.sent, lib.AIOKVM_NET_PORT_BATCH),
+            self._core_sizes + self._done,
+            self._headers + self._done if self._headers else ffi.NULL,
+            len(self._sizes) - self._done,
         )
 
     def advance(self, count: int) -> None:
-        """So many of them have been sent."""
-        self._offset += sum(self.sizes[self.sent : self.sent + count])
+        """So many of them have been sent. Raises ConfigError for one that follows and cannot be."""
+        self._offset += sum(self._sizes[self._done : self._done + count])
+        self._done += count
         self.sent += count
+        if self.is_done and (self._ahead or self._source):
+            ahead, self._ahead = self._ahead, ()
+            self._copy(ahead or list(islice(self._source or (), lib.AIOKVM_NET_PORT_BATCH)))
 
 
 def _can_be(size: int) -> bool:
@@ -445,6 +491,4 @@ def _header(frame: Buffer | Frame) -> tuple[int, int, int, int, int]:
 def _outgoing(frames: Iterable[Buffer | Frame] | Buffer | Frame) -> _Outgoing:
     if isinstance(frames, Frame | bytes | bytearray | memoryview):
         return _Outgoing([frames])
-    return _Outgoing(
-        frames if isinstance(frames, Sequence) else list(cast("Iterable[Buffer | Frame]", frames))
-    )
+    return _Outgoing(cast("Iterable[Buffer | Frame]", frames))

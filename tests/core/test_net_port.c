@@ -259,6 +259,27 @@ TEST(a_port_that_was_flooded_gives_its_memory_back)
     aiokvm_net_free(bench.net);
 }
 
+TEST(what_waits_is_forgotten_piece_by_piece)
+{
+    struct bench bench = setup(65536, 64 << 20, false);
+    uint64_t idle = used_bytes();
+    const uint32_t size = 30000;
+    for (uint32_t i = 0; i < 1000; i++)
+        CHECK_EQ(give(&bench, 0, size), NET_TAKEN);
+    bench.peer->blocks = true;
+    for (uint32_t i = 0; i < 1000; i++)
+        CHECK_EQ(aiokvm_net_port_send(bench.port, data(0, size), &size, NULL, 1), 1);
+    uint32_t calls = 1;
+    while (aiokvm_net_port_clear_some(bench.port) == 1)
+        CHECK(++calls < 10000);
+    CHECK(calls > 2);
+    CHECK_EQ(used_bytes(), idle);
+    fake_end_unblock(bench.peer);
+    fake_end_serve(bench.net);
+    CHECK_EQ(bench.peer->received, 0);
+    aiokvm_net_free(bench.net);
+}
+
 TEST(headers_come_along)
 {
     struct bench bench = setup(8, BYTES, false);

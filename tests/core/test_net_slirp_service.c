@@ -117,6 +117,43 @@ TEST(connections_are_ended_piece_by_piece)
     remove_path();
 }
 
+TEST(what_is_not_connected_is_closed_piece_by_piece)
+{
+    struct sockaddr_in at = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    socklen_t size = sizeof(at);
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK_EQ(bind(listener, (struct sockaddr *)&at, size), 0);
+    CHECK_EQ(listen(listener, 1000), 0);
+    CHECK_EQ(getsockname(listener, (struct sockaddr *)&at, &size), 0);
+    struct aiokvm_net_slirp_config many = config();
+    many.max_connections = 300;
+    many.host_loopback = 1;
+    struct nat nat = nat_with(&many, 0);
+    struct slirp_end *slirp = (struct slirp_end *)nat.slirp;
+    greet(&nat);
+    /* Its answers do not get there: the handshakes do not end. */
+    nat.guest->blocks = true;
+    uint8_t frame[100];
+    for (uint32_t port = 1; port <= 300; port++) {
+        say(&nat, frame, put_udp(frame, GUEST, port, HOST, 9));
+        say(&nat, frame, tcp_frame(frame, GUEST, port, HOST, ntohs(at.sin_port), 1000, 0, SYN, NULL, 0));
+    }
+    CHECK_EQ(slirp->other, 300);
+    CHECK_EQ(slirp->tcp, 300);
+    uint32_t calls = 1;
+    while (aiokvm_net_slirp_cut_some(nat.slirp) == 1)
+        CHECK(++calls < 1000);
+    CHECK(calls > 2);
+    CHECK_EQ(slirp->other, 0);
+    CHECK_EQ(slirp->tcp, 0);
+    CHECK_EQ(slirp->descriptors.used, 0);
+    CHECK_EQ(aiokvm_net_slirp_cut_some(nat.slirp), 0);
+    fake_end_unblock(nat.guest);
+    fake_end_serve(nat.net);
+    aiokvm_net_free(nat.net);
+    close(listener);
+}
+
 TEST(connections_that_nobody_accepts_are_bounded)
 {
     make_path();

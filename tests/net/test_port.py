@@ -341,6 +341,60 @@ async def test_a_call_of_many_frames_lets_the_loop_go_on(linked: Linked) -> None
     assert turns > 1
 
 
+async def test_frames_are_looked_at_when_it_is_their_turn(linked: Linked) -> None:
+    one, other = Port(depth=300), Port(depth=300)
+    looked = 0
+
+    def look(frame: bytes) -> bytes:
+        nonlocal looked
+        looked += 1
+        return frame
+
+    async with linked(one, other), anyio.create_task_group() as group:
+        group.start_soon(one.send, map(look, frames(2000)))
+        await anext(other)
+        assert looked < 1000
+        for _ in range(1999):
+            await anext(other)
+    assert looked == 2000
+    assert one.stats().sent_frames == 2000
+
+
+async def test_what_is_sent_at_once_is_bounded_by_time(linked: Linked) -> None:
+    one, other = Port(), Port(offload=True, bytes=64 << 20)
+    sent = await anyio.to_thread.run_sync(lambda: frames(500, 60000))
+    async with linked(one, other):
+        count = one.send_nowait(sent)
+        assert 17 <= count < 500
+        for size in (60, 1500):
+            with pytest.raises(ConfigError, match="frame 300 has 13 bytes"):
+                await one.send([*frames(300, size), bytes(13), *frames(1)])
+        assert one.stats().sent_frames >= count
+
+
+async def test_a_port_with_much_in_it_lets_the_loop_go_on_while_it_closes(linked: Linked) -> None:
+    one, other = Port(bytes=64 << 20), Port(bytes=64 << 20, offload=True)
+    sent = await anyio.to_thread.run_sync(lambda: frames(500, 60000))
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    async with linked(one, other), anyio.create_task_group() as group:
+        await one.send(sent)
+        while other.take_nowait(256):
+            await anyio.lowlevel.checkpoint()
+        group.start_soon(count)
+        await anyio.lowlevel.checkpoint()
+        turns = 0
+        await other.close()
+        assert turns > 2
+        group.cancel_scope.cancel()
+
+
 async def test_a_rate_limit_holds_frames_back(linked: Linked) -> None:
     one, other = Port(ingress=Limit(operations_per_second=1000, burst_operations=5)), Port()
     async with linked(one, other):
