@@ -427,12 +427,14 @@ class _Outgoing:
     def _copy(self, frames: Sequence[Buffer | Frame]) -> None:
         pieces = [frame.data if isinstance(frame, Frame) else frame for frame in frames]
         sizes = array("I", map(len, pieces))  # type: ignore[arg-type]
-        if sum(sizes) > _PIECE_BYTES and len(sizes) > 1:
+        total = sum(sizes)
+        if total > _PIECE_BYTES and len(sizes) > 1:
             count = max(bisect_right(list(accumulate(sizes)), _PIECE_BYTES), 1)
+            total = sum(sizes[:count])
             self._ahead = frames[count:]
             frames, pieces, sizes = frames[:count], pieces[:count], sizes[:count]
         joined = b"".join(pieces)
-        if sum(sizes) != len(joined):  # a buffer of items that are not bytes
+        if total != len(joined):  # a buffer of items that are not bytes
             sizes = array("I", (memoryview(piece).nbytes for piece in pieces))
         if sizes and not (min(sizes) >= lib.AIOKVM_NET_MIN_FRAME and max(sizes) <= lib.AIOKVM_NET_MAX_FRAME):
             wrong = next(number for number, size in enumerate(sizes) if not _can_be(size))
