@@ -135,6 +135,14 @@ async def test_output_may_be_awaited(cached: None, tmp_path: Path, monkeypatch: 
     assert got == b"out"
 
 
+async def test_the_kernel_does_not_doubt_its_timer(
+    cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it panics now and then where the host is busy: IO-APIC + timer doesn't work!"""
+    fake_qemu(tmp_path, monkeypatch, 'case "$*" in *" no_timer_check"*) echo 7 >$status;; esac')
+    assert await lab.run(["true"], output=ignore) == 7
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
