@@ -68,13 +68,15 @@ class _Group(click.Group):
 
 @contextmanager
 def _fit_for_a_terminal() -> Iterator[None]:
-    """End as a program that SIGPIPE ends: click and rich would make it status 1. Names in errors are text."""
+    """End as SIGPIPE and SIGINT end a program: click would make it status 1. Names in errors are text."""
     from aiokvm.cli import common
 
     try:
         yield
     except BrokenPipeError:
         raise click.exceptions.Exit(common.STATUS_BROKEN_PIPE) from None
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(common.STATUS_INTERRUPTED) from None
     except click.ClickException as error:
         # Final to a type checker; all that click shows is made of it, for each kind of error in its way.
         vars(error)["message"] = printable_lines(error.message)

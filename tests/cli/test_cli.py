@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from aiokvm.cli import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Such names may come out of a shell's *.
 NASTY = "\x1b]0;owned\x07\x9b31m\u202e"
@@ -96,3 +101,14 @@ def test_output_that_nobody_reads_ends_as_by_sigpipe(command: list[str], tmp_pat
         assert run_into(sink, command, tmp_path) == (141, [])
     finally:
         os.close(sink)
+
+
+def test_ctrl_c_ends_as_by_sigint(tmp_path: Path) -> None:
+    fifo = tmp_path / "trace"
+    os.mkfifo(fifo)
+    argv = [sys.executable, "-P", "-m", "aiokvm", "trace", str(fifo)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with fifo.open("wb"):  # it has opened it, too, and reads
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == (b"", b"")
+        assert process.returncode == 130
