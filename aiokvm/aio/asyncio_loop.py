@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from aiokvm.aio.failures import call, task_failed
 
@@ -98,10 +98,6 @@ class _Task:
         await asyncio.wait([self._task])
 
 
-# Neither a loop nor what it shares is kept by this.
-_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[type, Any]] = WeakKeyDictionary()
-
-
 class AsyncioLoop:
     """See `Loop`."""
 
@@ -111,7 +107,10 @@ class AsyncioLoop:
         self._loop = asyncio.get_running_loop()
         self._ident = threading.get_ident()
         self.pid = os.getpid()
-        self.shared = _shared.setdefault(self._loop, WeakValueDictionary())
+        # asyncio has no variables of a run, as trio has: it hangs off the loop itself.
+        self.shared: WeakValueDictionary[type, Any] = vars(self._loop).setdefault(
+            "_aiokvm_shared", WeakValueDictionary()
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AsyncioLoop) and other._loop is self._loop

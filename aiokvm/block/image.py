@@ -25,7 +25,7 @@ from aiokvm.proto import image as proto
 from aiokvm.proto.nbd import Address
 
 if TYPE_CHECKING:
-    from anyio.abc import Process
+    from aiokvm.process import Process
 
 PROGRAM = "qemu-nbd"
 PACKAGE = "qemu-utils"

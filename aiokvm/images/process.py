@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
-    from anyio.abc import Process
+    from aiokvm.process import Process
 
 PACKAGES = {
     "apt-get": "apt",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ CONSOLE = "console"
 
 _STDERR = "stderr"
 _LINES = 15
-_CHUNK_BYTES = 64 << 10
 
 
 @asynccontextmanager
@@ -57,20 +55,10 @@ async def emulate(
 
     ``output`` gets its standard output as it comes, and is waited for.
     """
-    # A pipe of our own: uvloop gives a child a socket as its output, which QEMU cannot open by name.
-    source, sink = os.pipe()
-    with (
-        os.fdopen(source, "rb", buffering=0) as stream,
-        os.fdopen(sink, "wb", buffering=0) as end,
-        (folder / _STDERR).open("wb") as stderr,
-    ):
-        os.set_blocking(source, False)
-        async with child(argv, stdout=end, stderr=stderr, cwd=folder) as process:
-            end.close()
-            while True:
-                await anyio.wait_readable(stream)
-                if not (chunk := stream.read(_CHUNK_BYTES)):
-                    break
+    with (folder / _STDERR).open("wb") as stderr:
+        async with child(argv, stderr=stderr, cwd=folder) as process:
+            assert process.stdout is not None
+            async for chunk in process.stdout:
                 result = output(chunk)
                 if inspect.isawaitable(result):
                     await result

@@ -436,12 +436,13 @@ class User(NetBackend):
             await _stop(service)
         for path in tuple(self._paths):
             self._remove_path(path)
-        if self._directory:
-            self._directory.close()
-            self._directory = None
         for each in self._forwards:
             each.real = each.asked
-        self._plane = None
+        plane, self._plane = self._plane, None
+        directory, self._directory = self._directory, None
+        if plane and directory:
+            # Each service has a file in it.
+            await plane.loop.in_thread(directory.close)
 
     def _config(self) -> Pointer:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

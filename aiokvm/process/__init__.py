@@ -9,22 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import anyio
 
 from aiokvm.process.folder import Folder, temporary_folder
+from aiokvm.process.program import Process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from anyio.abc import Process
-
-__all__ = ["Folder", "end", "start", "temporary_folder"]
+__all__ = ["Folder", "Process", "end", "start", "temporary_folder"]
 
 _KEEPER = Path(__file__).with_name("keeper")
 
@@ -49,7 +46,7 @@ async def start(
     if shutil.which(argv[0], path=whole.get("PATH")) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
     keeper = [str(_KEEPER), str(os.getpid()), str(round(grace_s * 1000))]
-    return await anyio.open_process(
+    return Process(
         [*keeper, *argv],
         stdin=stdin,
         stdout=stdout,
@@ -64,10 +61,7 @@ async def end(process: Process) -> int:
     """End what `start` has returned, if it still runs, whatever is cancelled; return its status."""
     with anyio.CancelScope(shield=True):
         if process.returncode is None:
-            # Not its terminate(): up to Python 3.13.1 it asks for the status, and the loop, which then finds
-            # none, says 255 (gh-127049).
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
+            process.terminate()
         # Its streams are closed after it: what it still says shall not kill it.
         await process.wait()
         await process.aclose()

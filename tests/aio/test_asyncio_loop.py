@@ -7,15 +7,45 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
+from typing import TYPE_CHECKING
 
 import pytest
+import uvloop
 
 from aiokvm.aio import current_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def test_no_loop_is_a_runtime_error() -> None:
     with pytest.raises(RuntimeError):
         current_loop()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_is_shared_hangs_off_its_loop(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    class Shared:
+        def __init__(self) -> None:
+            self.loop = current_loop()
+
+    async def share() -> Shared:
+        assert Shared not in current_loop().shared
+        made = Shared()
+        current_loop().shared[Shared] = made
+        assert Shared in current_loop().shared
+        return made
+
+    loops = [new_loop() for _ in range(2)]
+    # One keeps its loop, the loop does not keep it.
+    gone = [weakref.ref(loop) for loop in loops]
+    made = [loop.run_until_complete(share()) for loop in loops]
+    for loop in loops:
+        loop.close()
+    del loop, loops, made
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
 
 
 def test_uncancelled_work_survives_task_cancel_and_the_cancellation_follows() -> None:

@@ -728,6 +728,31 @@ async def test_closing_though_it_is_cancelled(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.anyio
+async def test_a_folder_of_many_services_is_removed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Recorded(Folder):
+        def close(self) -> None:
+            threads.append(threading.get_ident())
+            super().close()
+
+    monkeypatch.setattr(module, "Folder", Recorded)
+    plane = Plane(current_loop())
+    user = net.User(services={(f"10.0.2.{number}", 80): greeting for number in range(100, 120)})
+    try:
+        await user.open(plane, print)
+        assert user._directory
+        path = user._directory.path
+        assert len(list(path.iterdir())) == 21  # and the nameserver
+        await user.close()
+        assert not path.exists()
+        assert threads
+        assert threading.get_ident() not in threads
+    finally:
+        plane.close()
+
+
+@pytest.mark.anyio
 async def test_figures_are_there_while_it_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[net.NetStats] = []
 

@@ -7,17 +7,20 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from aiokvm import process
+from tests.holdups import WANTED_S
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from anyio.abc import Process
+    from aiokvm.process import Process
 
 pytestmark = pytest.mark.anyio
 
@@ -58,6 +61,18 @@ async def test_a_program_has_its_streams_and_its_status(tmp_path: Path) -> None:
     assert b"".join([chunk async for chunk in started.stdout]) == b"abcd" + os.fsencode(tmp_path) + b"\n"
     assert await started.wait() == 7
     assert await process.end(started) == 7
+
+
+async def test_starting_a_program_does_not_hold_the_loop_of_a_large_process() -> None:
+    held = await anyio.to_thread.run_sync(lambda: b"x" * (256 << 20))
+    took_s = []
+    for _ in range(3):
+        begun_s = time.thread_time()
+        started = await process.start(["true"])
+        took_s.append(time.thread_time() - begun_s)
+        await process.end(started)
+    assert held
+    assert min(took_s) < WANTED_S
 
 
 async def test_the_signal_that_ended_a_program_is_told() -> None:
@@ -135,7 +150,7 @@ async def test_what_a_program_leaves_running_ends_with_it() -> None:
 async def test_a_keeper_that_is_killed_takes_the_program_along() -> None:
     started = await process.start(["sh", "-c", "echo $$; exec sleep 1000"])
     fd = os.pidfd_open((await lines(started, 1))[0])
-    started.kill()
+    os.kill(started.pid, signal.SIGKILL)
     assert gone(fd)
     os.close(fd)
     await started.aclose()
