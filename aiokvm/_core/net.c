@@ -180,11 +180,28 @@ int net_watch(struct net_watch *watch, struct aiokvm_net_end *end, int fd, uint3
     watch->end = end;
     watch->fd = fd;
     watch->events = 0;
+    watch->wanted = events;
+    watch->is_silent = false;
     struct epoll_event event = { .events = events | EPOLLET, .data.ptr = watch };
     if (epoll_ctl(end->net->epoll, EPOLL_CTL_ADD, fd, &event) == 0)
         return 0;
     watch->fd = -1;
     return -errno;
+}
+
+static void ask(struct net_watch *watch, bool is_silent)
+{
+    uint32_t events = watch->wanted & ~(is_silent ? (uint32_t)EPOLLIN : 0);
+    struct epoll_event event = { .events = events | EPOLLET, .data.ptr = watch };
+    if (epoll_ctl(watch->end->net->epoll, EPOLL_CTL_MOD, watch->fd, &event) == 0)
+        watch->is_silent = is_silent;
+}
+
+void net_watch_done(struct net_watch *watch, uint32_t events)
+{
+    watch->events &= ~events;
+    if (watch->is_silent && events & EPOLLIN)
+        ask(watch, false);
 }
 
 void net_unwatch(struct net_watch *watch)
@@ -209,6 +226,9 @@ static void look(struct aiokvm_net *net)
         } else {
             struct net_watch *watch = events[i].data.ptr;
             watch->events |= events[i].events;
+            /* Each frame behind the one that is held would be an edge, and a wake in vain. */
+            if (watch->is_source && watch->end->waits && events[i].events & EPOLLIN && !watch->is_silent)
+                ask(watch, true);
             net_ready(watch->end);
         }
     }

@@ -79,7 +79,7 @@ static bool fill(struct datagram *datagram)
     net_spend(datagram->end.net, NET_COST_LOOK);
     if (count < 0) {
         if (errno == EAGAIN)
-            datagram->watch.events &= ~(uint32_t)(EPOLLIN | EPOLLERR | EPOLLHUP);
+            net_watch_done(&datagram->watch, EPOLLIN | EPOLLERR | EPOLLHUP);
         else if (is_final(datagram, errno))
             lose(datagram, errno);
         /* Else an error of something that was sent: it has been told now, and there may be frames behind it. */
@@ -89,7 +89,7 @@ static bool fill(struct datagram *datagram)
     datagram->in_count = (uint32_t)count;
     /* It is empty, unless it was an error that ended the batch. */
     if (count < IN && !(datagram->watch.events & (EPOLLERR | EPOLLHUP)))
-        datagram->watch.events &= ~(uint32_t)EPOLLIN;
+        net_watch_done(&datagram->watch, EPOLLIN);
     return true;
 }
 
@@ -125,7 +125,7 @@ static bool read_frames(struct datagram *datagram)
             if (!fill(datagram)) {
                 /* One that does not end is waited out. */
                 if (++errors == ERRORS)
-                    datagram->watch.events &= ~(uint32_t)(EPOLLIN | EPOLLERR | EPOLLHUP);
+                    net_watch_done(&datagram->watch, EPOLLIN | EPOLLERR | EPOLLHUP);
                 continue;
             }
         }
@@ -297,6 +297,7 @@ static int set_up(struct datagram *datagram, int fd, const void *remote, uint32_
             .msg_iov = &datagram->out_iov[i], .msg_iovlen = 1,
         };
     /* A named socket that is full says that there is room whenever it was tried. */
+    datagram->watch.is_source = true;
     int error = net_watch(&datagram->watch, &datagram->end, fd, EPOLLIN | (datagram->remote_size ? 0 : EPOLLOUT));
     datagram->watch.events = EPOLLIN | EPOLLOUT;
     net_ready(&datagram->end);

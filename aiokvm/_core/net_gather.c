@@ -5,7 +5,7 @@
  * is shows in how much there is after a while. */
 #include "net_priv.h"
 
-/* Wakes that follow each other so closely, and so many of them, may be a flow. */
+/* Wakes that follow each other so closely, and so many of them, may be a flow; END_NS where each finds several frames. */
 enum { NEAR_NS = 1000000, TRY_AFTER = 16, TRY_AFTER_MAX = 1024 };
 /* How long frames gather: a turn finds between FEW and MANY bytes of work, as net_spend counts it; that is a part of a
  * ring. But no longer than TURNS times what a turn takes: the loop is hardly busy then. */
@@ -64,7 +64,8 @@ void net_gather_next(struct net_gather *gather, uint64_t now_ns, const struct ne
     if (gather->is_on) {
         go_on(gather, now_ns, turn);
     } else {
-        gather->near = turn->batch && now_ns - gather->last_ns < NEAR_NS ? gather->near + 1 : 0;
+        uint64_t near_ns = turn->batch < FLOW_FRAMES ? NEAR_NS : END_NS;
+        gather->near = turn->batch && now_ns - gather->last_ns < near_ns ? gather->near + 1 : 0;
         if (gather->near >= gather->try_after)
             begin(gather, now_ns);
     }

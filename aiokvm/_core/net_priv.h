@@ -108,11 +108,14 @@ struct aiokvm_net_end {
 };
 
 /* A descriptor that belongs to an end: edge-triggered. What it was ready for stays in `events` (EPOLLIN, EPOLLOUT,
- * EPOLLHUP, EPOLLERR) until the end takes it out, which it does when the descriptor has said EAGAIN. */
+ * EPOLLHUP, EPOLLERR) until the end takes it out with net_watch_done, which it does when the descriptor has said EAGAIN. */
 struct net_watch {
     struct aiokvm_net_end *end;
     int fd; /* below 0: not watched */
     uint32_t events;
+    uint32_t wanted;
+    bool is_source; /* the end's own, before net_watch: it is readable for frames that the end sends, and nothing else */
+    bool is_silent; /* not asked for EPOLLIN, which is in `events` */
 };
 
 /* Whether a plane without a thread lets frames gather before the loop is woken: net_gather.c. All 0 at first. */
@@ -193,8 +196,11 @@ void net_tell(struct aiokvm_net_end *end, uint32_t news, int32_t error, uint32_t
 /* This end takes frames again: its peer, if it was blocked, sends again. */
 void net_resume(struct aiokvm_net_end *end);
 
-/* events: EPOLLIN, EPOLLOUT. Returns 0 or -errno. */
+/* events: EPOLLIN, EPOLLOUT. Returns 0 or -errno. While an end waits for its peer, a source of frames says only once that
+ * there are more. */
 int net_watch(struct net_watch *watch, struct aiokvm_net_end *end, int fd, uint32_t events);
+/* What it was ready for has been done. */
+void net_watch_done(struct net_watch *watch, uint32_t events);
 /* Does not close the descriptor. */
 void net_unwatch(struct net_watch *watch);
 

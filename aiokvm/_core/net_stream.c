@@ -85,11 +85,11 @@ static bool fill(struct stream *stream)
         stream->in_end += (uint32_t)size;
         /* It is empty (epoll(7)), but if it has ended that is still to be seen. */
         if ((size_t)size < room && !(stream->watch.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)))
-            stream->watch.events &= ~(uint32_t)EPOLLIN;
+            net_watch_done(&stream->watch, EPOLLIN);
         return true;
     }
     if (size < 0 && errno == EAGAIN)
-        stream->watch.events &= ~(uint32_t)(EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR);
+        net_watch_done(&stream->watch, EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR);
     else if (size < 0)
         lose(stream, errno, 0);
     else
@@ -257,6 +257,7 @@ static int attach(struct stream *stream, int fd)
         return -EBUSY;
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
         return -errno;
+    stream->watch.is_source = true;
     int error = net_watch(&stream->watch, &stream->end, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP);
     if (error)
         return error;

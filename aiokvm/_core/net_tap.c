@@ -119,7 +119,7 @@ static bool read_frame(struct tap *tap, struct tap_queue *queue)
     net_spend(tap->end.net, NET_COST_CALL);
     if (size < 0) {
         if (errno == EAGAIN)
-            queue->watch.events &= ~(uint32_t)EPOLLIN;
+            net_watch_done(&queue->watch, EPOLLIN);
         else
             lose(tap, errno == EBADFD ? ENODEV : errno);
         return false;
@@ -331,6 +331,7 @@ static int watch(struct tap *tap, const int *fds, uint32_t count)
     int error = 0;
     while (!error && tap->count < count) {
         tap->fds[tap->count] = fds[tap->count];
+        tap->queues[tap->count].watch.is_source = true;
         error = -net_watch(&tap->queues[tap->count].watch, &tap->end, fds[tap->count], EPOLLIN | EPOLLOUT);
         tap->count++;
     }

@@ -1,5 +1,6 @@
 #include "net_fake.h"
 
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -105,4 +106,12 @@ void fake_end_serve(struct aiokvm_net *net)
 {
     while (aiokvm_net_serve(net, UINT64_C(1) << 40) == 1)
         continue;
+}
+
+uint32_t fake_end_woken(struct aiokvm_net *net)
+{
+    if (!poll(&(struct pollfd){ .fd = aiokvm_net_fd(net), .events = POLLIN }, 1, 0))
+        return 0;
+    fake_end_serve(net);
+    return 1;
 }

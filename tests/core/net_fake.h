@@ -34,5 +34,7 @@ struct aiokvm_share *fake_share(void);
 struct aiokvm_share *fake_share_leaving(int which, uint64_t amount);
 /* Serves until nothing is ready. */
 void fake_end_serve(struct aiokvm_net *net);
+/* The same, if whoever serves is woken: 1, else 0. */
+uint32_t fake_end_woken(struct aiokvm_net *net);
 
 #endif

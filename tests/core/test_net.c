@@ -480,7 +480,7 @@ TEST(a_child_of_fork_leaves_what_its_parent_watches_alone)
 {
     struct aiokvm_net *net = plane(NULL);
     struct fake_end *fake = fake_end_new(net, 0);
-    struct net_watch watch;
+    struct net_watch watch = { 0 };
     int pipes[2], status;
     CHECK_EQ(pipe(pipes), 0);
     CHECK_EQ(net_watch(&watch, &fake->end, pipes[0], EPOLLIN), 0);

@@ -27,6 +27,12 @@ TEST(wakes_that_are_close_together_may_be_a_flow)
     CHECK(!gather.is_on);
     wakes(&gather, &now_ns, 16, MS / 10, 1);
     CHECK(gather.is_on);
+    gather = (struct net_gather){ 0 };
+    /* Who waits for a CPU may find many. */
+    wakes(&gather, &now_ns, 1000, 2 * MS, 3);
+    CHECK(!gather.is_on);
+    wakes(&gather, &now_ns, 16, 2 * MS, 4);
+    CHECK(gather.is_on);
 }
 
 TEST(a_flow_gathers_for_as_long_as_it_lasts)
