@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 CLI = (DOCS / "cli.md").read_text()
 
 # Documents whose every program is followed by what it prints.
-GUIDES = ("tutorial", "devices", "networking", "threading", "cancellation", "observability")
+GUIDES = ("tutorial", "boot", "devices", "networking", "threading", "cancellation", "observability", "hosts")
 # Language and content of each fenced block, in order.
 BLOCKS = {
     guide: re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / f"{guide}.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -37,12 +37,21 @@ MODULES = {
     guide: {match[1]: text for _, text in blocks if (match := MODULE.match(text))}
     for guide, blocks in BLOCKS.items()
 }
+
+
+def mark_of(program: str) -> pytest.MarkDecorator:
+    """What it needs."""
+    if "images.pull" in program:
+        return pytest.mark.linux
+    return pytest.mark.lab if "lab.run" in program else pytest.mark.kvm
+
+
 PROGRAMS = [
     pytest.param(
         guide,
         program,
         output,
-        marks=pytest.mark.linux if "images.pull" in program else pytest.mark.kvm,
+        marks=mark_of(program),
         id=f"{guide}-{number}",
     )
     for guide, blocks in BLOCKS.items()
@@ -69,7 +78,7 @@ def test_a_program_prints_what_is_shown(guide: str, program: str, output: str, t
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300 if "images.pull" in program else 60,
+        timeout=60 if mark_of(program) == pytest.mark.kvm else 300,
         check=False,
     )
     assert result.returncode == 0, result.stderr
