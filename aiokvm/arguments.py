@@ -233,6 +233,8 @@ def _generic(origin: Any, args: tuple[Any, ...]) -> Rule | None:
         return "a path", lambda value: isinstance(value, os.PathLike)
     if origin is abc.Callable:
         return "a function", callable
+    if origin is re.Pattern:
+        return f"a compiled pattern of {args[0].__name__}", lambda value: _is_pattern(value, args[0])
     if not isinstance(origin, type):
         return None
     if issubclass(origin, abc.Mapping):
@@ -243,6 +245,10 @@ def _generic(origin: Any, args: tuple[Any, ...]) -> Rule | None:
         item = _rule(args[0]) if args else None
         return f"a list of {item[0]}" if item else "a list", lambda value: _is_list(value, item)
     return origin.__name__, lambda value: isinstance(value, origin)
+
+
+def _is_pattern(value: object, kind: type) -> bool:
+    return isinstance(value, re.Pattern) and isinstance(value.pattern, kind)
 
 
 def _is_list(value: object, item: Rule | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 import pytest
@@ -29,6 +30,7 @@ def function(
     flag: bool = False,
     data: bytes = b"",
     words: list[str] | tuple[str, ...] = (),
+    pattern: re.Pattern[bytes] | None = None,
     what: Unknown = None,  # type: ignore[name-defined]  # noqa: F821
     *,
     pair: tuple[int, int] = (1, 2),
@@ -50,6 +52,7 @@ def function(
         ({"data": "text"}, "data='text': give bytes"),
         ({"words": "text"}, "words='text': give a list of str"),
         ({"words": [1]}, r"words=\[1\]: give a list of str"),
+        ({"pattern": re.compile("text")}, r"pattern=re.compile\('text'\): give a compiled pattern of bytes"),
         ({"pair": (1,)}, r"pair=\(1,\): give a tuple of 2"),
     ],
 )
@@ -59,7 +62,8 @@ def test_an_argument_that_the_annotation_does_not_allow(arguments: Any, message:
 
 
 def test_what_fits_passes() -> None:
-    assert function(2, 1, "x", "b", True, bytearray(b""), ["x"], Wrong(), pair=(1, 2)) == "done"  # type: ignore[arg-type]
+    fitting = (2, 1, "x", "b", True, bytearray(b""), ["x"], re.compile(b""), Wrong())
+    assert function(*fitting, pair=(1, 2)) == "done"  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="mode='c'"):
         function(2, 1, "x", "c")  # type: ignore[arg-type]
 
@@ -102,7 +106,9 @@ async def test_methods_that_are_called_wrongly() -> None:
     async with await VM.create(boot=FLAT, memory="2M") as vm:
         with pytest.raises(ConfigError, match="send: data='text': give bytes"):
             await vm.serial.send("text")  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match="expect: pattern='# ': give bytes or Pattern"):
+        with pytest.raises(
+            ConfigError, match="expect: pattern='# ': give bytes or a compiled pattern of bytes"
+        ):
             await vm.serial.expect("# ")  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="mode='postd': give RegionMode or 'exit' or 'posted'"):
             vm.attach(Device(), mmio=0xD000_0000, mode="postd")  # type: ignore[arg-type]

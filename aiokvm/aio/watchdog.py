@@ -12,6 +12,7 @@ from anyio import to_thread
 from aiokvm.aio import current_loop
 from aiokvm.aio.steps import HoldUp, ThreadClock
 from aiokvm.arguments import checked
+from aiokvm.errors import ConfigError
 from aiokvm.logs import SeldomLogger
 from aiokvm.text import get_logger
 
@@ -30,7 +31,7 @@ class Watchdog:
 
     A warning is logged, once a hold-up, when the loop has given no sign of life for ``threshold`` seconds;
     ``callback`` is then called, too, in the watchdog's thread. What lasts twice as long is always noticed.
-    It costs the loop one callback every ``threshold`` seconds. Raises ValueError for a threshold that is not
+    It costs the loop one callback every ``threshold`` seconds. Raises ConfigError for a threshold that is not
     above 0.
 
     A C function that does not release Python's global lock keeps the watchdog waiting as well, and may be
@@ -40,7 +41,7 @@ class Watchdog:
     @checked
     def __init__(self, threshold: float = 0.1, callback: Callable[[HoldUp], object] | None = None) -> None:
         if not threshold > 0:
-            raise ValueError(f"a threshold of {threshold} seconds is not above 0")
+            raise ConfigError(f"a threshold of {threshold} seconds is not above 0")
         self._threshold = threshold
         self._callback = callback
         self._log = SeldomLogger(logger)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from aiokvm.arguments import checked_init
+from aiokvm.boot.acpi import MAX_PROCESSORS
 from aiokvm.errors import ConfigError
 from aiokvm.memory import PAGE_SIZE
 
@@ -57,6 +58,8 @@ class Config:
             raise ConfigError(f"name {self.name!r} is not 1 to {NAME_MAX} printable characters")
         if self.cpus < 1:
             raise ConfigError(f"cpus is {self.cpus}: a machine has at least one")
+        if self.cpus > MAX_PROCESSORS:
+            raise ConfigError(f"cpus is {self.cpus}: a machine has at most {MAX_PROCESSORS}")
         if self.memory_bytes < MIN_MEMORY_BYTES or self.memory_bytes % PAGE_SIZE:
             raise ConfigError(
                 f"memory is {self.memory_bytes} bytes: it has to be a multiple of {PAGE_SIZE}, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
-from aiokvm.errors import DeviceError
+from aiokvm.errors import ConfigError, DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -123,8 +123,8 @@ class Device:
 
         A periodic timer does not drift: its deadlines are ``deadline_ns`` plus multiples of the period. After
         the loop was held up for several periods it calls back once. It ends by `Timer.cancel`, with the
-        machine, or when the device is detached. Raises DeviceError unless the device is attached, ValueError
-        for a negative period.
+        machine, or when the device is detached. Raises DeviceError unless the device is attached,
+        ConfigError for a negative period.
         """
         return Timer(self._attached(), self, deadline_ns, callback, period_ns)
 
@@ -194,7 +194,7 @@ class Timer:
         period_ns: int,
     ) -> None:
         if period_ns < 0:
-            raise ValueError(f"a period of {period_ns} ns is negative")
+            raise ConfigError(f"a period of {period_ns} ns is negative")
         self._loop = self._owner = loop
         self._callback = callback
         self._period_ns = period_ns

@@ -41,3 +41,5 @@ def _read_file(path: Path, limit_bytes: int) -> bytes:
             return file.read(status.st_size)
     except OSError as error:
         raise BootError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BootError(f"cannot read {str(path)!r}: no file has such a name ({error})") from None

@@ -93,8 +93,10 @@ def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
 
     Devices with an interrupt or a doorbell, and shared memory, take a descriptor each beyond that; a network
     adapter takes some ten, and on a thread of its own a thread and two mappings. Limits that are not set, or
-    do not bind this process, are left out.
+    do not bind this process, are left out. Raises ConfigError for machines without a vCPU.
     """
+    if cpus < 1:
+        raise ConfigError(f"machines of {cpus} vCPUs: give at least one")
     return tuple(
         limit
         for source in (_descriptors, _open_files, _threads, _mappings, _budgets)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
-from aiokvm.errors import AiokvmError, KvmError, StateError
+from aiokvm.errors import AiokvmError, ConfigError, KvmError, StateError
 from aiokvm.machine.exits import NOT_INHERITED, check
 
 if TYPE_CHECKING:
@@ -109,28 +109,30 @@ class VirtualCpu:
     def read_register(self, name: str) -> int:
         """A general register, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer or apic_base.
 
-        Raises StateError while the vCPU runs, ValueError for another name.
+        Raises StateError while the vCPU runs, ConfigError for another name.
         """
         if name in _GENERAL_REGISTERS:
             return int(getattr(self.kvm_vcpu.get_regs(), name))
         if name in _CONTROL_REGISTERS:
             return int(getattr(self.kvm_vcpu.get_sregs(), name))
-        raise ValueError(_unknown(name))
+        raise ConfigError(_unknown(name))
 
     @checked
     def write_register(self, name: str, value: int) -> None:
-        """Set what `read_register` reads; ``value`` has at most 64 bits.
+        """Set what `read_register` reads; ``value`` is 0 to 2^64 - 1.
 
-        Raises StateError while the vCPU runs, ValueError for another name, KvmError for a control register
-        that KVM refuses.
+        Raises StateError while the vCPU runs, ConfigError for another name or value, KvmError for a control
+        register that KVM refuses.
         """
+        if not 0 <= value < 1 << 64:
+            raise ConfigError(f"{name} cannot be {value}: a register has 64 bits, and no sign")
         change: dict[str, Any] = {name: value}
         if name in _GENERAL_REGISTERS:
             self.kvm_vcpu.set_regs(replace(self.kvm_vcpu.get_regs(), **change))
         elif name in _CONTROL_REGISTERS:
             self.kvm_vcpu.set_sregs(replace(self.kvm_vcpu.get_sregs(), **change))
         else:
-            raise ValueError(_unknown(name))
+            raise ConfigError(_unknown(name))
 
     def stats(self) -> VcpuStats:
         """What it has done so far."""

@@ -302,7 +302,10 @@ class _Sink:
         flags = (
             os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_APPEND if append else os.O_TRUNC)
         )
-        self._fd = os.open(file, flags, 0o666)
+        try:
+            self._fd = os.open(file, flags, 0o666)
+        except ValueError as error:
+            raise ConfigError(f"cannot record in {self.name!r}: no file has such a name ({error})") from None
         if stat.S_ISREG(os.fstat(self._fd).st_mode):
             os.set_blocking(self._fd, True)
 

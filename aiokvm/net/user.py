@@ -507,10 +507,10 @@ def _handler(handler: Responder) -> Handler:
 
 
 def _endpoint(address: tuple[str, int] | str) -> tuple[str, int]:
-    host, port = address.rpartition(":")[::2] if isinstance(address, str) else address
     try:
+        host, port = address.rpartition(":")[::2] if isinstance(address, str) else address
         where, number = IPv4Address(host), int(port)
-    except ValueError:
+    except (TypeError, ValueError):
         where, number = IPv4Address(0), 0
     if not where or not 0 < number <= 0xFFFF:
         raise ConfigError(

@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from aiokvm import HoldUp, Watchdog
+from aiokvm import ConfigError, HoldUp, Watchdog
 from aiokvm.aio import current_loop
 
 pytestmark = pytest.mark.anyio
@@ -147,5 +147,5 @@ async def test_it_ends_when_it_is_cancelled() -> None:
 
 @pytest.mark.parametrize("threshold", [0, -1, float("nan")])
 async def test_a_threshold_is_above_0(threshold: float) -> None:
-    with pytest.raises(ValueError, match=r"not above 0|give a number"):
+    with pytest.raises(ConfigError, match=r"not above 0|give a number"):
         Watchdog(threshold)

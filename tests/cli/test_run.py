@@ -200,7 +200,7 @@ def test_what_cannot_work_is_said_in_a_line(args: list[str], status: int, messag
     ("args", "message"),
     [
         (["-m", "0"], "memory is 0 bytes"),
-        (["-c", "100000"], "100000 processors"),
+        (["-c", "100000"], "cpus is 100000: a machine has at most 4096"),
         (["--name", "a\nb"], "printable"),
         (["--kernel", "./nope"], "nope: No such file or directory"),
         (["--kernel", __file__], "is neither a bzImage nor an ELF file"),

@@ -24,6 +24,9 @@ def test_what_is_not_given_has_a_default() -> None:
     [
         ({"cpus": 0}, "cpus is 0: a machine has at least one"),
         ({"cpus": -1}, "cpus is -1"),
+        ({"cpus": 4097}, "cpus is 4097: a machine has at most 4096"),
+        # A list of as many would take all memory.
+        ({"cpus": 1 << 60}, "at most 4096"),
         ({"memory_bytes": 0}, "memory is 0 bytes: .* multiple of 4096, at least 2M"),
         ({"memory_bytes": (2 << 20) - 4096}, "at least 2M"),
         ({"memory_bytes": (2 << 20) + 1}, "multiple of 4096"),

@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from aiokvm import Device, DeviceError, Exit, ExitReason
+from aiokvm import ConfigError, Device, DeviceError, Exit, ExitReason
 from aiokvm.aio import current_loop
 from tests.machine.test_smp import CALLS_ALL
 
@@ -541,7 +541,7 @@ def test_a_timer_may_make_the_next(loop: FakeLoop, device: Device) -> None:
 
 
 def test_timers_and_clocks_need_a_machine(device: Device) -> None:
-    with pytest.raises(ValueError, match="-1 ns is negative"):
+    with pytest.raises(ConfigError, match="-1 ns is negative"):
         device.timer(0, lambda: None, period_ns=-1)
     for call in (Device().now_ns, lambda: Device().timer(0, lambda: None)):
         with pytest.raises(DeviceError, match="Device is not attached to a machine"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import anyio
 import pytest
@@ -11,9 +11,6 @@ import pytest
 from aiokvm import BootError
 from aiokvm.aio import current_loop
 from aiokvm.machine.files import read_files
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +34,12 @@ async def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     }.items():
         with anyio.fail_after(10), pytest.raises(BootError, match=message):
             await read_files(current_loop(), [tmp_path / name], 100)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+async def test_a_name_that_no_file_has_is_refused(name: str) -> None:
+    with pytest.raises(BootError, match="no file has such a name"):
+        await read_files(current_loop(), [Path(name)], 100)
 
 
 async def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:

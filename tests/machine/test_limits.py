@@ -192,6 +192,11 @@ def test_what_is_no_limit_stays_as_it_is(error: Exception, monkeypatch: pytest.M
     assert limits.named(error, "cannot create machine m", 1) is error
 
 
+def test_machines_have_a_vcpu() -> None:
+    with pytest.raises(ConfigError, match="0 vCPUs"):
+        host_limits(0)
+
+
 @pytest.mark.parametrize("cpus", [1, 4])
 def test_a_lack_is_told_before_anything_is_made(cpus: int) -> None:
     check_limits(1, cpus)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import anyio.lowlevel
 import pytest
 
-from aiokvm import Exit, ExitReason, StateError, VcpuState, VmState
+from aiokvm import ConfigError, Exit, ExitReason, StateError, VcpuState, VmState
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -258,10 +258,13 @@ async def test_registers_of_a_running_vcpu_are_refused(guest: Guest) -> None:
 
 async def test_unknown_registers_are_named(guest: Guest) -> None:
     async with guest(b"\xeb\xfe", start=False) as vm:
-        with pytest.raises(ValueError, match="no register 'eax': there are rax, "):
+        with pytest.raises(ConfigError, match="no register 'eax': there are rax, "):
             vm.vcpus[0].read_register("eax")
-        with pytest.raises(ValueError, match="no register 'st0'"):
+        with pytest.raises(ConfigError, match="no register 'st0'"):
             vm.vcpus[0].write_register("st0", 1)
+        for value in (-1, 1 << 64):
+            with pytest.raises(ConfigError, match=f"rip cannot be {value}"):
+                vm.vcpus[0].write_register("rip", value)
 
 
 # Cancellation.

@@ -192,6 +192,9 @@ async def test_a_path_that_cannot_be_opened(linked: Linked, tmp_path: Path) -> N
         async with linked(here, net.Port()):
             raise AssertionError("opened")
     assert here.end is None
+    with pytest.raises(ConfigError, match="no file has such a name"):
+        async with linked(net.Port(tap=net.Pcap("a\0b")), net.Port()):
+            raise AssertionError("opened")
     # A pipe that nobody reads is nothing to wait for.
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OSError, match="No such device"):

@@ -1028,6 +1028,7 @@ async def handler(stream: Connection) -> None: ...
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"services": {5: lambda stream: None}}, "a service is at an IPv4 address and a TCP port"),
         ({"network": "10.0.2.0"}, "/8 to /29"),
         ({"network": "10.0.2.1/24"}, "host bits"),
         ({"network": "127.0.0.0/24"}, "cannot be"),
