@@ -29,7 +29,7 @@ from bench import pairs
 from bench.guest import CMDLINE, MEMORY_MIB, Shell, has_hardware, in_the_lab, lags, qemu
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from bench.pairs import Measure, Measured
 
@@ -101,10 +101,12 @@ def job(
     return measure
 
 
-async def measure(debian: images.DebianDisk, count: int, seconds: float) -> dict[str, Measured]:
+async def measure(
+    debian: images.DebianDisk, count: int, seconds: float, numbers: Sequence[int], names: Sequence[str]
+) -> dict[str, Measured]:
     """What was measured, as "QUEUES, JOB": by monitor and figure, a value a pair."""
     figures: dict[str, Measured] = {}
-    for queues in QUEUES:
+    for queues in numbers:
         with tempfile.TemporaryDirectory() as folder:
             async with AsyncExitStack() as guests:
                 shells: dict[str, tuple[Shell, str]] = {}
@@ -119,7 +121,8 @@ async def measure(debian: images.DebianDisk, count: int, seconds: float) -> dict
                     shell = await guests.enter_async_context(made)
                     await shell.login()
                     shells[monitor] = (shell, await find_disk(shell))
-                for name, (options, field, _) in JOBS.items():
+                for name in names:
+                    options, field, _ = JOBS[name]
                     contenders = {
                         monitor: job(monitor, shell, disk, options, field, seconds, queues)
                         for monitor, (shell, disk) in shells.items()
@@ -157,9 +160,10 @@ async def main(arguments: Any) -> int:
     if not arguments.here and not has_hardware():
         Console().print("ring 0 has no hardware here: measuring in the lab")
         options = ["--disk", str(debian.disk), "--pairs", str(arguments.pairs)]
-        options += ["--seconds", str(arguments.seconds)]
+        options += ["--seconds", str(arguments.seconds), "--queues", *map(str, arguments.queues)]
+        options += ["--jobs", *arguments.jobs]
         return await in_the_lab(__file__, results, options)
-    figures = await measure(debian, arguments.pairs, arguments.seconds)
+    figures = await measure(debian, arguments.pairs, arguments.seconds, arguments.queues, arguments.jobs)
     show(figures, arguments.pairs)
     (results / "block.json").write_text(json.dumps(figures, indent=1))
     return 0
@@ -169,6 +173,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--seconds", type=float, default=3, help="how long each job runs")
+    parser.add_argument("--queues", type=int, nargs="+", default=QUEUES, help="numbers of them")
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS), metavar="JOB")
     parser.add_argument("--disk", type=Path, help="a disk of `aiokvm images build debian --packages fio`")
     parser.add_argument("--here", action="store_true", help="not in the lab")
     parser.add_argument("--results", type=Path, default=RESULTS)

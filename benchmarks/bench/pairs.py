@@ -44,8 +44,12 @@ class Ratio:
     high: float
     pairs: int
 
+    def __format__(self, spec: str) -> str:
+        median, low, high = (format(value, spec or ".2f") for value in (self.median, self.low, self.high))
+        return f"{median} ({low}-{high})"
+
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return format(self)
 
 
 def compare(a: Sequence[float], b: Sequence[float]) -> Ratio:
