@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bench.pairs import Measure, Measured
 
 RESULTS = Path(__file__).with_name("results")
-MEMORY_MIB = 1024
+MEMORY_MIB = 1024  # of the guest, by default
 TIMEOUT_SECONDS = 600
 # Of QEMU's time for the first touch.
 AIM = 1.0
@@ -90,7 +90,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "shared memory": {"shared_memory": True},
 }
 QEMU = [
-    *("qemu-system-x86_64", "-M", "pc,accel=kvm", "-cpu", "host", "-m", str(MEMORY_MIB), "-nodefaults"),
+    *("qemu-system-x86_64", "-M", "pc,accel=kvm", "-cpu", "host", "-nodefaults"),
     *("-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
     *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
 ]
@@ -105,11 +105,11 @@ def ticks(output: bytes) -> dict[str, float]:
     return {"first": untouched + top, "untouched": untouched, "second": second}
 
 
-def ours(kernel: Path, **way: Any) -> Measure:
+def ours(kernel: Path, memory_mib: int, **way: Any) -> Measure:
     async def measure() -> dict[str, float]:
         output = b""
         with anyio.fail_after(TIMEOUT_SECONDS):
-            async with await VM.create(boot=boot.Multiboot(kernel), memory=MEMORY_MIB << 20, **way) as vm:
+            async with await VM.create(boot=boot.Multiboot(kernel), memory=memory_mib << 20, **way) as vm:
                 await vm.start()
                 while chunk := await vm.serial.read():
                     output += chunk
@@ -118,9 +118,9 @@ def ours(kernel: Path, **way: Any) -> Measure:
     return measure
 
 
-def qemu(kernel: Path) -> Measure:
+def qemu(kernel: Path, memory_mib: int) -> Measure:
     async def measure() -> dict[str, float]:
-        argv = [*QEMU, "-kernel", str(kernel)]
+        argv = [*QEMU, "-m", str(memory_mib), "-kernel", str(kernel)]
         done = await anyio.run_process(argv, check=False, stderr=subprocess.STDOUT)
         return ticks(done.stdout)
 
@@ -138,25 +138,25 @@ def write_counting(path: Path) -> Path:
     return path
 
 
-async def measure(count: int) -> dict[str, Measured]:
+async def measure(count: int, memory_mib: int) -> dict[str, Measured]:
     """By way, what it and QEMU took, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         kernel = write(Path(folder, "kernel"))
-        ways = {name: ours(kernel, **way) for name, way in WAYS.items()}
+        ways = {name: ours(kernel, memory_mib, **way) for name, way in WAYS.items()}
         try:
-            async with await VM.create(boot=boot.Multiboot(kernel), memory=MEMORY_MIB << 20, hugepages="2M"):
-                ways["reserved huge pages"] = ours(kernel, hugepages="2M")
+            async with await VM.create(boot=boot.Multiboot(kernel), memory=memory_mib << 20, hugepages="2M"):
+                ways["reserved huge pages"] = ours(kernel, memory_mib, hugepages="2M")
         except ConfigError:
             pass  # the host has reserved none
         # A lab's own memory is not there before it is first used, and QEMU's files have to be read.
-        await pairs.alternate({"aiokvm": ways["aiokvm"], "QEMU": qemu(kernel)}, 1)
+        await pairs.alternate({"aiokvm": ways["aiokvm"], "QEMU": qemu(kernel, memory_mib)}, 1)
         return {
-            name: await pairs.alternate({name: way, "QEMU": qemu(kernel)}, count)
+            name: await pairs.alternate({name: way, "QEMU": qemu(kernel, memory_mib)}, count)
             for name, way in ways.items()
         }
 
 
-def show(measured: dict[str, Measured], count: int) -> None:
+def show(measured: dict[str, Measured], count: int, memory_mib: int) -> None:
     columns = ("first touch, Mticks", "QEMU", "second", "QEMU", "first, to QEMU's", "without the top")
     table = Table("RAM", *columns, "aim", "drift")
     for name, figures in measured.items():
@@ -176,19 +176,21 @@ def show(measured: dict[str, Measured], count: int) -> None:
     for file in ("enabled", "shmem_enabled"):
         path = Path("/sys/kernel/mm/transparent_hugepage", file)
         console.print(f"{path}: {path.read_text().strip() if path.exists() else 'none'}", markup=False)
-    console.print(table, f"{MEMORY_MIB} MiB; {pairs.caption(count)}")
+    console.print(table, f"{memory_mib} MiB; {pairs.caption(count)}")
 
 
-async def main(count: int, here: bool, counting: bool, results: Path) -> int:
-    if not here and (counting or not has_hardware()):
-        what = "counting instructions" if counting else "ring 0 has no hardware here: measuring"
+async def main(arguments: argparse.Namespace) -> int:
+    results: Path = arguments.results
+    if not arguments.here and (arguments.count or not has_hardware()):
+        what = "counting instructions" if arguments.count else "ring 0 has no hardware here: measuring"
         Console().print(f"{what} in the lab")
         with tempfile.TemporaryDirectory() as folder:
-            if counting:
+            if arguments.count:
                 os.environ["AIOKVM_QEMU"] = str(write_counting(Path(folder, "qemu")))
-            return await in_the_lab(__file__, results, ["--pairs", str(count)], LAB_BYTES)
-    measured = await measure(count)
-    show(measured, count)
+            options = ["--pairs", str(arguments.pairs), "--memory", str(arguments.memory)]
+            return await in_the_lab(__file__, results, options, LAB_BYTES)
+    measured = await measure(arguments.pairs, arguments.memory)
+    show(measured, arguments.pairs, arguments.memory)
     (results / "faults.json").write_text(json.dumps(measured, indent=1))
     return 0
 
@@ -196,9 +198,11 @@ async def main(count: int, here: bool, counting: bool, results: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
+    parser.add_argument("--memory", type=int, default=MEMORY_MIB, help="the guest's RAM in MiB, from 64 on")
     parser.add_argument("--here", action="store_true", help="not in the lab")
     parser.add_argument("--count", action="store_true", help="instructions, in the lab, instead of time")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    arguments.results.mkdir(exist_ok=True)
-    sys.exit(anyio.run(main, arguments.pairs, arguments.here, arguments.count, arguments.results.absolute()))
+    parsed = parser.parse_args()
+    parsed.results = parsed.results.absolute()
+    parsed.results.mkdir(exist_ok=True)
+    sys.exit(anyio.run(main, parsed))
