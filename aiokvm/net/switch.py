@@ -13,6 +13,7 @@ from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError, StateError
 from aiokvm.logs import SeldomLogger
 from aiokvm.net.backend import NetBackend
+from aiokvm.net.pace import Pace
 from aiokvm.net.plane import Plane, check_dataplane, make_plane
 from aiokvm.text import get_logger
 
@@ -214,12 +215,14 @@ class Switch:
         if not self._plane:
             return
         plane, self._plane = self._plane, None
+        pace = Pace(plane.loop)
         for port in tuple(self._ports.values()):
             if port.backend:
                 await self._disconnect(port)
             elif port.end:
                 port.end.unlink()
                 port._lose(f"{self!r} was closed")
+            await pace.step()
         self._ports.clear()
         lib.aiokvm_net_switch_free(self._core)
         self._core = ffi.NULL

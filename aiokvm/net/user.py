@@ -27,6 +27,7 @@ from aiokvm.net.asgi import Asgi
 from aiokvm.net.backend import NetBackend
 from aiokvm.net.dns import PORT, Dns
 from aiokvm.net.forwards import Forward, parse_forward, parse_host
+from aiokvm.net.pace import Pace
 from aiokvm.net.plane import BUDGET_NS
 from aiokvm.net.service import MAX_WAITING, Connections, Service
 from aiokvm.process import Folder
@@ -406,7 +407,9 @@ class User(NetBackend):
             for forwarded in self._forwards:
                 self._listen(forwarded)
             # While one starts, others may be added, which begin to serve by themselves, or removed.
+            pace = Pace(plane.loop)
             for at, handler in tuple(self._handlers.items()):
+                await pace.step()
                 try:
                     if self._handlers.get(at) is handler:
                         await self._serve(at)

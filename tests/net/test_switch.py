@@ -285,6 +285,27 @@ class TestSwitch:
                         await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
 
+    async def test_many_ports_are_closed_turn_by_turn(self) -> None:
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await anyio.lowlevel.checkpoint()
+                turns += 1
+
+        async with anyio.create_task_group() as group:
+            async with Switch() as switch:
+                for _ in range(300):
+                    await switch.connect(Port())
+                    await anyio.lowlevel.checkpoint()
+                group.start_soon(count)
+                await anyio.lowlevel.checkpoint()
+                turns = 0
+            # One takes some 150 us.
+            assert turns > 10
+            group.cancel_scope.cancel()
+
     async def test_ports_that_are_flooded_leave_what_others_need(self) -> None:
         async def waiting() -> Limit:
             name = "frames that wait in switches and ports"

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from aiokvm.process import Folder
 
 sys.path.append(str(Path(__file__).parents[2]))  # behind what is installed
 
+from tests.holdups import WANTED_S
 from tests.net.namespace import namespace, why_not
 
 if TYPE_CHECKING:
@@ -724,6 +726,34 @@ async def test_closing_though_it_is_cancelled(tmp_path: Path, monkeypatch: pytes
             assert not path.exists()
         assert set(os.listdir("/proc/self/fd")) == before
     finally:
+        plane.close()
+
+
+@pytest.mark.anyio
+async def test_many_services_are_opened_turn_by_turn() -> None:
+    worst_s = 0.0
+
+    async def watch() -> None:
+        nonlocal worst_s
+        last_s = time.thread_time()
+        while True:
+            await anyio.lowlevel.checkpoint()
+            now_s = time.thread_time()
+            worst_s, last_s = max(worst_s, now_s - last_s), now_s
+
+    plane = Plane(current_loop())
+    places = [(f"10.0.2.{100 + number % 100}", 1 + number // 100) for number in range(1000)]
+    user = net.User(services=dict.fromkeys(places, greeting))
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            await anyio.lowlevel.checkpoint()
+            await user.open(plane, print)
+            await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+        assert worst_s < WANTED_S
+    finally:
+        await user.close()
         plane.close()
 
 
