@@ -256,6 +256,11 @@ class VM:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc_type is GeneratorExit:
+            try:
+                current_loop()
+            except (RuntimeError, ImportError):  # the latter while Python shuts down
+                return  # The loop was given up, and the block with it: here nothing can be awaited.
         await self.aclose()
 
     def __repr__(self) -> str:

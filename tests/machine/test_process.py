@@ -235,6 +235,52 @@ def test_a_loop_in_a_daemon_thread_ends_silently_with_the_program(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+# Its loop is given up with the machine in it.
+GIVEN_UP = """
+import asyncio, sys, threading
+from aiokvm import VM, boot
+up = threading.Event()
+
+async def main():
+    async with await VM.create(boot=boot.Flat(bytes.fromhex("eb fe")), memory="2M") as vm:
+        await vm.start()
+        up.set()
+        await vm.wait()
+
+async def until_up():
+    task = asyncio.ensure_future(main())
+    await asyncio.to_thread(up.wait, 20)
+
+if sys.argv[1] == "uvloop":
+    import uvloop
+    loop = uvloop.new_event_loop()
+else:
+    loop = asyncio.new_event_loop()
+if sys.argv[2] == "here":
+    loop.run_until_complete(until_up())
+else:
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(main(), loop)
+    assert up.wait(20)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("where", ["here", "in a thread"])
+def test_a_loop_that_is_given_up_leaves_no_traceback(loop: str, where: str) -> None:
+    argv = [sys.executable, "-c", GIVEN_UP, loop, where]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    # What asyncio says of the program's own task.
+    first, task, *rest = done.stderr.splitlines()
+    assert first == "Task was destroyed but it is pending!"
+    assert "coro=<main() " in task
+    assert rest == []
+
+
 def test_a_plain_machine_loads_no_more_than_it_needs() -> None:
     result = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True)
     code, *modules = result.stdout.split()
