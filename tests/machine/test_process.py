@@ -274,11 +274,9 @@ def test_a_loop_that_is_given_up_leaves_no_traceback(loop: str, where: str) -> N
     argv = [sys.executable, "-c", GIVEN_UP, loop, where]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "")
-    # What asyncio says of the program's own task.
-    first, task, *rest = done.stderr.splitlines()
-    assert first == "Task was destroyed but it is pending!"
-    assert "coro=<main() " in task
-    assert rest == []
+    for line in done.stderr.splitlines():
+        # What asyncio may say of the program's own task.
+        assert line == "Task was destroyed but it is pending!" or "coro=<main() " in line, done.stderr
 
 
 def test_a_plain_machine_loads_no_more_than_it_needs() -> None:
