@@ -31,7 +31,7 @@ from aiokvm.net.pace import Pace
 from aiokvm.net.plane import BUDGET_NS
 from aiokvm.net.service import MAX_WAITING, Connections, Service
 from aiokvm.process import Folder
-from aiokvm.text import get_logger
+from aiokvm.text import get_logger, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -232,7 +232,7 @@ class User(NetBackend):
             forward.guest_port,
         )
         if result < 0:
-            raise OSError(-result, f"cannot forward {forward}: {_why(-result, forward)}")
+            raise OSError(-result, printable(f"cannot forward {forward}: {_why(-result, forward)}"))
         if forward.is_path:
             status = os.stat(forward.host)
             self._paths[forward.host] = (status.st_dev, status.st_ino)

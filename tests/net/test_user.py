@@ -377,6 +377,13 @@ async def test_a_service_is_a_byte_stream(tmp_path: Path, caplog: pytest.LogCapt
 
 
 @pytest.mark.anyio
+async def test_a_path_that_cannot_be_forwarded_is_told_as_text() -> None:
+    async with net.Switch() as switch:
+        with pytest.raises(FileNotFoundError, match=r"cannot forward /nope\\x1b\[31m/socket"):
+            await switch.connect(net.User(forward={"/nope\x1b[31m/socket": 80}))
+
+
+@pytest.mark.anyio
 async def test_what_is_added_while_it_opens_is_kept() -> None:
     user = net.User()
     plane = Plane(current_loop())
