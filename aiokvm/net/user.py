@@ -435,8 +435,11 @@ class User(NetBackend):
         if dns:
             await dns.stop()
         services, self._services = self._services, {}
-        for service in services.values():
-            await _stop(service)
+        if services and self._plane:
+            pace = Pace(self._plane.loop)
+            for service in services.values():
+                await _stop(service)
+                await pace.step()
         for path in tuple(self._paths):
             self._remove_path(path)
         for each in self._forwards:

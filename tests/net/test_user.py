@@ -737,7 +737,7 @@ async def test_closing_though_it_is_cancelled(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.anyio
-async def test_many_services_are_opened_turn_by_turn() -> None:
+async def test_many_services_are_opened_and_closed_turn_by_turn() -> None:
     worst_s = 0.0
 
     async def watch() -> None:
@@ -750,12 +750,13 @@ async def test_many_services_are_opened_turn_by_turn() -> None:
 
     plane = Plane(current_loop())
     places = [(f"10.0.2.{100 + number % 100}", 1 + number // 100) for number in range(1000)]
-    user = net.User(services=dict.fromkeys(places, greeting))
+    user = await to_thread.run_sync(lambda: net.User(services=dict.fromkeys(places, greeting)))
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(watch)
             await anyio.lowlevel.checkpoint()
             await user.open(plane, print)
+            await user.close()
             await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
         assert worst_s < WANTED_S
