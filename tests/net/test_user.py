@@ -749,7 +749,7 @@ async def test_many_services_are_opened_and_closed_turn_by_turn() -> None:
             worst_s, last_s = max(worst_s, now_s - last_s), now_s
 
     plane = Plane(current_loop())
-    places = [(f"10.0.2.{100 + number % 100}", 1 + number // 100) for number in range(1000)]
+    places = [(f"10.0.2.{100 + number % 100}", 1 + number // 100) for number in range(500)]
     user = await to_thread.run_sync(lambda: net.User(services=dict.fromkeys(places, greeting)))
     try:
         async with anyio.create_task_group() as group:
