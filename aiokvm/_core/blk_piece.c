@@ -127,6 +127,8 @@ void blk_finish(struct blk_request *request, uint8_t status)
         *request->status = status;
         aiokvm_vring_push(queue->vring, request->chain, request->written + 1);
         queue->dirty = true;
+        blk->ended.count++;
+        blk->ended.some_small |= status != VIRTIO_BLK_S_OK || request->total < BLK_LARGE_BYTES;
     }
     bounce_put(request);
     blk_release(request);

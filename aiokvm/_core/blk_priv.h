@@ -24,6 +24,10 @@
 #define SECTOR_BYTES 512
 /* The same where memory is copied. */
 #define BLK_BOUNCE_BYTES (64 << 10)
+/* A request that takes so long that the guest is not waiting for it alone. */
+#define BLK_LARGE_BYTES (256 << 10)
+/* For so long at most it is not told of one that has ended. */
+#define BLK_HOLD_NS 4000000
 #define BLK_IOV_MAX 1024 /* the kernel's UIO_MAXIOV */
 #define BLK_EVENTS 64
 /* EAGAIN or EINTR so often in a row is an error. */
@@ -108,6 +112,13 @@ struct blk_engine_type {
 struct blk_engine *blk_uring_new(struct aiokvm_blk *blk, int *error);
 struct blk_engine *blk_pool_new(struct aiokvm_blk *blk, int *error);
 
+/* Requests that have ended and of which the driver has not been told. */
+struct blk_ended {
+    uint32_t count;
+    bool some_small;
+    uint64_t since_ns; /* 0: not looked at yet */
+};
+
 /* The states of blk.h, below a count. */
 enum { BLK_WANT_IDLE, BLK_WANT_RUNNING, BLK_WANT_EXIT, BLK_WANT_MASK = 3 };
 
@@ -145,6 +156,7 @@ struct aiokvm_blk {
     /* The thread's. */
     uint64_t in_flight;
     bool running, stopping;
+    struct blk_ended ended;
     struct aiokvm_pace pace;
     int32_t stop_queue; /* which one, or -1: all */
     bool sync_failed; /* the kernel tells once, and may have dropped the data: no later flush can succeed */
@@ -169,6 +181,8 @@ static inline void blk_count(_Atomic uint64_t *counter, uint64_t n)
 void aiokvm_blk_done(struct aiokvm_blk *blk, struct blk_op *op);
 void blk_tell(struct aiokvm_blk *blk, const struct aiokvm_blk_event *event);
 void blk_release(struct blk_request *request);
+/* For how long the driver need not be told yet; 0: now. */
+uint64_t blk_hold_ns(struct blk_ended *ended, uint64_t in_flight);
 
 /* blk_request.c */
 

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -25,6 +26,18 @@ int __wrap_fdatasync(int fd)
     atomic_fetch_add(&fdatasync_calls, 1);
     errno = atomic_exchange(&fdatasync_error, 0);
     return errno ? -1 : __real_fdatasync(fd);
+}
+
+sem_t *_Atomic write_permits;
+ssize_t __real_pwritev64v2(int fd, const struct iovec *iov, int count, off_t offset, int flags);
+ssize_t __wrap_pwritev64v2(int fd, const struct iovec *iov, int count, off_t offset, int flags);
+
+ssize_t __wrap_pwritev64v2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
+{
+    sem_t *permits = atomic_load(&write_permits);
+    if (permits)
+        CHECK_EQ(sem_wait(permits), 0);
+    return __real_pwritev64v2(fd, iov, count, offset, flags);
 }
 
 void disk_attach(struct disk *disk, uint32_t index)

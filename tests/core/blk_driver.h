@@ -4,6 +4,7 @@
 
 #include <linux/virtio_blk.h>
 #include <linux/virtio_ring.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -49,6 +50,9 @@ struct used {
 
 /* The next call fails so; how many there were. */
 extern _Atomic int fdatasync_error, fdatasync_calls;
+
+/* While write_permits is set each write of the pool of threads takes one first. */
+extern sem_t *_Atomic write_permits;
 
 /* Why io_uring cannot be had, NULL if it can. */
 const char *uring_refused(void);

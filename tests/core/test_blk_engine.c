@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "blk_driver.h"
+#include "blk_priv.h"
 #include "check.h"
 
 enum { MIB = 1 << 20 };
@@ -115,4 +116,49 @@ EACH_ENGINE(the_thread_lets_vcpus_go_on_while_that_makes_batches)
         batch(&disk, 1);
     }
     disk_close(&disk);
+}
+
+TEST(the_driver_is_told_of_large_requests_together)
+{
+    struct blk_ended ended = { .count = 1 };
+    CHECK_EQ(blk_hold_ns(&ended, 2), BLK_HOLD_NS);
+    CHECK(ended.since_ns);
+    ended.count = 3;
+    /* Others have to keep the storage busy, and the wait has an end. */
+    CHECK_EQ(blk_hold_ns(&ended, 5), 0);
+    ended.since_ns = 1;
+    CHECK_EQ(blk_hold_ns(&ended, 6), 0);
+}
+
+TEST(the_driver_is_told_at_once_of_small_requests_and_of_nothing)
+{
+    struct blk_ended ended = { .count = 1, .some_small = true }, none = { 0 };
+    CHECK_EQ(blk_hold_ns(&ended, 1000), 0);
+    CHECK_EQ(blk_hold_ns(&none, 1000), 0);
+}
+
+TEST(a_large_request_that_has_ended_does_not_wait_for_one_that_takes_long)
+{
+    enum { REQUESTS = 6 };
+    sem_t permits;
+    CHECK_EQ(sem_init(&permits, 0, 0), 0);
+    atomic_store(&write_permits, &permits);
+    struct disk disk;
+    disk_open_with(&disk, (struct aiokvm_blk_config){ .engine = AIOKVM_BLK_THREADS, .threads = REQUESTS }, 4 * MIB);
+    header(&disk, DATA - 4096, VIRTIO_BLK_T_OUT, 0);
+    for (uint32_t i = 0; i < REQUESTS; i++) {
+        struct part parts[] = { { DATA - 4096, 16, false }, { DATA, BLK_LARGE_BYTES, false }, { DATA - 1, 1, true } };
+        put(&disk, 0, parts, LENGTH(parts));
+    }
+    kick(&disk, 0);
+    struct aiokvm_blk_stats stats;
+    for (uint32_t left = REQUESTS; left-- > 0;) {
+        CHECK_EQ(sem_post(&permits), 0);
+        wait_used(&disk, 0);
+        CHECK_SOON((aiokvm_blk_stats(disk.blk, &stats), stats.in_flight == left));
+    }
+    CHECK_EQ(stats.writes, REQUESTS);
+    disk_close(&disk);
+    atomic_store(&write_permits, NULL);
+    sem_destroy(&permits);
 }
