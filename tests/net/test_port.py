@@ -13,6 +13,7 @@ from aiokvm import ConfigError
 from aiokvm.errors import StateError
 from aiokvm.net import Batch, Frame, Limit, Port
 from aiokvm.net.port import VIRTIO_NET_HDR_GSO_TCPV4
+from tests.turns import counted_turns
 
 pytestmark = pytest.mark.anyio
 Linked = Any
@@ -324,21 +325,10 @@ async def test_large_frames_are_taken_in_batches_of_bounded_size(linked: Linked)
 async def test_a_call_of_many_frames_lets_the_loop_go_on(linked: Linked) -> None:
     one, other = Port(), Port(on_full="drop")
     sent = await anyio.to_thread.run_sync(lambda: frames(100_000))
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            await anyio.lowlevel.checkpoint()
-            turns += 1
-
-    async with linked(one, other), anyio.create_task_group() as group:
-        group.start_soon(count)
-        await anyio.lowlevel.checkpoint()
+    async with linked(one, other), counted_turns() as turns:
         await one.send(sent)
-        group.cancel_scope.cancel()
+        assert turns.count > 1
     assert one.stats().sent_frames == 100_000
-    assert turns > 1
 
 
 async def test_frames_are_looked_at_when_it_is_their_turn(linked: Linked) -> None:
@@ -375,24 +365,13 @@ async def test_what_is_sent_at_once_is_bounded_by_time(linked: Linked) -> None:
 async def test_a_port_with_much_in_it_lets_the_loop_go_on_while_it_closes(linked: Linked) -> None:
     one, other = Port(bytes=64 << 20), Port(bytes=64 << 20, offload=True)
     sent = await anyio.to_thread.run_sync(lambda: frames(500, 60000))
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            await anyio.lowlevel.checkpoint()
-            turns += 1
-
-    async with linked(one, other), anyio.create_task_group() as group:
+    async with linked(one, other):
         await one.send(sent)
         while other.take_nowait(256):
             await anyio.lowlevel.checkpoint()
-        group.start_soon(count)
-        await anyio.lowlevel.checkpoint()
-        turns = 0
-        await other.close()
-        assert turns > 2
-        group.cancel_scope.cancel()
+        async with counted_turns() as turns:
+            await other.close()
+            assert turns.count > 2
 
 
 async def test_a_rate_limit_holds_frames_back(linked: Linked) -> None:

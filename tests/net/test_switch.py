@@ -21,6 +21,7 @@ from aiokvm.machine.events import EventHub
 from aiokvm.machine.log import machine_logger
 from aiokvm.machine.nets import Nets
 from aiokvm.net import NetBackend, Port, Switch, SwitchPort
+from tests.turns import counted_turns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -286,25 +287,15 @@ class TestSwitch:
             group.cancel_scope.cancel()
 
     async def test_many_ports_are_closed_turn_by_turn(self) -> None:
-        turns = 0
-
-        async def count() -> None:
-            nonlocal turns
-            while True:
-                await anyio.lowlevel.checkpoint()
-                turns += 1
-
-        async with anyio.create_task_group() as group:
-            async with Switch() as switch:
-                for _ in range(300):
-                    await switch.connect(Port())
-                    await anyio.lowlevel.checkpoint()
-                group.start_soon(count)
-                await anyio.lowlevel.checkpoint()
-                turns = 0
+        switch = Switch()
+        await switch.open()
+        for _ in range(300):
+            await switch.connect(Port())
+            await anyio.lowlevel.checkpoint()
+        async with counted_turns() as turns:
+            await switch.close()
             # One takes some 150 us.
-            assert turns > 10
-            group.cancel_scope.cancel()
+            assert turns.count > 10
 
     async def test_ports_that_are_flooded_leave_what_others_need(self) -> None:
         async def waiting() -> Limit:
