@@ -202,3 +202,13 @@ def test_every_demand_of_virtio_md_names_a_test() -> None:
     for line in (DOCS / "virtio.md").read_text().splitlines():
         if line.startswith("|") and re.search(r"\bMUST\b", line):
             assert "`tests/" in line, line
+
+
+def test_the_loggers_are_those_that_are_told() -> None:
+    section = (DOCS / "observability.md").read_text().partition("\n## Logging")[2].partition("```")[0]
+    there = {
+        name
+        for path in (ROOT / "aiokvm").rglob("*.py")
+        for name in re.findall(r'get_logger\("([\w.]+)"\)', path.read_text())
+    }
+    assert set(re.findall(r"`(aiokvm\.\w+)`", section)) == there

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -32,15 +33,14 @@ class _Group(click.Group):
                 super().main(*args, **kwargs)
             finally:
                 # Not left to the interpreter, which would show a traceback.
-                sys.stdout.flush()
+                if sys.stdout:  # None if it was closed when this process was started
+                    sys.stdout.flush()
         except BrokenPipeError:
             status = common.STATUS_BROKEN_PIPE
         except (AiokvmError, OSError) as error:
             with suppress(OSError):
-                where = (
-                    "" if isinstance(error, AiokvmError) or error.filename else "cannot write the output: "
-                )
-                common.say(where + common.describe(error))
+                is_output = not (isinstance(error, AiokvmError) or error.filename or error.errno == ENOENT)
+                common.say(("cannot write the output: " if is_output else "") + common.describe(error))
             status = common.STATUS_FAILED
         _drop_output()
         sys.exit(status)
@@ -89,7 +89,8 @@ def _fit_for_a_terminal() -> Iterator[None]:
 
 def _drop_output() -> None:
     """Have the interpreter write what is left of the output to nowhere."""
-    with suppress(OSError, ValueError):  # standard output of a test has no descriptor
+    # Standard output of a test has no descriptor, and there may be none at all.
+    with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ def execute(work: Callable[[Interrupts], Awaitable[int]]) -> int:
 def describe(error: Exception) -> str:
     """Return an error's message for people."""
     if isinstance(error, OSError) and not isinstance(error, AiokvmError):
+        if error.errno == ENOENT and not error.filename:
+            return "the current directory does not exist any more"
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return str(error)
 

@@ -68,9 +68,8 @@ async def emulate(
 def died(how: str, folder: Path) -> LabError:
     """Return the error of a machine that ended too early, with the last that it said in ``folder``."""
     lines = [*_read(folder / _STDERR).splitlines(), *_read(folder / CONSOLE).splitlines()]
-    return LabError(
-        f"the lab's machine {how} before the command had ended; its last words:", *lines[-_LINES:]
-    )
+    told = "its last words:" if lines else "it has said nothing"
+    return LabError(f"the lab's machine {how} before the command had ended; {told}", *lines[-_LINES:])
 
 
 def _read(path: Path) -> str:

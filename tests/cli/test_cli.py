@@ -112,3 +112,21 @@ def test_ctrl_c_ends_as_by_sigint(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             assert process.communicate(timeout=60) == (b"", b"")
         assert process.returncode == 130
+
+
+def test_output_may_be_closed(tmp_path: Path) -> None:
+    script = 'exec "$@" >&-'
+    argv = ["sh", "-c", script, "sh", sys.executable, "-P", "-m", "aiokvm", "images", "list"]
+    done = subprocess.run(
+        argv, stderr=subprocess.PIPE, env=os.environ | {"AIOKVM_CACHE": str(tmp_path)}, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("command", [["run", "--disk", "x"], ["lab", "--", "true"]], ids=" ".join)
+def test_a_current_directory_that_is_gone_is_told(command: list[str], tmp_path: Path) -> None:
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    argv = ["sh", "-c", script, "sh", sys.executable, "-P", "-m", "aiokvm", *command]
+    done = subprocess.run(argv, capture_output=True, cwd=tmp_path, check=False)
+    assert done.returncode == 125
+    assert done.stderr == b"aiokvm: the current directory does not exist any more\n"
