@@ -118,7 +118,8 @@ class Hardware:
         with kvm.System() as system, _create_vm(system, self._config, None) as vm:
             # First, for a timer that still runs interrupts.
             self.vm.set_pit2(vm.get_pit2())
-            for chip in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
+            # The slave first: the master takes what that has pending.
+            for chip in (KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_IOAPIC):
                 self.vm.set_irqchip(chip, vm.get_irqchip(chip))
             msrs: tuple[int, ...] = ()
             fresh = _create_vcpus(system, vm, self._config)
