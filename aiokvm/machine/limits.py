@@ -94,6 +94,9 @@ def host_limits(cpus: int = 1) -> tuple[Limit, ...]:
     Devices with an interrupt or a doorbell, and shared memory, take a descriptor each beyond that; a network
     adapter takes some ten, and on a thread of its own a thread and two mappings. Limits that are not set, or
     do not bind this process, are left out. Raises ConfigError for machines without a vCPU.
+
+    Reading /proc takes milliseconds, more where many processes run: on a loop that others wait for, call it
+    in a thread.
     """
     if cpus < 1:
         raise ConfigError(f"machines of {cpus} vCPUs: give at least one")
