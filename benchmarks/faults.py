@@ -6,6 +6,9 @@ the pages below, which nobody has touched, are also compared by themselves. Wher
 of it runs in the lab. The other ways to back a guest's RAM are compared, too, each by itself, as what one
 leaves of the host's memory is what the next one finds.
 
+What one monitor leaves of the host's memory the other finds. With --settled each runs twice in a row, and the
+second time counts, for which it finds what it has left itself.
+
 With --count the lab's TSC counts the instructions that its CPU has executed: the host's kernel's, the guest's
 and those of whatever else ran. That is the same each time, however busy the machine is.
 """
@@ -33,6 +36,8 @@ from bench import pairs
 from bench.guest import has_hardware, in_the_lab
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from bench.pairs import Measure, Measured
 
 RESULTS = Path(__file__).with_name("results")
@@ -127,6 +132,16 @@ def qemu(kernel: Path, memory_mib: int) -> Measure:
     return measure
 
 
+def settled(measure: Measure) -> Measure:
+    """The second of two times in a row."""
+
+    async def second() -> Mapping[str, float]:
+        await measure()
+        return await measure()
+
+    return second
+
+
 def write(path: Path) -> Path:
     path.write_bytes(HEADER + CODE)
     return path
@@ -138,7 +153,7 @@ def write_counting(path: Path) -> Path:
     return path
 
 
-async def measure(count: int, memory_mib: int) -> dict[str, Measured]:
+async def measure(count: int, memory_mib: int, settle: bool) -> dict[str, Measured]:
     """By way, what it and QEMU took, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         kernel = write(Path(folder, "kernel"))
@@ -148,12 +163,13 @@ async def measure(count: int, memory_mib: int) -> dict[str, Measured]:
                 ways["reserved huge pages"] = ours(kernel, memory_mib, hugepages="2M")
         except ConfigError:
             pass  # the host has reserved none
+        peer = qemu(kernel, memory_mib)
+        if settle:
+            ways = {name: settled(way) for name, way in ways.items()}
+            peer = settled(peer)
         # A lab's own memory is not there before it is first used, and QEMU's files have to be read.
-        await pairs.alternate({"aiokvm": ways["aiokvm"], "QEMU": qemu(kernel, memory_mib)}, 1)
-        return {
-            name: await pairs.alternate({name: way, "QEMU": qemu(kernel, memory_mib)}, count)
-            for name, way in ways.items()
-        }
+        await pairs.alternate({"aiokvm": ways["aiokvm"], "QEMU": peer}, 1)
+        return {name: await pairs.alternate({name: way, "QEMU": peer}, count) for name, way in ways.items()}
 
 
 def show(measured: dict[str, Measured], count: int, memory_mib: int) -> None:
@@ -188,8 +204,10 @@ async def main(arguments: argparse.Namespace) -> int:
             if arguments.count:
                 os.environ["AIOKVM_QEMU"] = str(write_counting(Path(folder, "qemu")))
             options = ["--pairs", str(arguments.pairs), "--memory", str(arguments.memory)]
+            if arguments.settled:
+                options.append("--settled")
             return await in_the_lab(__file__, results, options, LAB_BYTES)
-    measured = await measure(arguments.pairs, arguments.memory)
+    measured = await measure(arguments.pairs, arguments.memory, arguments.settled)
     show(measured, arguments.pairs, arguments.memory)
     (results / "faults.json").write_text(json.dumps(measured, indent=1))
     return 0
@@ -199,6 +217,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=pairs.PAIRS)
     parser.add_argument("--memory", type=int, default=MEMORY_MIB, help="the guest's RAM in MiB, from 64 on")
+    parser.add_argument("--settled", action="store_true", help="each twice in a row, the second time counts")
     parser.add_argument("--here", action="store_true", help="not in the lab")
     parser.add_argument("--count", action="store_true", help="instructions, in the lab, instead of time")
     parser.add_argument("--results", type=Path, default=RESULTS)
