@@ -68,6 +68,8 @@ def fresh_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--holdups", metavar="FILE", help="write what the worst step of each test took")
+    slower = "steps may take so many times as long as on a CPU that is not emulated"
+    parser.addoption("--slower", type=float, default=1.0, metavar="TIMES", help=slower)
 
 
 class Passed:

@@ -64,7 +64,8 @@ def own_garbage() -> Iterator[None]:
 def measured(request: pytest.FixtureRequest) -> Iterator[StepMeter]:
     """What the steps of this test take; it fails past the limit."""
     file = request.config.getoption("--holdups")
-    with own_garbage(), StepMeter(WANTED_S if file else LIMIT_S) as meter:
+    limit_s = LIMIT_S * request.config.getoption("--slower")
+    with own_garbage(), StepMeter(WANTED_S if file else limit_s) as meter:
         yield meter
     if meter.worst is None or request.node.get_closest_marker("computes"):
         return
@@ -72,7 +73,7 @@ def measured(request: pytest.FixtureRequest) -> Iterator[StepMeter]:
         worst = {"seconds": meter.worst.cpu_seconds, "where": where(meter.worst.stack)}
         with Path(file).open("a") as lines:
             lines.write(json.dumps({"test": request.node.nodeid, **worst}) + "\n")
-    if meter.worst.cpu_seconds >= LIMIT_S:
+    if meter.worst.cpu_seconds >= limit_s:
         pytest.fail(
             f"{meter.worst.task or 'a callback'} held the loop for {meter.worst.cpu_seconds * 1e3:.1f} ms "
             f"of CPU time; half way it was here:\n{meter.worst.stack}",

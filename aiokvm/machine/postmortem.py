@@ -46,7 +46,8 @@ def describe(what: str, vcpu: kvm.Vcpu, memory: GuestMemory) -> str:
     if (regs.rip, sregs.cs.selector, sregs.cr0 & CR0_PE) == (_RESET_IP, _RESET_CS, 0):
         # AMD-V leaves the state of a shutdown undefined, and KVM initializes the vCPU.
         parts.append("these are of a processor that was reset: this host does not tell those of before")
-    parts.append(f"code: {_code(vcpu, memory, sregs.cs.base + regs.rip)}")
+    else:
+        parts.append(f"code: {_code(vcpu, memory, sregs.cs.base + regs.rip)}")
     return "; ".join(parts)
 
 

@@ -170,8 +170,12 @@ async def test_a_triple_fault_is_a_reset_with_registers(
         exit_ = await vm.wait()
     assert exit_.reason is ExitReason.RESET
     assert exit_.code is None
-    assert exit_.detail.startswith("vCPU 0: triple fault; rip=0x1000 ")
-    assert "code: 0f 0b" in exit_.detail
+    if "; these are of a processor that was reset: " in exit_.detail:
+        # With AMD-V KVM cannot tell those of before.
+        assert exit_.detail.startswith("vCPU 0: triple fault; rip=0xfff0 ")
+    else:
+        assert exit_.detail.startswith("vCPU 0: triple fault; rip=0x1000 ")
+        assert "code: 0f 0b" in exit_.detail
     assert [record.getMessage() for record in caplog.records] == [f"sad: {exit_.detail}"]
 
 

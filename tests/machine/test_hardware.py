@@ -82,7 +82,7 @@ async def test_the_guest_reaches_all_of_five_gibibytes(guest: Guest) -> None:
         "e7 f4"  # out 0xf4, eax
         "f4"  # hlt
     )
-    async with guest(code, mode="long", memory="5G", start=False) as vm:
+    async with guest(code, mode="long", memory="5G", overcommit=True, start=False) as vm:
         memory = vm.memory
         # The loader maps 4 GiB; two more, in pages of 2 MiB.
         directories = 0x10000

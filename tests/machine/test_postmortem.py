@@ -67,7 +67,9 @@ def test_registers_that_are_not_of_before_are_told_as_such(hardware: Hardware) -
     sregs = vcpu.get_sregs()
     vcpu.set_sregs(replace(sregs, cs=replace(sregs.cs, base=0xFFFF_0000, selector=0xF000)))
     go(hardware, 0xFFF0)
-    assert "; these are of a processor that was reset: " in describe("", vcpu, hardware.memory)
+    told = describe("", vcpu, hardware.memory)
+    assert "; these are of a processor that was reset: " in told
+    assert "code: " not in told
 
 
 def test_a_vcpu_without_registers_is_described_all_the_same(hardware: Hardware) -> None:
