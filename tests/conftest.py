@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +98,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Passed(Path(file)))
     # Programs that tests start are to import what is installed, not the source tree that they stand in.
     os.environ["PYTHONSAFEPATH"] = "1"
+    # A shell that starts pytest in the background has it ignored, and so would programs that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # How long an example takes says more about the machine that runs it than about the code.
     hypothesis.settings.register_profile("aiokvm", deadline=None)
     hypothesis.settings.load_profile("aiokvm")
