@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 WATCH = b"""sh -c 'trap "stty size" WINCH; stty size; echo watch"ing"; while :; do sleep 0.1; done'\n"""
 
 
+class SilentError(AssertionError):
+    """What was expected has not come in time."""
+
+
 class Terminal:
     """The other side of a terminal, 24 rows high and 80 columns wide at first, on which the command runs."""
 
@@ -58,7 +62,8 @@ class Terminal:
         """Wait until something is shown, and return what was up to its end."""
         deadline = time.monotonic() + timeout
         while wanted not in self._seen:
-            assert select([self.fd], [], [], max(0, deadline - time.monotonic()))[0], self._seen
+            if not select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise SilentError(f"no {wanted!r}, but {self._seen!r}")
             self._seen += os.read(self.fd, 4096)
         before, found, self._seen = self._seen.partition(wanted)
         return before + found
