@@ -313,7 +313,7 @@ def test_lab_carries_input_output_status_and_report(aiokvm: Aiokvm, options: tup
 
 @pytest.mark.lab
 def test_lab_carries_the_terminal_s_size_to_the_guest() -> None:
-    # In a lab that has just been started one run of ten stands still, for a minute or for many: docs/hosts.md.
+    # In a lab that has just been started one run of ten stands still: docs/hosts.md.
     for last in (False, False, True):
         with Terminal("run", "--lab", "always") as there:
             try:
