@@ -364,14 +364,15 @@ async def test_what_is_sent_at_once_is_bounded_by_time(linked: Linked) -> None:
 
 async def test_a_port_with_much_in_it_lets_the_loop_go_on_while_it_closes(linked: Linked) -> None:
     one, other = Port(bytes=64 << 20), Port(bytes=64 << 20, offload=True)
-    sent = await anyio.to_thread.run_sync(lambda: frames(500, 60000))
+    sent = await anyio.to_thread.run_sync(lambda: frames(1000, 60000))
     async with linked(one, other):
         await one.send(sent)
         while other.take_nowait(256):
             await anyio.lowlevel.checkpoint()
         async with counted_turns() as turns:
             await other.close()
-            assert turns.count > 2
+            # Two on a fast machine; one, if all went at once.
+            assert turns.count >= 2
 
 
 async def test_a_rate_limit_holds_frames_back(linked: Linked) -> None:
