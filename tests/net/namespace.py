@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+import pytest
 from anyio import to_thread
 
 from aiokvm.net import Tap
@@ -52,6 +53,11 @@ def why_not(*commands: str) -> str:
     if subprocess.run(("unshare", "-rn", "true"), capture_output=True, check=False).returncode:
         return "no network namespace may be made"
     return ""
+
+
+def needs(*commands: str) -> pytest.MarkDecorator:
+    reason = why_not(*commands)
+    return pytest.mark.skipif(bool(reason), reason=reason)
 
 
 class Namespace:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from aiokvm._core import ffi, lib
 from aiokvm.budget import DESCRIPTORS, Share
 from aiokvm.net import dns
 from aiokvm.net.dns import Resolver, nameservers
@@ -21,7 +20,8 @@ from aiokvm.net.service import Connection
 
 sys.path.append(str(Path(__file__).parents[2]))  # behind what is installed
 
-from tests.net.namespace import why_not
+from tests.net.namespace import needs
+from tests.net.nat import in_use, needs_slirp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,13 +136,6 @@ async def test_a_question_by_tcp_goes_to_the_first_that_takes_it(
         connection.close()
 
 
-def in_use() -> int:
-    """How many descriptors of the process's budget guests have."""
-    state = ffi.new("struct aiokvm_budget_state *")
-    lib.aiokvm_budget_state(lib.aiokvm_budget_of_process(DESCRIPTORS), state)
-    return int(state.used)
-
-
 @pytest.mark.anyio
 async def test_a_question_by_tcp_has_a_descriptor_of_the_guest_s_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,7 +219,7 @@ print("done")
 """
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@needs()
 def test_a_nameserver_of_one_link_is_asked_if_its_scope_is_told(tmp_path: Path) -> None:
     """Without the scope it cannot be reached, and the next is asked at once."""
     prepare = 'ip link set lo up; ip -6 addr add fe80::53/64 dev lo nodad; exec "$@"'
@@ -239,3 +232,46 @@ def test_a_nameserver_of_one_link_is_asked_if_its_scope_is_told(tmp_path: Path) 
         check=False,
     )
     assert done.stdout == "done\n", done.stderr
+
+
+# In a network and mount namespace of its own: asks a nameserver that only it knows.
+RESOLVER = """
+import pathlib, socket, sys, threading
+sys.path.append(sys.argv[2])
+import anyio
+from aiokvm import net
+from tests.net.nat import guest_of
+
+def answer():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 53))
+        ready.set()
+        query, asker = server.recvfrom(512)
+        # The question again, and a record of type A: RFC 1035, section 4.
+        end = query.index(b"\\0", 12) + 5
+        head = query[:2] + bytes.fromhex("8180 0001 0001 0000 0000")
+        server.sendto(head + query[12:end] + bytes.fromhex("c00c 0001 0001 0000003c 0004 c6336407"), asker)
+
+async def main():
+    async with guest_of(net.User(), pathlib.Path(sys.argv[1])) as guest:
+        print(await guest.run("dig", "+short", "@10.0.2.3", "some.example"), end="")
+
+ready = threading.Event()
+threading.Thread(target=answer, daemon=True).start()
+ready.wait()
+anyio.run(main)
+"""
+
+
+@needs_slirp
+@needs("dig")
+def test_names_by_the_nameserver_of_the_host(tmp_path: Path) -> None:
+    resolv = tmp_path / "resolv.conf"
+    resolv.write_text("nameserver 127.0.0.1\n")
+    prepare = f"ip link set lo up; mount --bind {resolv} /etc/resolv.conf; "
+    argv = ("unshare", "-rnm", "sh", "-ec", prepare + 'exec "$@"', "sh", sys.executable, "-c", RESOLVER)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        (*argv, tmp_path, root), capture_output=True, text=True, timeout=LIMIT_S * 3, check=False
+    )
+    assert done.stdout == "198.51.100.7\n", done.stderr

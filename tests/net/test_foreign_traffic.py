@@ -19,15 +19,15 @@ from aiokvm import net
 
 sys.path.append(str(Path(__file__).parents[2]))  # behind what is installed
 
-from tests.net.test_user import PAGE, application, guest_of, needs, pytestmark
+from tests.net.namespace import needs
+from tests.net.nat import PAGE, application, guest_of, needs_slirp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.net.namespace import Namespace
 
-__all__ = ["pytestmark"]
-
+pytestmark = needs_slirp
 GATEWAY = "10.0.2.2"
 # Scapy's `fuzz` fills the fields that nobody sets with what is random, lengths and checksums among them.
 NOISE = """
