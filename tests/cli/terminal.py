@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 WATCH = b"""sh -c 'trap "stty size" WINCH; stty size; echo watch"ing"; while :; do sleep 0.1; done'\n"""
 
 
-class SilentError(AssertionError):
-    """What was expected has not come in time."""
-
-
 class Terminal:
     """The other side of a terminal, 24 rows high and 80 columns wide at first, on which the command runs."""
 
@@ -63,7 +59,7 @@ class Terminal:
         deadline = time.monotonic() + timeout
         while wanted not in self._seen:
             if not select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]:
-                raise SilentError(f"no {wanted!r}, but {self._seen!r}")
+                raise AssertionError(f"no {wanted!r}, but {self._seen!r}")
             self._seen += os.read(self.fd, 4096)
         before, found, self._seen = self._seen.partition(wanted)
         return before + found

@@ -75,6 +75,18 @@ async def test_command_runs_in_a_machine_with_kvm(tmp_path: Path) -> None:
 
 @pytest.mark.lab
 @no_lab
+async def test_kvm_is_loaded_when_the_frequency_of_the_tsc_is_known() -> None:
+    got = bytearray()
+    config = lab.LabConfig(memory_bytes=1 << 30, timeout=180)
+    # The kernel measures it in its second second.
+    status = await lab.run(["sh", "-c", "sleep 2; dmesg"], config, output=got.extend)
+    assert status == 0
+    measured, loaded = got.rfind(b"Switched to clocksource"), got.find(b"Nested Virtualization")
+    assert 0 < measured < loaded
+
+
+@pytest.mark.lab
+@no_lab
 async def test_cancelling_ends_the_machine() -> None:
     with anyio.fail_after(180), anyio.CancelScope() as scope:
 
