@@ -47,8 +47,9 @@ from aiokvm.machine.events import (
     WasReset,
 )
 from aiokvm.machine.irq import Irq
+from aiokvm.machine.life import VmState
 from aiokvm.machine.vcpu import VcpuState, VirtualCpu
-from aiokvm.machine.vm import VM, VmState
+from aiokvm.machine.vm import VM
 from aiokvm.memory import GuestMemory, RamRegion
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ _NAMES: dict[str, Any] = {
 }
 _CLASSES = {
     *("BlockBackend", "CpuState", "Disk", "Hook", "Limit", "NetBackend", "Nic", "Pcap", "Rule", "VM"),
-    "VirtioDevice",
+    *("Attachment", "VirtioDevice"),
 }
 # How what is to be passed is called, by the name of its class, where that alone says too little.
 _WORDS = {

@@ -36,7 +36,6 @@ MADE = {
 }
 # Called by aiokvm alone, some of them as methods that a program has written.
 CALLED = {
-    *("VM.on_exit", "VM.on_failed", "VM.on_parked", "VM.on_stopped", "VM.on_unclaimed"),
     *("SerialConsole.close", "SerialConsole.on_transmit"),
     *("ConsoleStream.close", "ConsoleStream.on_guest_open", "ConsoleStream.on_transmit"),
     *("Device.read", "Device.write"),

@@ -68,7 +68,7 @@ class Device:
     (Where KVM emulates ``rep outs`` it makes single writes of it; posted, they are a run again.)
 
     When the machine ends, handlers and tasks that have not ended are cancelled, and waited for up to
-    `aiokvm.machine.vm.DEVICES_SECONDS`. A handler must not wait for its own machine's pause or reset: these
+    `aiokvm.machine.life.DEVICES_SECONDS`. A handler must not wait for its own machine's pause or reset: these
     wait for it.
     """
 

@@ -68,7 +68,7 @@ def msrs_of(vm: VM) -> list[int]:
     found = []
     for msr in sorted({*listed, *(msr for part in RANGES for msr in part)} - OF_TIME):
         try:
-            vm._hardware.vcpus[0].get_msrs([msr])
+            vm._life.hardware.vcpus[0].get_msrs([msr])
         except KvmError:
             continue
         found.append(msr)
@@ -77,7 +77,7 @@ def msrs_of(vm: VM) -> list[int]:
 
 def state(vm: VM, msrs: list[int]) -> dict[str, Any]:
     """All that KVM tells of a machine, but what counts time."""
-    hardware = vm._hardware
+    hardware = vm._life.hardware
     found: dict[str, Any] = {}
     for vcpu in hardware.vcpus:
         prefix = f"vCPU {vcpu.id} " if vcpu.id else ""
@@ -92,7 +92,7 @@ def state(vm: VM, msrs: list[int]) -> dict[str, Any]:
 
 
 def has_xsave(vm: VM) -> bool:
-    leaf = next(entry for entry in vm._hardware.vcpus[0].get_cpuid2() if entry.function == 1)
+    leaf = next(entry for entry in vm._life.hardware.vcpus[0].get_cpuid2() if entry.function == 1)
     return bool(leaf.ecx >> 26 & 1)
 
 
@@ -122,7 +122,7 @@ async def test_a_machine_that_was_reset_is_as_a_new_one(cpus: int, image: Path) 
         async with await VM.create(boot=flat, memory="64M", cpus=cpus, devices=[told.at(pio=0xF1)]) as vm:
             msrs = msrs_of(vm)
             fresh = state(vm, msrs)
-            clock = vm._hardware.vm.get_clock().clock
+            clock = vm._life.hardware.vm.get_clock().clock
             for _ in range(2):
                 told.heard = anyio.Event()
                 if vm.state.value == "created":
@@ -133,7 +133,7 @@ async def test_a_machine_that_was_reset_is_as_a_new_one(cpus: int, image: Path) 
                     await told.heard.wait()
                 assert vm.exit is None
                 await vm.pause()
-                for vcpu in vm._hardware.vcpus if has_xsave(vm) else ():
+                for vcpu in vm._life.hardware.vcpus if has_xsave(vm) else ():
                     # The guest has done so, but QEMU's emulation tells KVM nothing of its XSETBV.
                     vcpu.set_xcrs((Xcr(0, 3),))
                 guests = state(vm, msrs)
@@ -146,4 +146,4 @@ async def test_a_machine_that_was_reset_is_as_a_new_one(cpus: int, image: Path) 
                 assert left == {}
                 assert now.keys() == fresh.keys()
                 # The clock counts time: it began anew, with what making the VM took.
-                assert vm._hardware.vm.get_clock().clock < clock + 60 * 10**9
+                assert vm._life.hardware.vm.get_clock().clock < clock + 60 * 10**9

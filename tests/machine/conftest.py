@@ -143,7 +143,7 @@ class Attach(Protocol):
 @pytest.fixture
 def attach() -> Attach:
     def attach(vm: VM, device: BusDevice, *, pio: int = -1, mmio: int = -1, size: int = 8) -> None:
-        exits = vm._exits
+        exits = vm._life.exits
         if pio >= 0:
             exits.pio.attach(device, pio, size)
         if mmio >= 0:

@@ -43,9 +43,9 @@ class Recording(Device):
 def state(vm: VM) -> tuple[object, ...]:
     """All that attaching changes."""
     return (
-        [str(region) for region in vm._exits.pio],
-        [str(region) for region in vm._exits.mmio],
-        list(vm._attachments),
+        [str(region) for region in vm._life.exits.pio],
+        [str(region) for region in vm._life.exits.mmio],
+        list(vm._life.attachments),
         sorted(os.listdir("/proc/self/fd")),
     )
 

@@ -208,7 +208,7 @@ async def test_exits_that_a_guest_cannot_be_made_to_cause(
     guest: Guest, reason: int, error: int, expected: ExitReason, detail: str
 ) -> None:
     async with guest(HALT, start=False) as vm:
-        vm.on_exit(0, reason, error)
+        vm._life.on_exit(0, reason, error)
         exit_ = await vm.wait()
     assert exit_.reason is expected
     assert exit_.detail.startswith(f"vCPU 0: {detail}")
@@ -224,7 +224,7 @@ async def test_exits_that_a_guest_cannot_be_made_to_cause(
 async def test_what_the_kernels_own_devices_ask_for(guest: Guest, event: int, expected: Exit) -> None:
     async with guest(HALT, start=False) as vm:
         vm.vcpus[0].kvm_vcpu.run_pointer.system_event.type = event
-        vm.on_exit(0, KvmExit.KVM_EXIT_SYSTEM_EVENT, 0)
+        vm._life.on_exit(0, KvmExit.KVM_EXIT_SYSTEM_EVENT, 0)
         assert await vm.wait() == expected
 
 
@@ -240,7 +240,7 @@ async def test_a_crash_that_the_guest_tells(
 ) -> None:
     async with guest(HALT, start=False) as vm:
         vm.vcpus[0].kvm_vcpu.run_pointer.system_event.type = event
-        vm.on_exit(0, KvmExit.KVM_EXIT_SYSTEM_EVENT, 0)
+        vm._life.on_exit(0, KvmExit.KVM_EXIT_SYSTEM_EVENT, 0)
         exit_ = await vm.wait()
     assert exit_.reason is reason
     assert exit_.detail.startswith(detail)

@@ -358,11 +358,11 @@ async def test_devices_come_and_go_while_the_guest_runs(
     async with guest(code) as vm:
         for value in (0x11, 0x22, 0x33):
             device = recorder([value] * 1_000_000)
-            region = vm._exits.pio.attach(device, PIO, 8)
-            vm._exits.publish()
+            region = vm._life.exits.pio.attach(device, PIO, 8)
+            vm._life.exits.publish()
             await until_byte(vm, value)
-            vm._exits.pio.detach(region)
-            vm._exits.publish()
+            vm._life.exits.pio.detach(region)
+            vm._life.exits.publish()
             await until_byte(vm, 0xFF)
         assert device.accesses
 

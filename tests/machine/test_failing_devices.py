@@ -12,7 +12,7 @@ import pytest
 
 from aiokvm import VM, Device, DeviceError, DeviceFailed, ErrorPolicy, Exit, ExitReason, StateError, VmState
 from aiokvm.aio import current_loop
-from aiokvm.machine import vm as machine
+from aiokvm.machine import life
 from aiokvm.machine.events import BACKLOG
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ async def test_a_task_that_swallows_its_cancellation_holds_the_end_up_for_a_boun
     caplog: pytest.LogCaptureFixture,
     kind: type[Stubborn],
 ) -> None:
-    monkeypatch.setattr(machine, "DEVICES_SECONDS", 0.05)
+    monkeypatch.setattr(life, "DEVICES_SECONDS", 0.05)
     device = kind()
     code = program().read(MMIO) if kind is StubbornHandler else program().write(MMIO, 1, 4)
     async with guest(code.halt(), mode="protected", start=False) as vm:
@@ -414,7 +414,7 @@ async def test_a_handler_that_begins_as_the_machine_ends_is_cancelled(
 
     class Late(Device):
         async def read(self, offset: int, size: int) -> int:
-            machine_._end(Exit(ExitReason.KILLED))
+            machine_._life._end(Exit(ExitReason.KILLED))
             try:
                 await anyio.sleep_forever()
             except BaseException as error:

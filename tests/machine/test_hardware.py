@@ -165,7 +165,7 @@ def disturb(hardware: Hardware) -> None:
 @pytest.mark.parametrize("cpus", [1, 3])
 async def test_a_reset_restores_chips_and_vcpus(guest: Guest, cpus: int) -> None:
     async with guest(b"\xeb\xfe", cpus=cpus, start=False) as vm:
-        hardware = vm._hardware
+        hardware = vm._life.hardware
         fresh = await anyio.to_thread.run_sync(state, hardware)
         await vm.start()
         await vm.pause()

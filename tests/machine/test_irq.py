@@ -46,7 +46,7 @@ async def until(true: Callable[[], object]) -> None:
 
 def irr(vm: VM) -> int:
     """Requests of the master PIC."""
-    return int(cast("Any", vm._hardware.vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER)).irr)
+    return int(cast("Any", vm._life.hardware.vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER)).irr)
 
 
 def lapic_irr(vm: VM) -> int:
@@ -84,7 +84,7 @@ async def test_a_level_stays_until_it_is_driven_again(guest: Guest) -> None:
         attachment = vm.attach(device, pio=0x300, irq=20)
 
         def level() -> bool:
-            return bool(cast("Any", vm._hardware.vm.get_irqchip(KVM_IRQCHIP_IOAPIC)).irr & 1 << 20)
+            return bool(cast("Any", vm._life.hardware.vm.get_irqchip(KVM_IRQCHIP_IOAPIC)).irr & 1 << 20)
 
         await vm.pause()
         assert not level()

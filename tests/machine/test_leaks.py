@@ -16,7 +16,7 @@ import pytest
 
 from aiokvm import VM, AiokvmError, ExitReason, VmState, boot, kvm
 from aiokvm._core import lib
-from aiokvm.machine import build, hardware, platform, vcpus
+from aiokvm.machine import build, hardware, life, platform, vcpus
 from aiokvm.machine import vm as machine
 from aiokvm.machine.exits import Exits
 from aiokvm.machine.vcpu import VirtualCpu
@@ -70,8 +70,8 @@ STEPS: list[tuple[Any, str]] = [
     (kvm.Vcpu, "set_lapic"),
     (kvm.Vcpu, "set_regs"),
     (build, "Hardware"),
-    (machine, "Exits"),
-    (machine, "Platform"),
+    (life, "Exits"),
+    (life, "Platform"),
     (vcpus, "VirtualCpu"),
     (platform, "SerialConsole"),
     (platform, "I8042"),
@@ -238,7 +238,7 @@ async def test_memory_that_a_view_holds_is_freed_with_the_view(resources: Callab
 
 async def test_a_thread_that_the_kernel_holds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kick that does nothing stands for a thread that no signal gets out of the kernel."""
-    monkeypatch.setattr(machine, "STUCK_SECONDS", 0.05)
+    monkeypatch.setattr(life, "STUCK_SECONDS", 0.05)
     async with await create(cpus=1) as vm:
         await vm.start()
         with monkeypatch.context() as patch:

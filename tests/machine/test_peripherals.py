@@ -47,7 +47,7 @@ class Driver:
     """A driver of a device of a machine: ``queues`` has its ends of the queues."""
 
     def __init__(self, vm: VM, device_id: int, base: int = 2 * MIB) -> None:
-        [self.device] = [one for one in vm._virtio if one.device.device_id == device_id]
+        [self.device] = [one for one in vm._life.virtio if one.device.device_id == device_id]
         self.registers = self.device.registers
         self.queues: list[SplitDriver] = []
         for status in (0, 1, 3):
@@ -90,7 +90,7 @@ def open_port(driver: Driver, number: int = 1) -> None:
 
 
 def ids(vm: VM) -> list[int]:
-    attachments: list[VirtioAttachment] = list(vm._virtio)
+    attachments: list[VirtioAttachment] = list(vm._life.virtio)
     return [attachment.registers.read(8, 4) for attachment in attachments]
 
 

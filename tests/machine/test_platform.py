@@ -131,7 +131,7 @@ async def test_a_paused_and_a_closed_machine_are_not_interrupted(guest: Guest) -
     async with guest(interrupt_guest(*clock)) as vm:  # type: ignore[arg-type]
         await until(vm, 1)
         await vm.kill()
-        assert vm._platform._timer is None
+        assert vm._life.platform._timer is None
 
 
 async def test_the_power_button_interrupts_the_guest(guest: Guest) -> None:
@@ -142,7 +142,7 @@ async def test_the_power_button_interrupts_the_guest(guest: Guest) -> None:
             vm.power_button()
             await until(vm, count)
             # Its acknowledgement is on its way to the loop.
-            while vm._platform.pm.state().pm1_sts:
+            while vm._life.platform.pm.state().pm1_sts:
                 await anyio.lowlevel.checkpoint()
 
 
@@ -268,7 +268,7 @@ async def test_a_reset_boots_anew_and_ram_beyond_the_image_stays(guest: Guest, p
 
 async def test_a_reset_resets_every_device(guest: Guest) -> None:
     def states(vm: VM) -> list[Any]:
-        platform = vm._platform
+        platform = vm._life.platform
         uarts = [device.state() for device in platform.devices if isinstance(device, Serial)]
         return [uarts, platform.i8042.state(), platform.pm.state()]
 

@@ -11,8 +11,7 @@ import pytest
 
 from aiokvm import VM, ConfigError, Exit, ExitReason, KvmError, StateError, WasReset, boot, kvm
 from aiokvm.logs import BURST
-from aiokvm.machine import build
-from aiokvm.machine import vm as machine
+from aiokvm.machine import build, life
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -103,7 +102,7 @@ async def test_nothing_is_executed_between_a_reset_and_the_new_beginning(
     )
     async with guest(code, on_reset="reboot", start=False) as vm:
         events = vm.events()
-        monkeypatch.setattr(machine, "boot_plan", slow)
+        monkeypatch.setattr(life, "boot_plan", slow)
         await vm.start()
         await asked.wait()
         await vm.pause()

@@ -198,7 +198,7 @@ async def test_a_sink_that_fails_ends_the_trace_and_not_the_machine(
         assert await vm.wait() == Exit(ExitReason.DEBUG_EXIT, code=0)
         with pytest.raises(OSError, match="No space left"):
             await recording.__aexit__(None, None, None)
-        assert vm._exits.tracer is None
+        assert vm._life.exits.tracer is None
     (record,) = caplog.records
     assert (record.name, record.__dict__["machine"]) == ("aiokvm.machine", "full")
     assert "full: the trace ends here" in record.getMessage()

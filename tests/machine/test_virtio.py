@@ -30,7 +30,7 @@ from aiokvm import (
 from aiokvm._core import lib
 from aiokvm.boot.layout import CMDLINE
 from aiokvm.kvm.constants import KVM_IRQCHIP_IOAPIC
-from aiokvm.machine import vm as machine
+from aiokvm.machine import life
 from aiokvm.machine.config import Config
 from aiokvm.machine.virtio import SHARED_BASE, VIRTIO_BASE, VIRTIO_SIZE, Place, described, places
 from aiokvm.virtio import mmio
@@ -141,8 +141,8 @@ async def test_several_queues_of_a_plain_device(guest: Guest) -> None:
 async def test_an_interrupt_reaches_the_io_apic(guest: Guest) -> None:
     program = VirtioProgram().up().notify().await_register(INTERRUPT_STATUS, 1).step()
     async with guest(program.halt(), mode="protected", start=False, virtio=[Counter()]) as vm:
-        [place] = vm._virtio.places
-        kernel, vcpu = vm._hardware.vm, vm._hardware.vcpus[0]
+        [place] = vm._life.virtio.places
+        kernel, vcpu = vm._life.hardware.vm, vm._life.hardware.vcpus[0]
         # Vector 0x30, edge, not masked; and a local APIC that takes it (spurious vector 0xff, enabled).
         ioapic: Any = kernel.get_irqchip(KVM_IRQCHIP_IOAPIC)
         entries = list(ioapic.redirtbl)
@@ -191,7 +191,7 @@ async def test_notifications_that_nobody_waits_for(guest: Guest) -> None:
     program.write(VIRTIO_BASE + mmio.VIRTIO_MMIO_QUEUE_NOTIFY, 0, 2)
     device = Counter()
     async with guest(program.halt(), mode="protected", start=False, virtio=[device]) as vm:
-        [attachment] = vm._virtio
+        [attachment] = vm._life.virtio
         await vm.start()
         await until(lambda: attachment.dropped_notifies == 4)
         assert device.notifications == 0
@@ -202,7 +202,7 @@ async def test_a_million_empty_notifications_are_one(guest: Guest) -> None:
     device = Counter()
     program = VirtioProgram().up().step().notify()
     async with guest(program.halt(), mode="protected", start=False, virtio=[device]) as vm:
-        [attachment] = vm._virtio
+        [attachment] = vm._life.virtio
         rings(vm.memory)
         await vm.start()
         await until(lambda: steps(vm) == 1)
@@ -260,7 +260,7 @@ async def test_a_machine_ends_while_a_reset_waits(guest: Guest) -> None:
 async def test_what_is_never_drained_holds_the_end_up_for_a_bounded_time(
     guest: Guest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr(life, "DRAIN_SECONDS", 0.05)
     device, other = Counter(), Counter()
     drained = anyio.Event()
     device.drain = drained.wait
@@ -278,7 +278,7 @@ async def test_what_is_never_drained_holds_the_end_up_for_a_bounded_time(
 async def test_a_reset_waits_for_what_is_never_drained_for_a_bounded_time(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr(life, "DRAIN_SECONDS", 0.05)
     device, other = Counter(), Counter()
     drained = anyio.Event()
     async with guest(b"\xf4\xeb\xfd", virtio=[other, device]) as vm:
@@ -298,7 +298,7 @@ async def test_a_reset_waits_for_what_is_never_drained_for_a_bounded_time(
 async def test_closing_goes_on_when_a_reset_under_way_gives_up(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr(life, "DRAIN_SECONDS", 0.05)
     device = Counter()
     waited_for = anyio.Event()
 
@@ -418,7 +418,7 @@ async def test_a_machine_reset_resets_its_devices(guest: Guest) -> None:
         await vm.start()
         await until(lambda: steps(vm))
         await vm.pause()
-        [attachment] = vm._virtio
+        [attachment] = vm._life.virtio
         assert attachment.registers.status == 0xF
         vm.memory.write(0xE_0000, bytes(64))
         await vm.reset()
@@ -448,7 +448,7 @@ async def test_a_data_mover_takes_a_queue(guest: Guest) -> None:
     ready = VirtioProgram.RESULTS - 4
     program = VirtioProgram().up().notify().await_word(ready, 1).get(INTERRUPT_STATUS).put(STATUS, 0).step()
     async with guest(program.halt(), mode="protected", start=False, virtio=[device]) as vm:
-        [attachment] = vm._virtio
+        [attachment] = vm._life.virtio
         rings(vm.memory)
         await vm.start()
 
@@ -603,11 +603,11 @@ async def test_attaching_what_cannot_be_changes_nothing(guest: Guest) -> None:
         shared_memory = MappingProxyType({0: 0x1000, 1: 1 << 40})
 
     async with guest(b"\xf4", start=False) as vm:
-        before = sorted(os.listdir("/proc/self/fd")), list(map(str, vm._exits.mmio))
+        before = sorted(os.listdir("/proc/self/fd")), list(map(str, vm._life.exits.mmio))
         for device in Wrong(), TooLarge():
             with pytest.raises(ConfigError):
                 vm.attach_virtio(device)
-        assert (sorted(os.listdir("/proc/self/fd")), list(map(str, vm._exits.mmio))) == before
+        assert (sorted(os.listdir("/proc/self/fd")), list(map(str, vm._life.exits.mmio))) == before
 
 
 @pytest.mark.kvm
