@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections import deque
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from aiokvm.aio.steps import StepMeter
 
 T = TypeVar("T")
+
+# That callbacks which wait together keep the loop: one at least is called.
+SLICE_NS = 300_000
 
 
 class StepInstrument(trio.abc.Instrument):
@@ -89,6 +95,34 @@ class _Watch(_Callback):
             self._fd = None
 
 
+class _Soon:
+    """Callbacks for the loop's next turn. Those of `run_sync_soon` are all called in one step."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._runs = False
+
+    def add(self, callback: Callable[[], object]) -> None:
+        self._waiting.append(callback)
+        if not self._runs:
+            trio.lowlevel.spawn_system_task(self._run)
+            self._runs = True
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                end_ns = time.monotonic_ns() + SLICE_NS
+                # What is added meanwhile is for the turn after this one.
+                for _ in range(len(self._waiting)):
+                    call(self._waiting.popleft())
+                    if time.monotonic_ns() >= end_ns:
+                        break
+                # It is cancelled when the run ends, with whatever calls itself again and again.
+                await trio.lowlevel.checkpoint()
+        finally:
+            self._runs = False
+
+
 class _Task:
     def __init__(self, work: Callable[[], Awaitable[None]], name: str) -> None:
         self._scope = trio.CancelScope()
@@ -148,7 +182,7 @@ class TrioLoop:
         return _Watch(fd, callback)
 
     def call_soon(self, callback: Callable[[], object]) -> None:
-        self._token.run_sync_soon(call, callback)
+        self._soon.add(callback)
 
     def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
         self._token.run_sync_soon(call, callback)
@@ -161,6 +195,13 @@ class TrioLoop:
 
     def spawn(self, work: Callable[[], Awaitable[None]], name: str) -> Task:
         return _Task(work, name)
+
+    @cached_property
+    def _soon(self) -> _Soon:
+        soon: _Soon | None = self.shared.get(_Soon)
+        if soon is None:
+            soon = self.shared[_Soon] = _Soon()
+        return soon
 
     async def turn(self) -> None:
         await trio.lowlevel.checkpoint()

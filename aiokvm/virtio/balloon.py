@@ -37,9 +37,9 @@ REPORTING_VQS = (3, 4)
 
 # Linux puts up to 256 page numbers, or 32 ranges of free pages, into one chain.
 QUEUE_SIZE = 128
-# Before the loop has a turn: a page that the guest used last may take the kernel 20 us to take away from it,
-# a page of a large range 0.1 us.
-PAGES_AT_ONCE = 512
+# Before the loop has a turn: a page of a huge one, which the kernel splits, takes 20 us, and more while vCPUs
+# run that may know it; a page of a large range 0.1 us.
+PAGES_AT_ONCE = 128
 RELEASE_BYTES = 32 << 20
 # Ten statistics are known; this many, known or not, are looked at.
 STATS_MAX = 64

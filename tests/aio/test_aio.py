@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 import anyio
@@ -145,6 +146,31 @@ async def test_call_soon_keeps_order_and_waits_for_the_caller() -> None:
     with anyio.fail_after(5):
         await done.wait()
     assert order == ["caller", "first", "second"]
+
+
+async def test_callbacks_that_wait_together_do_not_add_up() -> None:
+    # Planes and hooks that have more to do each call back soon, however many there are: under the measure.
+    loop = current_loop()
+    called = 0
+    done = anyio.Event()
+
+    def callback() -> None:
+        nonlocal called
+        end = time.thread_time() + 0.0005
+        while time.thread_time() < end:
+            pass
+        called += 1
+        if called == 400:
+            done.set()
+
+    def both() -> None:
+        loop.call_soon(callback)
+        callback()
+
+    for _ in range(200):
+        loop.call_soon(both)
+    with anyio.fail_after(30):
+        await done.wait()
 
 
 async def test_call_soon_threadsafe_runs_on_the_loops_thread() -> None:
