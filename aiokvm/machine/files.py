@@ -12,6 +12,7 @@ from aiokvm.errors import BootError
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+    from typing import BinaryIO
 
     from aiokvm.aio import Loop
 
@@ -25,10 +26,14 @@ async def read_files(loop: Loop, paths: Iterable[Path], limit_bytes: int) -> dic
     return {path: await loop.in_thread(partial(_read_file, path, limit_bytes)) for path in paths}
 
 
+def _opened(path: Path) -> BinaryIO:
+    # Opening a FIFO would wait for a writer. What an opener opens is closed if it is no file: a directory.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def _read_file(path: Path, limit_bytes: int) -> bytes:
     try:
-        # Opening a FIFO would wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        with _opened(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BootError(f"cannot boot {path}: it is not a regular file")

@@ -48,13 +48,14 @@ async def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
         await read_files(current_loop(), [tmp_path / "zero"], 1 << 30)
 
 
-async def test_no_descriptor_stays_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fifo", "."])
+async def test_no_descriptor_stays_open(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     await read_files(current_loop(), [], 0)
     with pytest.raises(BootError):
-        await read_files(current_loop(), [tmp_path / "fifo"], 100)
+        await read_files(current_loop(), [tmp_path / name], 100)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         with pytest.raises(BootError):
-            await read_files(current_loop(), [tmp_path / "fifo"], 100)
+            await read_files(current_loop(), [tmp_path / name], 100)
     assert len(os.listdir("/proc/self/fd")) == before
