@@ -185,7 +185,7 @@ def _check_tun() -> Check:
 
 
 def _has_capability(bit: int) -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(errors="surrogateescape").split("\n"):
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> bit & 1)
     return False
@@ -212,7 +212,7 @@ def _available_memory() -> int:
     """Return the bytes that can still be had: the host's, or less in a control group with a limit."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) << 10
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path("/proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
         if line.startswith("0::"):
             group = Path("/sys/fs/cgroup" + line[3:])
             try:

@@ -302,13 +302,13 @@ def _threads_of_user() -> int:
 
 
 def _status(process: Path) -> dict[str, str]:
-    lines = (process / "status").read_text().splitlines()
+    lines = (process / "status").read_text(errors="surrogateescape").split("\n")
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _groups(controller: str) -> Iterator[Path]:
     """The control group that counts for this process, and those above it."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path("/proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "" or controller in controllers.split(","):
             root = Path("/sys/fs/cgroup", controllers)

@@ -8,16 +8,13 @@ import os
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from aiokvm import VM, AiokvmError, ConfigError, KvmError, Limit, boot, check_limits, host_limits
 from aiokvm.machine import limits
 from tests import mappings
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What the process of a test holds before and after, whatever its limits are by then.
 COMMON = f"""
@@ -239,6 +236,19 @@ def test_processes_count_for_users_that_are_bound(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "getuid", lambda: 1000)
     (found,) = [limit for limit in host_limits(2) if limit.name == "RLIMIT_NPROC"]
     assert (found.value, found.used, found.each) == (100_000, here + limits.SPARE_THREADS, 3)
+
+
+def test_names_of_programs_are_no_text() -> None:
+    # A name is cut after 15 bytes, which may be within a character.
+    name = "x" * 14 + "ä"
+    text = f"import ctypes; ctypes.CDLL(None).prctl(15, {name.encode()!r}); print(flush=True); input()"
+    command = [sys.executable, "-c", text]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout
+        assert program.stdout.readline() == b"\n"
+        assert limits._status(Path(f"/proc/{program.pid}"))["Name"].startswith("x" * 14)
+        assert limits._threads_of_user() > 0
+        program.communicate(b"\n")
 
 
 def test_a_control_group_counts_the_threads_of_those_below_it(
