@@ -29,11 +29,18 @@ _WORK_PREFIX = ".work-"
 
 
 def default_root() -> Path:
-    """Return ``$AIOKVM_CACHE``, else ``$XDG_CACHE_HOME/aiokvm``, else ``~/.cache/aiokvm``."""
+    """Return ``$AIOKVM_CACHE``, else ``$XDG_CACHE_HOME/aiokvm``, else ``~/.cache/aiokvm``.
+
+    Raises ImageError if there is no home.
+    """
     if path := os.environ.get("AIOKVM_CACHE"):
         return Path(path).absolute()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home).absolute() if home else Path.home() / ".cache") / "aiokvm"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder).absolute() / "aiokvm"
+    try:
+        return Path.home() / ".cache" / "aiokvm"
+    except RuntimeError:
+        raise ImageError("this user has no home directory for the cache: set AIOKVM_CACHE") from None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 from collections import deque
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for path, _, _ in self.files:
             parts = path.split("/")
-            if parts[0] or not all(parts[1:]) or {".", ".."} & set(parts) or "\0" in path:
+            if parts[0] or not all(parts[1:]) or {".", ".."} & set(parts) or not _is_bytes(path):
                 raise ConfigError(
                     f"{path!r} is no path of a file in the guest: it is absolute, such as /etc/motd"
                 )
@@ -151,28 +152,48 @@ def recipe(
     if authorized_keys:
         lines = [line.strip() for key in authorized_keys for line in key.splitlines()]
         # The line is not shown: it may be of a private key.
-        if not all(_PUBLIC_KEY.search(line) for line in lines if line and not line.startswith("#")):
+        if not all(_is_key(line) for line in lines if line and not line.startswith("#")):
             raise ConfigError(
                 "authorized_keys has a line that is no public key, such as a file whose name ends in .pub has"
             )
         keys = "".join(f"{line}\n" for line in lines)
-        found.append(("/root/.ssh/authorized_keys", keys.encode(), 0o600))
+        found.append(("/root/.ssh/authorized_keys", os.fsencode(keys), 0o600))
         packages = (*packages, rootfs.SSH_SERVER)
     return Recipe(suite, tuple(packages), size_bytes, tuple(found), tuple(enable))
+
+
+def _is_key(line: str) -> bool:
+    return _is_bytes(line) and _PUBLIC_KEY.search(line) is not None
+
+
+def _is_bytes(text: str) -> bool:
+    """Whether it stands for bytes, as names of files do, be they UTF-8 or not; there is no NUL."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _file(path: str, content: str | bytes | Path) -> tuple[bytes, int]:
     """Return content and mode of a file for the guest."""
     if isinstance(content, str):
-        content = content.encode()
+        try:
+            content = content.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"files[{path!r}] cannot be encoded as UTF-8: {error.reason}") from None
     if isinstance(content, bytes):
         return content, 0o755 if content.startswith(b"#!") else 0o644
-    if not isinstance(content, os.PathLike):
-        raise ConfigError(f"files[{path!r}]={content!r}: give str, bytes, or the Path of a file")
     try:
-        data, mode = Path(content).read_bytes(), Path(content).stat().st_mode
+        # One that is no regular file may have no end, or nobody who writes it.
+        with open(content, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(f"files[{path!r}]: {content} is not a regular file")
+            data = file.read()
     except OSError as error:
         raise ConfigError(f"files[{path!r}]: cannot read {content}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"files[{path!r}]: no file has the name {str(content)!r}: {error}") from None
     return data, 0o755 if mode & 0o100 or data.startswith(b"#!") else 0o644
 
 
@@ -248,7 +269,10 @@ def check_host() -> Literal["root", "unshare"]:
             raise ImageError(f"the program {program} is missing: install the Debian package {package}")
     if os.geteuid() == 0:
         return "root"
-    user = getpass.getuser()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # nobody has named it
+        user = str(os.geteuid())
     if not all(_has_range(file, user, os.geteuid()) for file in RANGES):
         raise ImageError(
             f"{user} has no range of user ids for the owners of Debian's files: build as root, "
@@ -259,7 +283,7 @@ def check_host() -> Literal["root", "unshare"]:
 
 def _has_range(file: Path, user: str, uid: int) -> bool:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return False
     return any(line.split(":")[0] in (user, str(uid)) for line in lines)

@@ -124,4 +124,7 @@ def quote(word: str) -> bytes:
     """
     if "\0" in word:
         raise ConfigError(f"{word!r} holds a NUL, which cannot be passed to a program")
-    return b"'" + os.fsencode(word).replace(b"'", b"'\\''") + b"'"
+    try:
+        return b"'" + os.fsencode(word).replace(b"'", b"'\\''") + b"'"
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{word!r} cannot be passed to a program: {error.reason}") from None

@@ -104,11 +104,20 @@ def test_name_tells_what_goes_in() -> None:
 
 
 def test_what_is_put_in_is_checked(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
     for arguments, message in (
         ({"files": {"etc/motd": "x"}}, "'etc/motd' is no path of a file in the guest"),
         ({"files": {"/etc/../motd": "x"}}, "is no path of a file"),
         ({"files": {"/etc/": "x"}}, "is no path of a file"),
-        ({"files": {"/etc/motd": 5}}, "give str, bytes, or the Path of a file"),
+        ({"files": {"/etc/motd": 5}}, "give a dict of str to str or bytes or Path"),
+        ({"files": {5: "x"}}, "give a dict of str to str or bytes or Path"),
+        ({"files": {"/etc/\ud800": "x"}}, "is no path of a file"),
+        ({"files": {"/etc/motd": "\ud800"}}, "cannot be encoded as UTF-8"),
+        ({"files": {"/etc/motd": Path("a\0b")}}, "no file has the name"),
+        ({"files": {"/etc/motd": tmp_path}}, "cannot read .*: Is a directory"),
+        ({"files": {"/etc/motd": Path("/dev/zero")}}, "/dev/zero is not a regular file"),
+        ({"files": {"/etc/motd": fifo}}, "fifo is not a regular file"),
         ({"files": {"/etc/motd": tmp_path / "nope"}}, "cannot read .*nope: No such file"),
         ({"enable": ["a b"]}, "'a b' is no name of a unit"),
         ({"enable": "ssh.service"}, "enable='ssh.service': give a list of str"),
@@ -116,6 +125,7 @@ def test_what_is_put_in_is_checked(tmp_path: Path) -> None:
         ({"authorized_keys": [5]}, "give a list of str"),
         ({"authorized_keys": ["-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\n"]}, "is no public key"),
         ({"authorized_keys": [f"# mine\n{KEY}\nmistake"]}, "is no public key"),
+        ({"authorized_keys": [f"{KEY} \ud800"]}, "is no public key"),
     ):
         with pytest.raises(ConfigError, match=message):
             images.find_debian(**arguments)

@@ -36,6 +36,8 @@ def test_first_word_is_always_a_program(word: str) -> None:
 def test_what_cannot_be_a_command() -> None:
     with pytest.raises(ConfigError, match="the command has no words"):
         command_archive([])
+    with pytest.raises(ConfigError, match="cannot be passed to a program: surrogates"):
+        command_archive(["\ud800"])
     with pytest.raises(ConfigError, match="holds a NUL"):
         command_archive(["a", "b\0c"])
 
