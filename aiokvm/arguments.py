@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast
 
@@ -23,6 +23,8 @@ T = TypeVar("T")
 Rule = tuple[str, Callable[[Any], bool]]
 
 _SHOWN = 80
+# Nothing here has numbers of more; Python does not show or divide those that have very many.
+_BITS = 128
 # What arguments of a wrong type end in where nothing looks at them, or another function does.
 _MISFITS = (TypeError, AttributeError, LookupError, ConfigError)
 # What annotations name that a module imports for the type checker alone.
@@ -142,8 +144,11 @@ def _check(function: Callable[..., object]) -> Callable[[tuple[object, ...], dic
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it."""
-    text = repr(value)
+    """Return a value as a message shows it, be it one that cannot tell what it is."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = object.__repr__(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
@@ -215,7 +220,7 @@ def _class(hint: type) -> Rule | None:
     if hint is object or hint is Any or getattr(hint, "_is_protocol", False):
         return None
     if hint is int:
-        return _WORDS["int"], lambda value: hasattr(value, "__index__") and not isinstance(value, bool)
+        return _WORDS["int"], _is_whole
     if hint is float:
         return _WORDS["float"], _is_number
     if hint is bytes:
@@ -223,14 +228,24 @@ def _class(hint: type) -> Rule | None:
     return _WORDS.get(hint.__name__, hint.__name__), lambda value: isinstance(value, hint)
 
 
+def _is_whole(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    if not isinstance(value, int):
+        from numbers import Integral
+
+        return isinstance(value, Integral)
+    return value.bit_length() <= _BITS
+
+
 def _is_number(value: object) -> bool:
     # NaN, which is none, equals nothing.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return _is_whole(value) or (isinstance(value, float) and value == value)
 
 
 def _generic(origin: Any, args: tuple[Any, ...]) -> Rule | None:
     if origin is os.PathLike:
-        return "a path", lambda value: isinstance(value, os.PathLike)
+        return "a path", _is_path
     if origin is abc.Callable:
         return "a function", callable
     if origin is re.Pattern:
@@ -238,12 +253,14 @@ def _generic(origin: Any, args: tuple[Any, ...]) -> Rule | None:
     if not isinstance(origin, type):
         return None
     if issubclass(origin, abc.Mapping):
-        return "a dict", lambda value: isinstance(value, abc.Mapping)
+        return _mapping(*map(_rule, args))
     if issubclass(origin, tuple) and args[-1:] != (...,):
-        return f"a tuple of {len(args)}", lambda value: isinstance(value, tuple) and len(value) == len(args)
+        return _tuple([_rule(arg) for arg in args])
     if issubclass(origin, abc.Iterable) and not issubclass(origin, abc.Iterator):
         item = _rule(args[0]) if args else None
-        return f"a list of {item[0]}" if item else "a list", lambda value: _is_list(value, item)
+        # What can be walked but once is enough for who asks for no more.
+        kind = abc.Collection if issubclass(origin, abc.Collection) else abc.Iterable
+        return f"a list of {item[0]}" if item else "a list", lambda value: _is_list(value, item, kind)
     return origin.__name__, lambda value: isinstance(value, origin)
 
 
@@ -251,8 +268,39 @@ def _is_pattern(value: object, kind: type) -> bool:
     return isinstance(value, re.Pattern) and isinstance(value.pattern, kind)
 
 
-def _is_list(value: object, item: Rule | None) -> bool:
-    if isinstance(value, (str, bytes)) or not isinstance(value, abc.Iterable):
+def _is_path(value: object) -> bool:
+    try:
+        return isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
+    except TypeError:
+        return False
+
+
+def _mapping(key: Rule | None, item: Rule | None) -> Rule:
+    def fits(value: object) -> bool:
+        return isinstance(value, abc.Mapping) and _all_fit(key, value) and _all_fit(item, value.values())
+
+    words = [rule[0] if rule else "anything" for rule in (key, item)]
+    return f"a dict of {' to '.join(words)}" if key or item else "a dict", fits
+
+
+def _tuple(rules: list[Rule | None]) -> Rule:
+    def fits(value: object) -> bool:
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(rules)
+            and all(rule is None or rule[1](item) for rule, item in zip(rules, value, strict=True))
+        )
+
+    words = [rule[0] if rule else "anything" for rule in rules]
+    return f"a tuple of {len(rules)} ({', '.join(words)})", fits
+
+
+def _is_list(value: object, item: Rule | None, kind: type) -> bool:
+    if isinstance(value, (str, bytes)) or not isinstance(value, kind):
         return False
     # What can be walked but once is left to who uses it.
-    return item is None or not isinstance(value, abc.Collection) or all(map(item[1], value))
+    return not isinstance(value, abc.Collection) or _all_fit(item, value)
+
+
+def _all_fit(rule: Rule | None, values: Iterable[object]) -> bool:
+    return rule is None or all(map(rule[1], values))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from aiokvm import VM, ConfigError, Device, block, boot
 from aiokvm.arguments import checked, checked_late, shown
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping
 
 FLAT = boot.Flat(b"\xf4")
 
@@ -19,6 +23,30 @@ class Wrong:
 
     def __repr__(self) -> str:
         return "<wrong>"
+
+
+class Silent:
+    """Cannot tell what it is."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+class Index:
+    """May stand for a number, and is none."""
+
+    def __index__(self) -> int:
+        return 1
+
+
+class Named:
+    """A path of bytes, or of what no path is."""
+
+    def __init__(self, name: Any) -> None:
+        self.name = name
+
+    def __fspath__(self) -> Any:
+        return self.name
 
 
 @checked
@@ -34,6 +62,9 @@ def function(
     what: Unknown = None,  # type: ignore[name-defined]  # noqa: F821
     *,
     pair: tuple[int, int] = (1, 2),
+    path: str | os.PathLike[str] = "",
+    sizes: Mapping[str, int | None] = {},
+    many: Iterable[int] = (),
 ) -> str:
     return "done"
 
@@ -53,7 +84,22 @@ def function(
         ({"words": "text"}, "words='text': give a list of str"),
         ({"words": [1]}, r"words=\[1\]: give a list of str"),
         ({"pattern": re.compile("text")}, r"pattern=re.compile\('text'\): give a compiled pattern of bytes"),
-        ({"pair": (1,)}, r"pair=\(1,\): give a tuple of 2"),
+        ({"pair": (1,)}, r"pair=\(1,\): give a tuple of 2 \(a whole number, a whole number\)"),
+        ({"pair": (1, "2")}, r"pair=\(1, '2'\): give a tuple of 2"),
+        ({"number": int}, "number=<class 'int'>: give a whole number"),
+        ({"number": Index()}, "number=<.*Index.*>: give a whole number"),
+        ({"number": 1 << 128}, "number=34028236692.*: give a whole number"),
+        ({"number": 10**5000}, "number=<int object at .*>: give a whole number"),
+        ({"real": 10**5000}, "real=<int object at .*>: give a number"),
+        ({"number": Silent()}, "number=<.*Silent object at .*>: give a whole number"),
+        ({"path": b"x"}, "path=b'x': give str or a path"),
+        ({"path": Named(b"x")}, "path=.*: give str or a path"),
+        ({"path": Named(5)}, "path=.*: give str or a path"),
+        ({"words": iter(["x"])}, "words=.*: give a list of str"),
+        ({"many": ["x"]}, r"many=\['x'\]: give a list of a whole number"),
+        ({"sizes": ["x"]}, r"sizes=\['x'\]: give a dict of str to a whole number or None"),
+        ({"sizes": {1: 1}}, r"sizes={1: 1}: give a dict of str to a whole number or None"),
+        ({"sizes": {"a": "b"}}, r"sizes={'a': 'b'}: give a dict of str to a whole number or None"),
     ],
 )
 def test_an_argument_that_the_annotation_does_not_allow(arguments: Any, message: str) -> None:
@@ -64,6 +110,8 @@ def test_an_argument_that_the_annotation_does_not_allow(arguments: Any, message:
 def test_what_fits_passes() -> None:
     fitting = (2, 1, "x", "b", True, bytearray(b""), ["x"], re.compile(b""), Wrong())
     assert function(*fitting, pair=(1, 2)) == "done"  # type: ignore[arg-type]
+    assert function((1 << 128) - 1, 10**30, path=Named("x"), sizes={"a": None, "b": 2}) == "done"
+    assert function(many=iter([1])) == "done"
     with pytest.raises(ConfigError, match="mode='c'"):
         function(2, 1, "x", "c")  # type: ignore[arg-type]
 

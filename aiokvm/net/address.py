@@ -38,8 +38,16 @@ def check_address(address: Address) -> str | tuple[str, int]:
         raise ConfigError(f"{address!r} is no address: a host's name and a port of 1 to 65535 are")
     if not isinstance(address, (str, os.PathLike)):
         raise ConfigError(f"{address!r} is no address: give a path, or a host's name and a port")
-    path = os.fspath(address)
-    if not isinstance(path, str) or not 0 < len(os.fsencode(path)) <= _PATH_BYTES or "\0" in path[1:]:
+    return check_path(os.fspath(address))
+
+
+def check_path(path: str) -> str:
+    """A path that a Unix socket can have. Raises ConfigError for another."""
+    try:
+        size = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= _PATH_BYTES or "\0" in path[1:]:
         raise ConfigError(f"{path!r} is no path of a Unix socket: these have 1 to {_PATH_BYTES} bytes")
     return path
 

@@ -30,6 +30,7 @@ ETHERTYPES = {"arp": 0x0806, "ipv4": 0x0800, "ipv6": 0x86DD}
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "dccp": 33, "icmp6": 58, "sctp": 132, "udplite": 136}
 WITH_PORTS = {"tcp", "udp", "dccp", "sctp", "udplite"}
 
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
 
@@ -191,10 +192,10 @@ def _range(name: str, value: Ports | None, most: int) -> tuple[int, int] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        first, dash, last = value.partition("-")
-        if not first.isdecimal() or not (last if dash else first).isdecimal():
+        match = _RANGE.fullmatch(value)
+        if not match:
             raise ConfigError(f"{name} {value!r} is no number and no range like '80-90'")
-        value = int(first), int(last if dash else first)
+        value = int(match[1]), int(match[2] or match[1])
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(number, int) and 0 <= number <= most for number in pair):
         raise ConfigError(f"{name} {value!r} is no number from 0 to {most}, and no (first, last)")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from aiokvm.errors import ConfigError
+from aiokvm.net.address import check_path
 
 _HOST = re.compile(
-    r"(?:(?P<protocol>tcp|udp):)?(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:.]+\]):)?(?P<port>[0-9]+)"
+    r"(?:(?P<protocol>tcp|udp):)?(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:.]+\]):)?(?P<port>0*[0-9]{1,5})"
 )
-_GUEST = re.compile(r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:.]+\]):)?(?P<port>[0-9]+)")
+_GUEST = re.compile(r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:.]+\]):)?(?P<port>0*[0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,7 @@ def parse_host(host: int | str) -> tuple[str, str, int]:
     """
     text = str(host)
     if text.startswith("/"):
-        if len(text.encode()) > 107 or "\0" in text:
-            raise ConfigError(f"{text!r} is too long for the path of a socket, which has 107 bytes")
-        return "tcp", text, 0
+        return "tcp", check_path(text), 0
     match = _HOST.fullmatch(text)
     if isinstance(host, bool) or not match:
         raise ConfigError(

@@ -81,8 +81,11 @@ class Tap(NetBackend):
             queues = len(fds)
         if not 1 <= queues <= MAX_QUEUES:
             raise ConfigError(f"{queues} queues: a TAP has 1 to {MAX_QUEUES} here")
-        if name is not None and not _is_name(name):
-            raise ConfigError(f"{name!r} is no name of an interface: 1 to 15 bytes, no blanks, no '/'")
+        for interface in (name, bridge):
+            if interface is not None and not _is_name(interface):
+                raise ConfigError(
+                    f"{interface!r} is no name of an interface: 1 to 15 bytes, no blanks, no '/'"
+                )
         if mtu is not None and not MIN_MTU <= mtu <= MAX_MTU:
             raise ConfigError(f"an MTU of {mtu}: it is {MIN_MTU} to {MAX_MTU}")
         self.name = name
@@ -260,7 +263,10 @@ class Tap(NetBackend):
 
 
 def _is_name(name: str) -> bool:
-    data = os.fsencode(name)
+    try:
+        data = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
     return 0 < len(data) < _IFNAMSIZ and name not in (".", "..") and not set(name) & set("/:% \t\n\v\f\r\0")
 
 

@@ -226,7 +226,7 @@ class User(NetBackend):
         result = lib.aiokvm_net_slirp_add_forward(
             self._core,
             forward.protocol == "udp",
-            forward.host.encode(),
+            os.fsencode(forward.host),
             forward.port,
             forward.guest.encode(),
             forward.guest_port,
@@ -240,7 +240,7 @@ class User(NetBackend):
 
     def _unlisten(self, forward: Forward) -> None:
         lib.aiokvm_net_slirp_remove_forward(
-            self._core, forward.protocol == "udp", forward.host.encode(), forward.port
+            self._core, forward.protocol == "udp", os.fsencode(forward.host), forward.port
         )
         self._remove_path(forward.host)
 

@@ -133,9 +133,10 @@ def parse_uri(uri: str) -> Address:
         return ConfigError(f"{uri!r} {why}: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
 
     try:
+        uri.encode()
         parts = urlsplit(uri)
         host, port = parts.hostname or "", parts.port
-        query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+        query = parse_qs(parts.query, strict_parsing=True, errors="surrogateescape") if parts.query else {}
     except ValueError:
         raise wrong("is no URI") from None
     if parts.scheme not in ("nbd", "nbd+unix"):

@@ -70,7 +70,7 @@ def section_header(application: str) -> bytes:
 def interface_description(interface: Interface) -> bytes:
     """Interfaces have numbers from 0 in the order of their descriptions."""
     body = struct.pack("<HHI", interface.link_type, 0, interface.snaplen)
-    name = interface.name.encode()[:_MAX_OPTION_BYTES]
+    name = interface.name.encode(errors="replace")[:_MAX_OPTION_BYTES]
     return _block(_IDB, body, [(_IF_NAME, name), (_IF_TSRESOL, bytes([_RESOLUTION_NS]))])
 
 

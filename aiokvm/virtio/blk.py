@@ -91,7 +91,7 @@ class BlkLayout:
             raise ConfigError(f"{self.queues} queues: a disk has 1 to {MAX_QUEUES}")
         if self.queue_size & (self.queue_size - 1) or not 4 <= self.queue_size <= 1024:
             raise ConfigError(f"a queue size of {self.queue_size}: it is a power of two, 4 to 1024")
-        if len(self.serial.encode()) > VIRTIO_BLK_ID_BYTES or not self.serial.isascii():
+        if not self.serial.isascii() or len(self.serial) > VIRTIO_BLK_ID_BYTES:
             raise ConfigError(f"serial {self.serial!r} is not up to {VIRTIO_BLK_ID_BYTES} ASCII characters")
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from anyio import to_thread
@@ -96,6 +97,34 @@ async def test_ports_that_are_not_to_be_had(tmp_path: Path) -> None:
         assert set(os.listdir("/proc/self/fd")) == descriptors
     finally:
         plane.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "guest", "message"),
+    [
+        ("9" * 5000, 80, "is no port of the host"),
+        (80, "9" * 5000, "is no port of the guest"),
+        ("10.0.2.15:" + "9" * 5000, 80, "is no port of the host"),
+        ("/\ud800", 80, "is no path of a Unix socket"),
+        ("/a\0b", 80, "is no path of a Unix socket"),
+        ("/" + "a" * 200, 80, "is no path of a Unix socket"),
+        (80, True, "give a dict of anything to a whole number or str"),
+    ],
+)
+def test_forwards_that_cannot_be(host: Any, guest: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        net.User(forward={host: guest})
+
+
+@pytest.mark.anyio
+async def test_a_path_may_be_any_bytes(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.sock")
+    async with net.Switch() as switch:
+        user = net.User(forward={path: 80})
+        await switch.connect(user)
+        assert is_there(Path(path))
+        await user.remove_forward(path)
+        assert not is_there(Path(path))
 
 
 @pytest.mark.anyio

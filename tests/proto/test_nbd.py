@@ -351,6 +351,7 @@ def test_structured_replies_have_to_be_agreed_on_and_fit_the_request() -> None:
         ("nbd://[::1]:99/", Address("::1", 99, "", "")),
         ("nbd+unix:///disk?socket=/run/a%20socket", Address("", 0, "/run/a socket", "disk")),
         ("nbd+unix:///?socket=s", Address("", 0, "s", "")),
+        ("nbd+unix:///?socket=/run/%FF", Address("", 0, "/run/\udcff", "")),
     ],
 )
 def test_uris(uri: str, address: Address) -> None:
@@ -369,6 +370,7 @@ def test_uris(uri: str, address: Address) -> None:
             "nbd://[::1/",
         ),
         *("nbd+unix:///disk", "nbd+unix://host/?socket=s", "nbd+unix:///?socket=a&socket=b", "nbd://u@host/"),
+        *("nbd://host/\udcff", "nbd+unix:///?socket=\ud800", "nbd://host:" + "9" * 5000),
         *("nbd://host/a%00b", "nbd://host/" + "a" * 5000, "nbd+unix:///?socket"),
     ],
 )

@@ -149,6 +149,7 @@ def test_the_configuration_space_is_that_of_the_specification() -> None:
         {"queue_size": 2048},
         {"serial": "x" * 21},
         {"serial": "é"},
+        {"serial": "\ud800"},
     ],
 )
 def test_what_no_disk_can_be_is_refused(layout: dict[str, Any]) -> None:
