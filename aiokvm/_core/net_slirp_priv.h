@@ -325,10 +325,34 @@ struct slirp_end {
 
 /* ---- net_slirp.c ---- */
 
-/* A frame whose receiver is filled in. */
-void slirp_deliver(struct slirp_end *self, uint8_t *frame, size_t size);
+/* Before libslirp is called, and after: what may follow from that is done then. */
+void slirp_enter(struct slirp_end *self);
+void slirp_leave(struct slirp_end *self);
+/* Frames of the guest's are taken again. */
+void slirp_let_in(struct slirp_end *self);
 /* Ends a connection of the guest's by a reset to both sides. Not from inside of libslirp. */
 void slirp_cut(struct slirp_end *self, struct slirp_socket *socket);
+
+/* ---- net_slirp_receive.c ---- */
+
+/* net_type's. */
+enum net_result slirp_receive(struct aiokvm_net_end *end, struct net_frame *frame);
+
+/* ---- net_slirp_deliver.c ---- */
+
+/* How long it is waited for who has an address; libslirp gives a frame up after as long. */
+#define SLIRP_HOLD_NS 1000000000ull
+
+/* SlirpCb's; opaque is the end. */
+ssize_t slirp_send_packet(const void *data, size_t size, void *opaque);
+/* A frame whose receiver is filled in. */
+void slirp_deliver(struct slirp_end *self, uint8_t *frame, size_t size);
+/* Sends what was merged until now. */
+void slirp_emit_merged(struct slirp_end *self);
+/* Sends what waited for somebody who has been heard for the first time. */
+void slirp_deliver_held(struct slirp_end *self);
+/* What still waits is given up. */
+void slirp_drop_held(struct slirp_end *self);
 
 /* ---- net_slirp_dns.c ---- */
 
