@@ -83,6 +83,8 @@ class _Input:
         now_ns = self._loop.now_ns()
         shortest, longest = INPUT_PAUSE_NS
         pause_ns = min(max((now_ns - self._filled_ns) // 2, shortest), longest)
+        # One is on its way if the program has sent more meanwhile, and the guest has read that, too.
+        self.close()
         self._timer = self._loop.call_at(now_ns + pause_ns, self._console.on_room)
 
     def close(self) -> None:

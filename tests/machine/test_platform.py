@@ -8,9 +8,10 @@ import anyio.lowlevel
 import pytest
 
 from aiokvm import Exit, ExitReason, boot
-from aiokvm.hw.serial import Serial
+from aiokvm.hw.serial import UART_LSR, UART_LSR_DR, UART_RX, Serial
 from aiokvm.machine.config import Config
-from aiokvm.machine.platform import PM_PORT, SERIAL_PORTS, acpi_platform
+from aiokvm.machine.console import SerialConsole
+from aiokvm.machine.platform import PM_PORT, SERIAL_PORTS, _Input, acpi_platform
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -309,6 +310,43 @@ async def test_what_was_typed_before_a_reset_is_forgotten(
         while not output.endswith(b"new"):
             output += await vm.serial.read()
         assert output == b"new"
+
+
+class Timers:
+    """A loop whose time stands still."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Timers.Handle] = []
+
+    class Handle:
+        def __init__(self, timers: Timers) -> None:
+            self.timers = timers
+
+        def cancel(self) -> None:
+            if self in self.timers.waiting:
+                self.timers.waiting.remove(self)
+
+    def now_ns(self) -> int:
+        return 0
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:  # noqa: ARG002
+        self.waiting.append(self.Handle(self))
+        return self.waiting[-1]
+
+
+async def test_a_closed_uart_is_not_filled_again_whatever_was_sent_meanwhile() -> None:
+    timers: Any = Timers()
+    console = SerialConsole(lambda data: source.fill(data))
+    uart = Serial(lambda _level: None, console.on_transmit, lambda: source.on_room())
+    source = _Input(timers, uart, console)
+    for _ in range(3):
+        # More is sent than fits, the guest reads it, and the next is to come after a pause.
+        await console.send(b"more than one")
+        while uart.read(UART_LSR, 1) & UART_LSR_DR:
+            uart.read(UART_RX, 1)
+        assert len(timers.waiting) == 1
+    source.close()
+    assert not timers.waiting
 
 
 async def test_acpi_describes_what_is_there() -> None:
