@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -192,12 +192,18 @@ class Attachments:
             self._run(device)
 
     def reset(self) -> None:
-        """The machine is reset."""
+        """The machine is reset; its interrupt controllers have been."""
+        for attachment in self._all:
+            if attachment._bell:
+                attachment._bell.forget()
         for device in self._devices():
             try:
                 device.reset()
             except Exception as error:
                 self._device_failed(device, "reset", error)
+            irq = getattr(device, "irq", None)
+            if isinstance(irq, Irq):
+                irq.reset()
 
     def stop(self) -> None:
         """The machine has ended: tasks are cancelled, timers gone. Idempotent."""
@@ -371,6 +377,12 @@ class _Doorbell:
         self._again = 0
         self._open = True
         self._watch = loop.watch(fd, self._on_rung)
+
+    def forget(self) -> None:
+        """What the guest wrote before it was reset is nobody's any more."""
+        self._again = 0
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
 
     def end(self) -> None:
         """The machine has ended: what the guest wrote before that is the last. Idempotent."""

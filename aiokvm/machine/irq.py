@@ -38,6 +38,9 @@ class Irq:
         """
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """The interrupt controllers are as new: have them know of a line that is high."""
+
     def close(self) -> None:
         """Lower the line and give it back. Idempotent."""
 
@@ -74,6 +77,12 @@ class GsiIrq(Irq):
             self._level = level
             assert self.gsi is not None
             self._vm.irq_line(self.gsi, level)
+
+    def reset(self) -> None:
+        # KVM takes the line for what it was, and requests nothing if it is set to that once more.
+        if self._level:
+            self.set(False)
+            self.set(True)
 
     def close(self) -> None:
         if self.fd >= 0:

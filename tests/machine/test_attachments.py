@@ -513,6 +513,39 @@ async def test_a_doorbells_coroutine_is_not_entered_twice(guest: Guest, program:
     assert sum(device.counts) == 100
 
 
+async def test_a_reset_forgets_what_the_guest_has_written_to_a_doorbell(
+    guest: Guest, program: type[Program]
+) -> None:
+    class Belled(Device):
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+            self.entered, self.leave, self.left = anyio.Event(), anyio.Event(), anyio.Event()
+
+        async def doorbell(self, offset: int, count: int) -> None:
+            self.counts.append(count)
+            self.entered.set()
+            await self.leave.wait()
+            self.left.set()
+
+    device, first, second = Belled(), Gate(), Gate()
+    code = program().write(MMIO, 0, 4).read(0x300, bus="pio").write(MMIO, 0, 4).read(0x301, bus="pio")
+    async with guest(code.for_ever(), mode="protected", start=False) as vm:
+        vm.attach(device, mmio=MMIO, size=4, mode="doorbell")
+        vm.attach(first, pio=0x300)
+        vm.attach(second, pio=0x301)
+        await vm.start()
+        await device.entered.wait()
+        first.open.set()
+        second.open.set()
+        await until(lambda: second.passed)
+        await vm.pause()
+        await vm.reset()
+        device.leave.set()
+        await device.left.wait()
+        await anyio.wait_all_tasks_blocked()
+        assert device.counts == [1]
+
+
 class Gate(Device):
     def __init__(self) -> None:
         self.open = anyio.Event()

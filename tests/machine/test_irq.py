@@ -100,6 +100,23 @@ async def test_a_level_stays_until_it_is_driven_again(guest: Guest) -> None:
         assert not level()
 
 
+@pytest.mark.parametrize("is_lowered", [False, True])
+async def test_a_level_is_after_a_reset_what_its_device_makes_it(guest: Guest, is_lowered: bool) -> None:
+    class Driver(Device):
+        def reset(self) -> None:
+            if is_lowered:
+                self.irq.set(False)
+
+    device = Driver()
+    async with guest(SPIN) as vm:
+        vm.attach(device, pio=0x300, irq=20)
+        await vm.pause()
+        device.irq.set(True)
+        await vm.reset()
+        chip = cast("Any", vm._life.hardware.vm.get_irqchip(KVM_IRQCHIP_IOAPIC))
+        assert bool(chip.irr & 1 << 20) is not is_lowered
+
+
 async def test_messages_reach_the_local_apic(guest: Guest) -> None:
     # A message is taken by an APIC that is enabled.
     code = bytes.fromhex(
