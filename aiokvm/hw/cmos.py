@@ -110,27 +110,37 @@ class Cmos(ByteRegisters):
         self._irq = IrqLine(irq)
         self._now_ns = now_ns
         self._on_deadline = on_deadline
-        self._index = 0
+        self._low_bytes, self._high_bytes = low_bytes, high_bytes
         self._offset_ns = 0
         self._polled_ns = now_ns()
         self._ram = bytearray(CMOS_BYTES)
-        self._ram[RTC_REG_A] = 0x26  # 32,768 Hz crystal, 1,024 Hz periodic rate: what PC firmware sets
-        self._ram[RTC_REG_B] = RTC_24H
         self._ram[RTC_REG_D] = RTC_VRT
+        self._start()
+
+    def reset(self) -> None:
+        """Do what firmware does at each start, for there is none; the time and all other RAM have a battery.
+
+        A clock that the guest has stopped goes on from the time that it shows.
+        """
+        self.poll()
+        if self._frozen:
+            self._load()
+        self._start()
+        self._update_irq()
+        self._on_deadline()
+
+    def _start(self) -> None:
+        ram, low_bytes = self._ram, self._low_bytes
+        self._index = 0
+        ram[RTC_REG_A] = 0x26  # 32,768 Hz crystal, 1,024 Hz periodic rate: what PC firmware sets
+        ram[RTC_REG_B] = RTC_24H
+        ram[RTC_REG_C] = 0
         self._store(0x15, 2, min(low_bytes, _BASE_MEMORY) // _KIB)
         extended = max(low_bytes - _MIB, 0) // _KIB
         self._store(0x17, 2, extended)
         self._store(0x30, 2, extended)
         self._store(0x34, 2, max(low_bytes - 16 * _MIB, 0) // (64 * _KIB))
-        self._store(0x5B, 3, high_bytes // (64 * _KIB))
-
-    def reset(self) -> None:
-        """Disable and drop the interrupts; clock and RAM run on, they have a battery."""
-        self.poll()
-        self._ram[RTC_REG_B] &= ~(RTC_PIE | RTC_AIE | RTC_UIE | RTC_SQWE)
-        self._ram[RTC_REG_C] = 0
-        self._update_irq()
-        self._on_deadline()
+        self._store(0x5B, 3, self._high_bytes // (64 * _KIB))
 
     @property
     def nmi_masked(self) -> bool:

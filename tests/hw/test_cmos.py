@@ -463,6 +463,26 @@ def test_reset_keeps_time_and_ram() -> None:
     assert h[0x35] == 48 * 16 >> 8
 
 
+def test_reset_does_what_firmware_does() -> None:
+    fresh, h = Harness(low_bytes=64 * MIB, high_bytes=GIB), Harness(low_bytes=64 * MIB, high_bytes=GIB)
+    h[RTC_REG_B] = RTC_DM_BINARY | RTC_24H
+    h[RTC_REG_B] = RTC_SET | RTC_DM_BINARY | RTC_24H
+    h[RTC_HOURS] = 13
+    h[RTC_REG_A] = 0x60 | 0x03
+    for index in (0x15, 0x16, 0x17, 0x18, 0x30, 0x31, 0x34, 0x35, 0x5B, 0x5C, 0x5D):
+        h[index] = 0xA5
+    h.cmos.write(0, 1, 0x80 | 0x40)
+    h.advance(10 * S)
+    h.cmos.reset()
+    assert not h.cmos.nmi_masked
+    for index in (RTC_REG_A, RTC_REG_B, 0x15, 0x16, 0x17, 0x18, 0x30, 0x31, 0x34, 0x35, 0x5B, 0x5C, 0x5D):
+        assert h[index] == fresh[index]
+    # It stood still, and goes on.
+    assert h.clock() == "20 24 02 29 13 58 59"
+    h.advance(S)
+    assert h.clock() == "20 24 02 29 13 59 00"
+
+
 def test_state_round_trip() -> None:
     h = Harness()
     h[RTC_REG_B] = RTC_UIE | RTC_24H
