@@ -329,7 +329,7 @@ class Timers:
     def now_ns(self) -> int:
         return 0
 
-    def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:  # noqa: ARG002
+    def call_at(self, deadline_ns: int, callback: Callable[[], object]) -> Handle:
         self.waiting.append(self.Handle(self))
         return self.waiting[-1]
 
