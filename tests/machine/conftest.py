@@ -7,6 +7,7 @@ are used, for there are hosts whose ring 0 is emulated.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -84,6 +85,19 @@ def nothing_left_behind() -> Iterator[None]:
     before = resources()
     yield
     assert resources() == before
+
+
+@pytest.fixture
+def collected(request: pytest.FixtureRequest, nothing_left_behind: None) -> Iterator[None]:
+    """What a rig is made of hangs in cycles, unlike a machine."""
+    yield
+    if not request.node.get_closest_marker("kvm"):
+        gc.collect()
+
+
+@pytest.fixture(params=["loop", "thread"])
+def dataplane(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture

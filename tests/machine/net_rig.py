@@ -18,7 +18,7 @@ from aiokvm.machine.events import EventHub
 from aiokvm.machine.log import machine_logger
 from aiokvm.machine.nets import Nets
 from aiokvm.memory import GuestMemory
-from aiokvm.net import NetBackend
+from aiokvm.net import NetBackend, Nic
 from aiokvm.virtio.net_control import VIRTIO_NET_F_MRG_RXBUF
 from aiokvm.virtio.queue import Virtqueue
 from tests.virtio.driver import VIRTIO_F_INDIRECT_DESC, FakeMemory, SplitDriver
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from aiokvm.machine.nets import VmNic
-    from aiokvm.net import Nic
     from aiokvm.net.plane import End, Plane
 
 MIB = 1 << 20
 LIMIT_S = 60.0
+MAC = "52:54:00:00:00:01"
 HDR = struct.Struct("<BBHHHHH")
 """struct virtio_net_hdr_v1: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers."""
 
@@ -221,6 +221,10 @@ class Host:
         self.irq.close()
         for fd in self.kicks:
             os.close(fd)
+
+
+def nic(**options: Any) -> Nic:
+    return Nic(options.pop("backend", None) or Cable(), mac=options.pop("mac", MAC), **options)
 
 
 class Rig:

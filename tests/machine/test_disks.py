@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import struct
 from pathlib import Path
@@ -30,20 +29,12 @@ from tests.machine.disk_rig import MIB, SECTORS, backend, rig
 from tests.virtio.driver import FakeMemory, SplitDriver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from aiokvm import VM
     from aiokvm.machine.events import Event
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def collected(request: pytest.FixtureRequest, nothing_left_behind: None) -> Iterator[None]:
-    """What a rig is made of hangs in cycles, unlike a machine."""
-    yield
-    if not request.node.get_closest_marker("kvm"):
-        gc.collect()
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("collected")]
 
 
 @pytest.fixture(params=["io_uring", "threads", "loop"])
