@@ -7,7 +7,8 @@ and writes down who wanted what.
     python examples/fleet.py                    # a world that this program makes up
     python examples/fleet.py deb.debian.org     # the real one, as far as it is listed
 
-It boots Debian's kernel: on a KVM that cannot run Linux, ``aiokvm lab -- python examples/fleet.py`` does.
+It boots Debian's kernel: on a KVM that cannot run Linux, ``aiokvm lab -- python examples/fleet.py`` does, and
+with ``lab --network`` it reaches the real one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 GUESTS = 5
 PORT = 3128
-WANTED = ("http://news.example/", "http://secret.example/")
+ALLOWED = ("news.example",)
+REFUSED = "secret.example"
 SECONDS = 600
 
 
@@ -80,11 +82,16 @@ def filters(proxy: str) -> list[net.Rule]:
     return [*net.essentials(), rule, net.deny()]
 
 
-async def initrd(folder: Path, name: str, proxy: str) -> Path:
-    """Return an initramfs whose guest asks its proxy for what it wants, and turns itself off."""
+def wanted(allowed: Collection[str]) -> list[str]:
+    """Return what each guest asks for: what it may have, and something else."""
+    return [f"http://{host}/" for host in (*allowed, REFUSED)]
+
+
+async def initrd(folder: Path, name: str, proxy: str, urls: Collection[str]) -> Path:
+    """Return an initramfs whose guest asks its proxy for the URLs, and turns itself off."""
     base = images.path("initramfs") or await images.pull("initramfs")
     script = f"export http_proxy=http://{proxy}:{PORT}; "
-    script += "; ".join(f"wget -q -O - {url} || echo {url}: refused" for url in WANTED)
+    script += "; ".join(f"wget -q -O - {url} || echo {url}: refused" for url in urls)
     command = images.command_archive(["sh", "-c", script])
     path = folder / name
     path.write_bytes(cpio.join(base.read_bytes(), command))
@@ -105,7 +112,7 @@ async def run_guest(vm: VM) -> None:
 
 async def main(*hosts: str) -> list[tuple[str, str, int]]:
     """Run the fleet; return who asked for what, and was answered how."""
-    allowed = hosts or ("news.example",)
+    allowed = hosts or ALLOWED
     log: list[tuple[str, str, int]] = []
     kernel = images.path("cloud-elf") or await images.pull("cloud-elf")
     proxies = {f"guest{index}": f"10.0.2.{100 + index}" for index in range(1, GUESTS + 1)}
@@ -120,7 +127,7 @@ async def main(*hosts: str) -> list[tuple[str, str, int]]:
         for name, address in proxies.items():
             # Isolated ports talk to the NAT, not to each other.
             port = switch.port(isolated=True, filters=filters(address))
-            archive = await initrd(folder, name, address)
+            archive = await initrd(folder, name, address, wanted(allowed))
             linux = boot.Linux(kernel, archive, "console=ttyS0 quiet loglevel=3 panic=-1")
             machines.append(await VM.create(boot=linux, memory="128M", name=name, nets=[port]))
             stack.push_async_callback(machines[-1].aclose)

@@ -74,6 +74,11 @@ def test_the_debugger_steps_through_a_file_up_to_its_halt(tmp_path: Path) -> Non
     assert re.fullmatch(r"0x1000  eb 00\n0x1002  the guest halts\n", run("debugger", str(image)))
 
 
+def test_the_fleet_asks_for_the_hosts_that_are_given() -> None:
+    example = runpy.run_path(str(EXAMPLES / "fleet.py"))
+    assert example["wanted"](("deb.debian.org",)) == ["http://deb.debian.org/", "http://secret.example/"]
+
+
 def vcpu_threads() -> set[str]:
     """Names of the process's threads that end in a colon and an index."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

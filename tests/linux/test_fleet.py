@@ -17,7 +17,7 @@ async def test_a_fleet_gets_what_it_may_and_the_proxy_knows_who_asked(
 ) -> None:
     example = runpy.run_path(str(EXAMPLE))
     log = await example["main"]()
-    allowed, refused = example["WANTED"]
+    allowed, refused = example["wanted"](example["ALLOWED"])
     guests = [f"guest{index}" for index in range(1, example["GUESTS"] + 1)]
     expected = [*((guest, allowed, 200) for guest in guests), *((guest, refused, 403) for guest in guests)]
     assert sorted(log) == sorted(expected)
