@@ -24,6 +24,7 @@ from aiokvm.machine.log import machine_logger
 from aiokvm.machine.peripherals import Peripherals
 from aiokvm.machine.platform import Platform
 from aiokvm.machine.power import Power
+from aiokvm.machine.turn import Slice
 from aiokvm.machine.vcpus import Vcpus
 from aiokvm.machine.virtio import DRAIN_SECONDS, VirtioDevices
 
@@ -140,7 +141,12 @@ class Life:
             self.nets = Nets(self.loop, self.name, self.hub, self.logger)
             await self.nets.open(nets, undo)
             devices += (nic.device for nic in self.nets.all)
+        # One with many queues takes a millisecond.
+        pace = Slice()
         for device in (*devices, *self.peripherals.devices, *virtio):
+            if pace.is_over():
+                await self.loop.turn()
+                pace.begin()
             self.virtio.attach(device)
 
     def require(self, *states: VmState) -> None:
@@ -378,7 +384,7 @@ class Life:
             # A reset under way writes to what is freed here, until it sees that the machine has ended.
             async with self._changing:
                 await self._devices_finished()
-                self.virtio.close()
+                await self.virtio.aclose()
                 self.attachments.close()
                 if self._kvm_stats:
                     self._kvm_stats.close()

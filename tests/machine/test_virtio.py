@@ -628,6 +628,17 @@ async def test_a_machine_that_cannot_be_created_gives_its_devices_back() -> None
 # With no guest.
 
 
+@pytest.mark.kvm
+async def test_many_queues_hold_the_loop_neither_at_the_beginning_nor_at_the_end() -> None:
+    class Wide(VirtioDevice):
+        device_id = 42
+        queue_size_max = (1024,) * 64
+
+    # KVM has places for a thousand, and takes half a millisecond to take one away.
+    async with await VM.create(boot=boot.Flat(b"\xf4"), memory="2M", virtio=[Wide() for _ in range(15)]):
+        pass
+
+
 def test_gsis_of_the_io_apic_come_first_and_are_shared_last() -> None:
     config = Config(boot=boot.Flat(b"\xf4"), serial_ports=2)
     found = list(places(config))
