@@ -25,7 +25,7 @@ def test_the_first_program_runs() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "Linux (none) 6." in result.stdout
+    assert result.stdout.startswith("Linux (none) 6.")  # no escape sequence of its shell
     assert "\n2\n" in result.stdout
     assert "ExitReason.SHUTDOWN" in result.stdout
 

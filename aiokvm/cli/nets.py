@@ -113,8 +113,16 @@ def backends(
 def lab_forwards(options: Sequence[NetOption], forwards: Sequence[Forward]) -> tuple[str, ...]:
     """Return how the lab passes ports on, as QEMU says it. ConfigError for what is out of its reach."""
     for option in options:
-        if option.kind != "user":
-            raise ConfigError(f"--net {option}: the lab has no way to it, only user works there")
+        if option.kind == "tap":
+            raise ConfigError(
+                f"--net {option}: the lab has no way to this machine's devices; "
+                f"`aiokvm lab -- aiokvm run --net {option}` makes one in the lab"
+            )
+        if option.kind == "stream":
+            raise ConfigError(
+                f"--net {option}: the lab has no way to this machine's sockets; start its peer in there: "
+                f"`aiokvm lab -- sh -c 'PEER & aiokvm run --net {option}'`"
+            )
     return hostfwd([replace(forward, guest_port=forward.host_port) for forward in forwards])
 
 

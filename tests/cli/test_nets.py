@@ -119,6 +119,6 @@ def test_a_port_in_use_is_told_before_the_lab_starts(protocol: Literal["tcp", "u
 
 
 @pytest.mark.parametrize("option", [NetOption("tap", "tap0"), NetOption("stream", "/s")])
-def test_the_lab_has_no_way_to_what_is_on_the_host(option: NetOption) -> None:
-    with pytest.raises(ConfigError, match="only user works there"):
+def test_the_lab_has_no_way_to_what_is_on_the_host_and_what_does_is_told(option: NetOption) -> None:
+    with pytest.raises(ConfigError, match=f"aiokvm lab -- .*aiokvm run --net {option}"):
         nets.lab_forwards([option], [])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import urllib.request
 from typing import TYPE_CHECKING
 
 import anyio
 import pytest
 
 from aiokvm import images
+from aiokvm.proto import pcapng
 from tests.cli.terminal import WATCH, Terminal
 from tests.linux.conftest import BOOT_S, COMMAND_S
 
@@ -67,3 +69,17 @@ async def test_a_debian_that_reboots_comes_up_again(debian: images.DebianDisk, t
         assert b"cannot access '/run/lost'" in shown
         terminal.type(b"poweroff\n")
         assert terminal.process.wait(COMMAND_S) == 0
+
+
+def test_a_port_leads_to_the_guest_and_its_packets_are_recorded(tmp_path: Path, free_tcp_port: int) -> None:
+    serve = "echo page >index.html; httpd -p 80; echo serv'ing'; read line; exit 3"
+    pcap = tmp_path / "packets.pcapng"
+    options = ("--net", "user", "-p", f"{free_tcp_port}:80", "--pcap", pcap)
+    with Terminal("run", "--lab", "never", *options, "--", "sh", "-c", serve) as terminal:
+        terminal.expect(b"serving", BOOT_S)
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_tcp_port}", timeout=COMMAND_S) as response:
+            assert response.read() == b"page\n"
+        terminal.type(b"\n")
+        assert terminal.process.wait(COMMAND_S) == 3
+    packets = [block.data for block in pcapng.read(pcap.read_bytes()) if isinstance(block, pcapng.Packet)]
+    assert any(b"GET / HTTP/1.1" in packet for packet in packets)
