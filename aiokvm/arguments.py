@@ -26,7 +26,7 @@ _SHOWN = 80
 # Nothing here has numbers of more; Python does not show or divide those that have very many.
 _BITS = 128
 # What arguments of a wrong type end in where nothing looks at them, or another function does.
-_MISFITS = (TypeError, AttributeError, LookupError, ConfigError)
+_MISFITS = (TypeError, AttributeError, LookupError, ValueError, OverflowError, BufferError)
 # What annotations name that a module imports for the type checker alone.
 _NAMES: dict[str, Any] = {
     **{
@@ -168,10 +168,9 @@ class _Bytes(type):
 
     def __instancecheck__(cls, value: object) -> bool:
         try:
-            memoryview(value)  # type: ignore[arg-type]
-        except TypeError:
+            return memoryview(value).c_contiguous  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # the latter of a view that was released
             return False
-        return True
 
 
 class _Scope(dict[str, Any]):
@@ -224,8 +223,15 @@ def _class(hint: type) -> Rule | None:
     if hint is float:
         return _WORDS["float"], _is_number
     if hint is bytes:
-        return "bytes", lambda value: isinstance(value, (bytes, bytearray, memoryview))
+        return "bytes", lambda value: isinstance(value, (bytes, bytearray)) or _is_view_of_bytes(value)
     return _WORDS.get(hint.__name__, hint.__name__), lambda value: isinstance(value, hint)
+
+
+def _is_view_of_bytes(value: object) -> bool:
+    try:
+        return isinstance(value, memoryview) and value.c_contiguous and value.nbytes == len(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_whole(value: object) -> bool:

@@ -97,6 +97,8 @@ def function(
         ({"path": Named(5)}, "path=.*: give str or a path"),
         ({"words": iter(["x"])}, "words=.*: give a list of str"),
         ({"many": ["x"]}, r"many=\['x'\]: give a list of a whole number"),
+        ({"data": memoryview(b"abcd")[::2]}, "data=<memory at .*: give bytes"),
+        ({"data": memoryview(b"abcd").cast("I")}, "data=<memory at .*: give bytes"),
         ({"sizes": ["x"]}, r"sizes=\['x'\]: give a dict of str to a whole number or None"),
         ({"sizes": {1: 1}}, r"sizes={1: 1}: give a dict of str to a whole number or None"),
         ({"sizes": {"a": "b"}}, r"sizes={'a': 'b'}: give a dict of str to a whole number or None"),
@@ -201,6 +203,10 @@ async def test_what_is_told_of_a_guest_s_memory_and_interrupts() -> None:
             vm.memory.read("0x1000", 2)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="write: data='text': give bytes"):
             vm.memory.write(0x1000, "text")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"write: data=<memory at .*: give bytes"):
+            vm.memory.write(0x1000, memoryview(b"abcd")[::2])
+        with pytest.raises(ConfigError, match=r"read: gpa=-1\.0: give a whole number"):
+            vm.memory.read(-1.0, 2)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="level='high': give True or False"):
             device.irq.set("high")  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="timer: callback=5: give a function"):

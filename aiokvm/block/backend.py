@@ -20,6 +20,8 @@ Data: TypeAlias = bytes | bytearray | memoryview
 
 ZEROES_BYTES = 1 << 20
 """What the default `BlockBackend.write_zeroes` writes at a time."""
+SIZE_LIMIT = 1 << 63
+"""What offsets in files are below."""
 
 
 @owned

@@ -17,7 +17,7 @@ from aiokvm._core import lib
 from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
-from aiokvm.block.backend import BlockBackend
+from aiokvm.block.backend import SIZE_LIMIT, BlockBackend
 from aiokvm.block.file import open_file, opening
 from aiokvm.errors import ConfigError, ImageError
 
@@ -153,7 +153,7 @@ class Raw(BlockBackend):
         Raises ConfigError if it is no whole number of blocks or the device has less, EPERM if the disk is
         readonly and has another.
         """
-        if size_bytes <= 0 or size_bytes % self.block_size:
+        if not 0 < size_bytes < SIZE_LIMIT or size_bytes % self.block_size:
             raise ConfigError(f"{size_bytes} bytes are not a whole number of blocks of {self.block_size}")
         if self.readonly and size_bytes != await self._call(self._size):
             raise OSError(errno.EPERM, "the disk is read-only", self.path)

@@ -106,7 +106,7 @@ def build() -> None:
     "--authorized-keys",
     metavar="FILE",
     multiple=True,
-    type=click.File("r"),
+    type=click.File("r", errors="surrogateescape"),
     help="Let root in by SSH with these public keys; may be repeated.",
 )
 @click.option(

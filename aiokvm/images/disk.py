@@ -187,13 +187,13 @@ def _file(path: str, content: str | bytes | Path) -> tuple[bytes, int]:
         # One that is no regular file may have no end, or nobody who writes it.
         with open(content, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise ConfigError(f"files[{path!r}]: {content} is not a regular file")
-            data = file.read()
+            data = file.read() if stat.S_ISREG(mode) else None
     except OSError as error:
         raise ConfigError(f"files[{path!r}]: cannot read {content}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"files[{path!r}]: no file has the name {str(content)!r}: {error}") from None
+    if data is None:
+        raise ConfigError(f"files[{path!r}]: {content} is not a regular file")
     return data, 0o755 if mode & 0o100 or data.startswith(b"#!") else 0o644
 
 

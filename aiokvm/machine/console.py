@@ -108,7 +108,12 @@ class SerialConsole:
 
     @checked
     async def read(self, limit: int = 65536) -> bytes:
-        """At least one and at most ``limit`` bytes of output; b"" when the machine has ended."""
+        """At least one and at most ``limit`` bytes of output; b"" when the machine has ended.
+
+        Raises ConfigError for a ``limit`` below 1.
+        """
+        if limit < 1:
+            raise ConfigError(f"limit is {limit}: at least 1 byte is read")
         with self._reading():
             await self._let_others()
             await self._wait_for_output(self.dropped)

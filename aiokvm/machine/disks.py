@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked, checked_init
 from aiokvm.block import BlockBackend, Raw
+from aiokvm.block.backend import SIZE_LIMIT
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.machine import events
 from aiokvm.machine.disk_core import CoreData
@@ -137,7 +138,7 @@ class VmDisk:
     async def resize(self, size_bytes: int) -> None:
         """Give the disk another size while the guest runs, and tell it. Raises ConfigError and OSError."""
         backend = self.backend
-        if size_bytes % backend.block_size or size_bytes <= 0:
+        if size_bytes % backend.block_size or not 0 < size_bytes < SIZE_LIMIT:
             raise ConfigError(f"{size_bytes} bytes are not a whole number of blocks of {backend.block_size}")
         resize = getattr(backend, "resize", None)
         if resize is None:
@@ -145,7 +146,11 @@ class VmDisk:
         # The guest never sees what is not there.
         if size_bytes < backend.size_bytes:
             self.device.resize(size_bytes)
-        await resize(size_bytes)
+        try:
+            await resize(size_bytes)
+        except BaseException:
+            self.device.resize(backend.size_bytes)
+            raise
         self.device.resize(size_bytes)
 
 

@@ -260,7 +260,9 @@ class Port(NetBackend):
 
     @checked_late
     def take_nowait(self, max: int = 64) -> Batch | None:  # noqa: A002
-        """The next batch if something has come; None: not now."""
+        """The next batch if something has come; None: not now. Raises ConfigError for a ``max`` below 1."""
+        if max < 1:
+            raise ConfigError(f"a batch is at least 1 frame, not {max}")
         if not self._left:
             return self._take(min(max, lib.AIOKVM_NET_PORT_BATCH))
         batch = self._left.popleft()

@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from aiokvm._core import ffi, lib
 from aiokvm.aio.owner import owned
-from aiokvm.arguments import checked
+from aiokvm.arguments import checked, shown
 from aiokvm.budget import DESCRIPTORS, Share
 from aiokvm.errors import ConfigError, StateError
 from aiokvm.logs import SeldomLogger
@@ -520,7 +520,7 @@ def _endpoint(address: tuple[str, int] | str) -> tuple[str, int]:
         where, number = IPv4Address(0), 0
     if not where or not 0 < number <= 0xFFFF:
         raise ConfigError(
-            f"a service is at an IPv4 address and a TCP port, like ('10.0.2.100', 80), not {address!r}"
+            f"a service is at an IPv4 address and a TCP port, like ('10.0.2.100', 80), not {shown(address)}"
         )
     return str(where), number
 

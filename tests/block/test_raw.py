@@ -180,7 +180,7 @@ async def test_resize(image: Path) -> None:
         assert bytes(await disk.read(MIB, 512)) == bytes(512)
         await disk.resize(512)
         assert image.stat().st_size == 512
-        for size in (0, 100, -512):
+        for size in (0, 100, -512, 1 << 63, 10**30 * 512):
             with pytest.raises(ConfigError):
                 await disk.resize(size)
     async with Raw(image, readonly=True) as disk:

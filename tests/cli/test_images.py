@@ -68,3 +68,11 @@ def test_pull_prints_paths_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "aiokvm: cloud: downloading 9.0 MB",
         "aiokvm: the network is down",
     ]
+
+
+def test_keys_need_not_be_text(tmp_path: Path) -> None:
+    key = tmp_path / "key.pub"
+    key.write_bytes(b"\xff\x1b\n")
+    result = CliRunner().invoke(cli, ["images", "build", "debian", "--authorized-keys", str(key)])
+    assert result.exit_code == 125
+    assert "authorized_keys has a line that is no public key" in result.output

@@ -116,7 +116,7 @@ def test_what_is_put_in_is_checked(tmp_path: Path) -> None:
         ({"files": {"/etc/motd": "\ud800"}}, "cannot be encoded as UTF-8"),
         ({"files": {"/etc/motd": Path("a\0b")}}, "no file has the name"),
         ({"files": {"/etc/motd": tmp_path}}, "cannot read .*: Is a directory"),
-        ({"files": {"/etc/motd": Path("/dev/zero")}}, "/dev/zero is not a regular file"),
+        ({"files": {"/etc/motd": Path("/dev/zero")}}, "^files.*motd'.: /dev/zero is not a regular file"),
         ({"files": {"/etc/motd": fifo}}, "fifo is not a regular file"),
         ({"files": {"/etc/motd": tmp_path / "nope"}}, "cannot read .*nope: No such file"),
         ({"enable": ["a b"]}, "'a b' is no name of a unit"),

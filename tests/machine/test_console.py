@@ -7,6 +7,7 @@ import re
 import anyio
 import pytest
 
+from aiokvm import ConfigError
 from aiokvm.aio import current_loop
 from aiokvm.errors import SerialClosedError
 from aiokvm.hw.serial import Serial
@@ -238,3 +239,12 @@ async def test_what_is_there_is_found_without_waiting() -> None:
     console.on_transmit(b"login: " * 1000)
     for _ in range(1000):
         assert await console.expect(b"login: ", timeout=0) == b"login: "
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+async def test_a_limit_below_one_is_refused_and_nothing_is_lost(limit: int) -> None:
+    port = Port()
+    port.guest_writes(b"output")
+    with pytest.raises(ConfigError, match=f"limit is {limit}: at least 1 byte is read"):
+        await port.console.read(limit)
+    assert await port.console.read() == b"output"

@@ -319,7 +319,21 @@ async def test_resize(engine: str, image: Path) -> None:
         assert (await r.request(VIRTIO_BLK_T_OUT, 7, b"q" * 512))[0] == VIRTIO_BLK_S_OK
         with pytest.raises(ConfigError):
             await r.disk.resize(100)
+        with pytest.raises(ConfigError):
+            await r.disk.resize(1 << 63)
     assert image.stat().st_size == 4096
+
+
+async def test_a_disk_that_cannot_be_made_smaller_stays_as_it_is() -> None:
+    class Stiff(Failing):
+        async def resize(self, size_bytes: int) -> None:
+            raise OSError(errno.EPERM, f"not {size_bytes}")
+
+    async with rig(Stiff()) as r:
+        with pytest.raises(OSError, match="not 4096"):
+            await r.disk.resize(4096)
+        assert r.disk.device.read_config(0, 4) == SECTORS
+        assert (await r.request(VIRTIO_BLK_T_IN, SECTORS - 1, room=512))[0] == VIRTIO_BLK_S_OK
 
 
 class Failing(BlockBackend):

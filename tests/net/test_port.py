@@ -85,6 +85,9 @@ async def test_batches(linked: Linked) -> None:
         for most in (0, 257):
             with pytest.raises(ConfigError, match="batch"):
                 other.batches(max=most)
+        for most in (0, -1):
+            with pytest.raises(ConfigError):
+                other.take_nowait(most)
 
 
 async def test_one_at_a_time_and_in_batches_may_be_mixed(linked: Linked) -> None:
