@@ -12,7 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiokvm import boot, kvm
+try:
+    from aiokvm import boot, kvm
+except ImportError as error:
+    if error.name != "aiokvm._core":
+        raise
+    hint = "aiokvm's sources, which are not compiled: run the program from another folder, or by python -P"
+    raise ImportError(f"{__path__[0]} has {hint}", name=error.name) from None
 from aiokvm.errors import (
     AiokvmError,
     BootError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,24 @@ def test_the_first_program_runs() -> None:
     assert result.stdout.startswith("Linux (none) 6.")  # no escape sequence of its shell
     assert "\n2\n" in result.stdout
     assert "ExitReason.SHUTDOWN" in result.stdout
+
+
+def test_a_program_that_finds_the_sources_is_told_what_to_do() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "import aiokvm"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    *_, last = result.stderr.splitlines()
+    assert last == (
+        f"ImportError: {ROOT / 'aiokvm'} has aiokvm's sources, which are not compiled: "
+        "run the program from another folder, or by python -P"
+    )
 
 
 @pytest.mark.kvm
