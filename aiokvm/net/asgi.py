@@ -19,6 +19,7 @@ from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.errors import AiokvmError, ConfigError
 from aiokvm.logs import SeldomLogger
+from aiokvm.net.http_lines import Lines
 from aiokvm.text import get_logger
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ class _Http:
         self.log = log
         self.h11 = library
         self.http: h11.Connection = library.Connection(library.SERVER)
+        self.lines = Lines(library, self.http)
         self.app = app
         self.stream = stream
         self.state = state
@@ -264,7 +266,7 @@ class _Http:
         """The next of h11's events; raises its RemoteProtocolError. Bytes for it are read as needed."""
         await self.let_others()
         while True:
-            event = self.http.next_event()
+            event = self.lines.next_event()
             if event is not self.h11.NEED_DATA:
                 return event
             try:
@@ -390,7 +392,7 @@ class _Exchange:
         """The next event of the body that needs no reading; None: there is none."""
         h11 = self._connection.h11
         try:
-            event = self._connection.http.next_event()
+            event = self._connection.lines.next_event()
         except h11.RemoteProtocolError:
             self._is_gone = True
             return None

@@ -285,6 +285,8 @@ ASGI_SEEDS = (
     b"GET /%41?q=1 HTTP/1.1\r\nhost: a\r\n\r\nPOST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc",
     b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\n"
     b"3\r\nabc\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\nx:" + b" " * 200 + b"\r\n\r\n"
+    b"1;" + b" " * 200 + b"\r\na\r\n0\r\nx:" + b" " * 200 + b"\r\n\r\n",
     b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\nxx",
     b"HEAD * HTTP/1.0\r\nconnection: keep-alive\r\nupgrade: websocket\r\n\r\n",
 )

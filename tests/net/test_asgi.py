@@ -188,6 +188,8 @@ async def test_a_failure_is_logged_and_answered(caplog: pytest.LogCaptureFixture
         (b"\0\1\2\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 100_000 + b"\r\n\r\n", b"431"),
+        # h11 would look for seconds.
+        (b"GET / HTTP/1.1\r\nhost: x\r\nx:" + b" " * 15_000 + b"\0\r\n\r\n", b"400"),
     ],
 )
 async def test_nonsense_is_refused(request_: bytes, status: bytes) -> None:
@@ -471,6 +473,23 @@ async def test_a_body_of_tiny_chunks_does_not_keep_the_loop(reads: bool) -> None
         for _ in range(2):
             assert b"200 OK" in await client.until(b"\r\n\r\n")
     assert len(body) == (chunks if reads else 0)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize(
+    "rest", [b"1;" + b" " * 15_000 + b"\n\r\n", b"0\r\nx:" + b" " * 15_000 + b"\0\r\n\r\n"]
+)
+async def test_odd_lines_of_a_chunked_body_do_not_keep_the_loop(reads: bool, rest: bytes) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while reads and (await receive())["type"] == "http.request":
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async with served(app) as client:
+        head = b"POST / HTTP/1.1\r\nHost: guest\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await client.send(head + b"1\r\nx\r\n" + rest)
+        await client.rest()
 
 
 async def test_a_start_that_fails_lets_the_others_begin_one_after_the_other() -> None:
