@@ -57,9 +57,13 @@ class Warnings(logging.Handler):
 
     raw = False
 
+    def __init__(self, level: int, on_stderr: bool = True) -> None:
+        super().__init__(level)
+        self._on_stderr = on_stderr
+
     def emit(self, record: logging.LogRecord) -> None:
         text = f"aiokvm: {printable_lines(self.format(record))}\n"
-        click.echo(text.replace("\n", "\r\n") if self.raw else text, nl=False, err=True)
+        click.echo(text.replace("\n", "\r\n") if self.raw else text, nl=False, err=self._on_stderr)
 
 
 def execute(work: Callable[[Interrupts], Awaitable[int]]) -> int:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
+import click
 from anyio import to_thread
 
 from aiokvm import AiokvmError, lab
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # What the lab's own kernel and Python take beside the guest.
 _EXTRA_MEMORY_BYTES = 1 << 30
-# Its standard output is the report, which comes back in a file.
+# Its standard output is what it warns of and the report, a line; they come back in a file.
 _SCRIPT = 'exec "$@" >"$0/report"'
 
 
@@ -116,7 +117,10 @@ class InLab:
             if target is not None and (folder / name).exists():
                 shutil.copyfile(folder / name, target)
         with suppress(OSError, ValueError):
-            self._take_over(json.loads((folder / "report").read_bytes()))
+            warnings, _, report = (folder / "report").read_text().rstrip("\n").rpartition("\n")
+            if warnings:
+                click.echo(warnings, err=True)
+            self._take_over(json.loads(report))
 
     def _take_over(self, inner: dict[str, object]) -> None:
         report = self._report

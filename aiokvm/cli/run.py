@@ -239,7 +239,8 @@ def run(ctx: click.Context, /, **given: object) -> None:
     """
     options = Options(**given)  # type: ignore[arg-type]
     report = Report(name=options.name or None)
-    warnings = common.Warnings(logging.WARNING)
+    # Standard error has the console if all output is one; warnings are part of the report then.
+    warnings = common.Warnings(logging.WARNING, on_stderr=not options.framed)
     logging.getLogger("aiokvm").addHandler(warnings)
     check_command(options)
     nets.check(options.nets, options.forwards, options.pcap)

@@ -219,6 +219,27 @@ def test_no_lab_is_started_for_what_cannot_work(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.kvm
+def test_what_is_warned_of_in_the_lab_is_no_output(
+    kernel: Kernel, aiokvm: Aiokvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = aiokvm(*HERE, "--framed", "--json", "--kernel", kernel(HI + TRIPLE_FAULT))
+    assert (inner.returncode, inner.stderr) == (75, b"hi\r\n")
+
+    async def run(argv: list[str], *_: object, **__: object) -> int:
+        await anyio.Path(argv[3], "report").write_bytes(inner.stdout)
+        return inner.returncode
+
+    monkeypatch.setattr(lab, "run", run)
+    result = CliRunner().invoke(cli, ["run", "--lab", "always", "--kernel", str(kernel(EXIT_42))])
+    assert (result.exit_code, result.stdout) == (75, "")
+    warned, said = result.stderr.splitlines()
+    assert warned.startswith(
+        f"aiokvm: {json.loads(inner.stdout.splitlines()[-1])['name']}: vCPU 0: triple fault; rip="
+    )
+    assert said == "aiokvm: the guest has asked for a reset: vCPU 0: triple fault"
+
+
 def test_what_fails_in_the_lab_is_said_here(
     kernel: Kernel, aiokvm: Aiokvm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
