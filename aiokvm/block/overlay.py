@@ -120,16 +120,20 @@ class Overlay(BlockBackend):
         if self._file is not None:
             raise OSError(errno.EBUSY, "the overlay is open")
         await self.base.open()
+        made: list[tuple[int, Layout, Bitmap]] = []
         try:
             if self.base.block_size > self._cluster_bytes:
                 raise ImageError(
                     f"clusters are smaller than the base's blocks of {self.base.block_size} bytes"
                 )
             with opening(self.path or "an overlay in memory"):
-                fd, self._layout, self._bitmap = await in_thread(self._open_file)
+                await in_thread(lambda: made.append(self._open_file()))
         except BaseException:
-            await self.base.close()
+            for fd, _, _ in made:
+                os.close(fd)
+            await current_loop().uncancelled(self.base.close)
             raise
+        fd, self._layout, self._bitmap = made[0]
         self.size_bytes = self.base.size_bytes
         self.block_size = self.base.block_size
         self.discard_granularity_bytes = self._layout.cluster_bytes
@@ -144,7 +148,6 @@ class Overlay(BlockBackend):
     async def close(self) -> None:
         if self._file is not None:
             await current_loop().uncancelled(self._close)
-            self._owner = None
 
     async def read(self, offset: int, length: int) -> Data:
         self.check(offset, length)
@@ -242,16 +245,19 @@ class Overlay(BlockBackend):
         """Drops all changes, at once: the disk reads as its base, also after a crash in the middle."""
         self._opened()
         async with self._commit_lock, self._gate.alone():
-            file = self._opened()
-            layout = replace(self._layout, bitmap=1 - self._layout.bitmap)
-            bitmap = await in_thread(partial(Bitmap, layout))
-            if self.path is not None:
-                await file.zero(layout.bitmap_offset(layout.bitmap), layout.bitmap_bytes)
-                await file.sync()
-                await file.write(0, layout.pack())
-                await file.sync()
-            self._layout, self._bitmap = layout, bitmap
-            await file.free(layout.data_offset, layout.size_bytes)
+            # From the file's new head on it has to happen here, too.
+            await current_loop().uncancelled(partial(self._discard_changes, self._opened()))
+
+    async def _discard_changes(self, file: File) -> None:
+        layout = replace(self._layout, bitmap=1 - self._layout.bitmap)
+        bitmap = await in_thread(partial(Bitmap, layout))
+        if self.path is not None:
+            await file.zero(layout.bitmap_offset(layout.bitmap), layout.bitmap_bytes)
+            await file.sync()
+            await file.write(0, layout.pack())
+            await file.sync()
+        self._layout, self._bitmap = layout, bitmap
+        await file.free(layout.data_offset, layout.size_bytes)
 
     # Clusters.
 
@@ -414,6 +420,7 @@ class Overlay(BlockBackend):
     async def _close(self) -> None:
         async with self._gate.alone():
             file, self._file = self._file, None
+            self._owner = None
             if file is not None:
                 try:
                     await file.close()

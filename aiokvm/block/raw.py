@@ -18,7 +18,7 @@ from aiokvm.aio import current_loop
 from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked
 from aiokvm.block.backend import SIZE_LIMIT, BlockBackend
-from aiokvm.block.file import open_file, opening
+from aiokvm.block.file import in_thread, open_file, opening
 from aiokvm.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -106,19 +106,26 @@ class Raw(BlockBackend):
         if self.fd >= 0:
             raise ImageError(f"{self.path} is open already: a disk belongs to one machine at a time")
         with opening(self.path):
-            await to_thread.run_sync(self._open)
+            try:
+                await in_thread(self._open)
+            except BaseException:
+                # It had been opened when this was cancelled.
+                await self.close()
+                raise
         self._limiter = anyio.CapacityLimiter(self.threads)
         self._owner = current_loop()
 
     async def close(self) -> None:
-        with anyio.CancelScope(shield=True):
-            while self._running:
-                self._quiet = anyio.Event()
-                await self._quiet.wait()
-            fd, self.fd = self.fd, -1
-            self._owner = None
-            if fd >= 0:
-                await to_thread.run_sync(self._close, fd)
+        await current_loop().uncancelled(self._finish)
+
+    async def _finish(self) -> None:
+        while self._running:
+            self._quiet = anyio.Event()
+            await self._quiet.wait()
+        fd, self.fd = self.fd, -1
+        self._owner = None
+        if fd >= 0:
+            await to_thread.run_sync(self._close, fd)
 
     async def read(self, offset: int, length: int) -> Data:
         self.check(offset, length)
@@ -169,7 +176,7 @@ class Raw(BlockBackend):
         self._running += 1
         try:
             # A thread that has begun is waited for whatever cancels: it touches the caller's memory.
-            return await to_thread.run_sync(work, limiter=self._limiter)
+            return await in_thread(work, self._limiter)
         finally:
             self._running -= 1
             if not self._running:

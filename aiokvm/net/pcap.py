@@ -127,7 +127,9 @@ class Pcap:
     async def _begin(self, loop: Loop) -> _Section:
         sinks: list[_Sink] = []
         try:
-            await to_thread.run_sync(lambda: sinks.append(_Sink(self._file, append=self._began)))
+            await loop.uncancelled(
+                lambda: to_thread.run_sync(lambda: sinks.append(_Sink(self._file, append=self._began)))
+            )
             section = _Section(loop, sinks[0], self)
         except BaseException:
             for sink in sinks:

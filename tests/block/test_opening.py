@@ -6,12 +6,16 @@ import errno
 import os
 import socket
 import stat
+import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
 from aiokvm import ImageError
+from aiokvm.aio import current_loop
 from aiokvm.block import BlockBackend, Image, Overlay, Raw
 
 if TYPE_CHECKING:
@@ -117,3 +121,41 @@ async def test_backing_files_are_named(place: Path) -> None:
     image.write_bytes((bytes(header) + raw + b"gone.img").ljust(4096, b"\0"))
     with pytest.raises(ImageError, match=r"top\.qcow2: backing file 'gone\.img': No such file"):
         await Image(image, backing=True).open()
+
+
+@pytest.mark.parametrize("what", ["raw", "overlay", "overlay in memory"])
+async def test_a_disk_whose_opening_is_cancelled_is_not_open(
+    what: str, memory_disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    (tmp_path / "raw").write_bytes(bytes(1 << 16))
+    disk: Any = Raw(tmp_path / "raw")
+    work = "_open"
+    if what != "raw":
+        base = memory_disk(bytes(1 << 16))
+        disk = Overlay(base, tmp_path / "overlay" if what == "overlay" else None)
+        work = "_open_file"
+    function = getattr(disk, work)
+
+    def slow() -> Any:
+        began.set()
+        go_on.wait()
+        return function()
+
+    async def use() -> None:
+        async with disk:
+            await anyio.lowlevel.checkpoint()
+
+    await use()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, work, slow)
+        using = current_loop().spawn(use, "using")
+        await anyio.to_thread.run_sync(began.wait)
+        using.cancel()
+        await current_loop().turn()
+        go_on.set()
+        await using.wait()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    async with disk:
+        assert await disk.read(0, 512) == bytes(512)

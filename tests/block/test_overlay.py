@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiokvm import ConfigError, ImageError
+from aiokvm.aio import current_loop
 from aiokvm.block import Overlay
 from aiokvm.block import overlay as module
 from aiokvm.block.file import File
@@ -508,3 +509,35 @@ async def test_memory_is_not_exceeded_by_writes_at_once(memory_disk: Any) -> Non
         assert (len(written), failed) == (4, [errno.ENOSPC] * 12)
         for at in range(0, 16 << 20, each):
             assert await overlay.read(at, 512) == (b"x" if at in written else b"\0") * 512
+
+
+async def test_changes_are_dropped_wholly_or_not_at_all_when_that_is_cancelled(
+    memory_disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, reached, go_on = File.write, anyio.Event(), anyio.Event()
+
+    async def held(file: File, offset: int, *parts: bytes) -> None:
+        await write(file, offset, *parts)
+        if offset == 0:
+            reached.set()
+            await go_on.wait()
+
+    base = memory_disk(BASE)
+    async with Overlay(base, tmp_path / "overlay", cluster_bytes=CLUSTER) as overlay:
+        await overlay.write(0, memoryview(pattern(1, CLUSTER)))
+        await overlay.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(File, "write", held)
+            dropping = current_loop().spawn(overlay.discard_changes, "dropping")
+            await reached.wait()
+            dropping.cancel()
+            for _ in range(5):
+                await current_loop().turn()
+            go_on.set()
+            await dropping.wait()
+        await overlay.write(CLUSTER, memoryview(pattern(2, CLUSTER)))
+        await overlay.flush()
+        now = bytes(await overlay.read(0, SIZE))
+    async with Overlay(base, tmp_path / "overlay", cluster_bytes=CLUSTER) as overlay:
+        assert bytes(await overlay.read(0, SIZE)) == now
+        assert now == BASE[:CLUSTER] + pattern(2, CLUSTER) + BASE[2 * CLUSTER :]

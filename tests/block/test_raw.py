@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from aiokvm import ConfigError, ImageError
+from aiokvm.aio import current_loop
 from aiokvm.block import Limit, Raw
 
 if TYPE_CHECKING:
@@ -206,3 +209,36 @@ def test_a_limit_lets_a_burst_through() -> None:
     assert [limit.take(now, 0) for _ in range(6)] == [0] * 6
     assert limit.take(now, 0) == 10_000_000
     assert limit.take(now + 10_000_000, 0) == 0
+
+
+async def test_a_request_that_is_cancelled_has_ended(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def slow(fd: int, *arguments: Any) -> int:
+        began.set()
+        go_on.wait()
+        done.append(os.fstat(fd).st_ino)
+        return pwritev(fd, *arguments)
+
+    pwritev = os.pwritev
+    monkeypatch.setattr(os, "pwritev", slow)
+    disk = Raw(image)
+    await disk.open()
+    writing = current_loop().spawn(lambda: disk.write(0, memoryview(b"x" * 512)), "writing")
+    await anyio.to_thread.run_sync(began.wait)
+    writing.cancel()
+    # Its descriptor and the caller's memory are still in use.
+    closing = current_loop().spawn(disk.close, "closing")
+    for _ in range(5):
+        await current_loop().turn()
+    closing.cancel()
+    for _ in range(5):
+        await current_loop().turn()
+    assert disk.fd >= 0
+    go_on.set()
+    await writing.wait()
+    assert done == [image.stat().st_ino]
+    await closing.wait()
+    assert disk.fd < 0
+    assert image.read_bytes()[:512] == b"x" * 512
