@@ -9,6 +9,7 @@ import re
 import resource
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
@@ -161,6 +162,9 @@ class User(NetBackend):
         """All that the guest has open, in the core and here, is one share of the process's."""
         self._connections = Connections(self._descriptors)
         self._accepting = False
+        # Who may have something of the guest's, and whether somebody may who has been looked at.
+        self._asked: deque[Callable[[int], bool]] = deque()
+        self._has_news = False
         self._log = SeldomLogger(logger)
         self._made = 0
 
@@ -351,6 +355,7 @@ class User(NetBackend):
 
     def _on_news(self, _news: int, _error: int, _detail: int) -> None:
         self._connections.look()
+        self._has_news = True
         if not self._accepting:
             self._accept_all()
 
@@ -358,13 +363,19 @@ class User(NetBackend):
         """What the guest asks for: questions and connections, for as long as the loop can spare."""
         self._accepting = False
         until_ns = time.monotonic_ns() + BUDGET_NS
-        steps = [self._dns.look] if self._dns else []
-        steps += [partial(self._accept, service) for service in self._services.values()]
-        # Each has its turn, if there is time for one only.
-        left = [step for step in steps if not step(until_ns)]
-        self._accepting = bool(left and self._plane)
-        if left and self._plane:
-            self._plane.loop.call_soon(self._accept_all)
+        while self._plane and (self._asked or self._has_news):
+            if not self._asked:
+                self._has_news = False
+                self._asked.extend([self._dns.look] if self._dns else [])
+                self._asked.extend(partial(self._accept, service) for service in self._services.values())
+                continue
+            # Each has its turn, though there be time for one only.
+            step = self._asked.popleft()
+            if not step(until_ns):
+                self._asked.append(step)
+                self._accepting = True
+                self._plane.loop.call_soon(self._accept_all)
+                return
 
     def _accept(self, service: Service, until_ns: int = 0) -> bool:
         """False: there may be more, and no time. One is accepted in any case, so that each has its turn."""
@@ -432,6 +443,7 @@ class User(NetBackend):
 
     async def _close(self) -> None:
         dns, self._dns = self._dns, None
+        self._asked.clear()
         if dns:
             await dns.stop()
         services, self._services = self._services, {}
