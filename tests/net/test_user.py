@@ -399,7 +399,7 @@ async def handler(stream: Connection) -> None: ...
         ({"services": {("10.0.2.100", 0): handler}}, "TCP port"),
         ({"services": {"10.0.2.100": handler}}, "TCP port"),
         ({"services": {PAGE: handler, "10.0.2.100:80": handler}}, "already"),
-        ({"services": {PAGE: "page"}}, "neither"),
+        ({"services": {PAGE: "page"}}, "give a dict of anything to net.Asgi"),
         ({"services": {PAGE: lambda: None}}, "neither"),
     ],
 )
