@@ -40,6 +40,8 @@ QUEUE_SIZE = 128
 MAX_PORTS = 31
 # The name's message has to fit a driver's buffer, a page in Linux.
 NAME_MAX_BYTES = 256
+# Control messages that are read before the loop has a turn: each may be about all ports.
+CONTROL_BATCH = 32
 # Output that is copied before the loop has a turn.
 TRANSMIT_BYTES = 256 << 10
 
@@ -139,6 +141,8 @@ class Console(VirtioDevice):
         self.ignored = 0
         self._multiport = False
         self._driver_ready = False
+        # What the driver tells is being read: what it is told in return is sent after that, all at once.
+        self._reading = False
         # Messages that wait for a buffer, by port and event: the newest of each counts, so they are bounded.
         self._messages: dict[tuple[int, int], bytes] = {}
         self._describe()
@@ -313,7 +317,8 @@ class Console(VirtioDevice):
         key = port.id, event
         self._messages.pop(key, None)
         self._messages[key] = _CONTROL.pack(port.id, event, value) + payload
-        self.notified(CONTROL_RECEIVEQ)
+        if not self._reading:
+            self.notified(CONTROL_RECEIVEQ)
 
     def _send_messages(self) -> None:
         queue = self.queues[CONTROL_RECEIVEQ]
@@ -336,16 +341,22 @@ class Console(VirtioDevice):
 
     def _receive_messages(self) -> None:
         queue = self.queues[CONTROL_TRANSMITQ]
-        for _ in range(queue.size):
-            if (chain := queue.pop()) is None:
-                break
-            message = chain.read(_CONTROL.size)
-            chain.push()
-            if len(message) < _CONTROL.size or not self._handle(*_CONTROL.unpack(message)):
-                self.ignored += 1
-        else:
-            self.host.again(CONTROL_TRANSMITQ)
+        self._reading = True
+        try:
+            for _ in range(CONTROL_BATCH):
+                if (chain := queue.pop()) is None:
+                    break
+                message = chain.read(_CONTROL.size)
+                chain.push()
+                if len(message) < _CONTROL.size or not self._handle(*_CONTROL.unpack(message)):
+                    self.ignored += 1
+            else:
+                self.host.again(CONTROL_TRANSMITQ)
+        finally:
+            self._reading = False
         self._publish(queue, CONTROL_TRANSMITQ)
+        if self._messages:
+            self.notified(CONTROL_RECEIVEQ)
 
     def _handle(self, number: int, event: int, value: int) -> bool:
         """What the driver tells; whether it made sense."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aiokvm.errors import DeviceError
 from aiokvm.virtio.console import (
+    CONTROL_BATCH,
     CONTROL_RECEIVEQ,
     CONTROL_TRANSMITQ,
     QUEUE_SIZE,
@@ -26,6 +28,9 @@ from aiokvm.virtio.console import (
 )
 from tests.virtio.driver import VIRTQ_DESC_F_WRITE, Descriptor
 from tests.virtio.guest import LAYOUTS, RANGE_BYTES, DeviceGuest
+
+if TYPE_CHECKING:
+    from aiokvm.virtio.queue import Chain
 
 EMERG_WR = 8
 
@@ -187,6 +192,41 @@ def test_without_multiport_there_is_port_0_and_it_is_open() -> None:
         assert rig.guest.drivers[queue].used() == []
     assert rig.agent.port.receive(b"x") == 0
     assert rig.agent.output == b""
+
+
+def test_a_driver_that_is_ready_again_and_again_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With buffers that nothing fits in, and new ones as soon as they come back."""
+    rig = Rig(ports=31, size=QUEUE_SIZE)
+    for number in range(29):
+        rig.console.add_port(rig.make(f"p{number}").port)
+    queue, driver = rig.guest.queues[CONTROL_RECEIVEQ], rig.guest.drivers[CONTROL_RECEIVEQ]
+    pops = 0
+
+    def refill() -> None:
+        driver.used()
+        while driver.free:
+            driver.add([], [1])
+
+    def pop() -> Chain | None:
+        nonlocal pops
+        pops += 1
+        return taken()
+
+    def publish() -> bool:
+        shown = published()
+        refill()
+        return shown
+
+    taken, published = queue.pop, queue.publish
+    monkeypatch.setattr(queue, "pop", pop)
+    monkeypatch.setattr(queue, "publish", publish)
+    refill()
+    ready = struct.pack("<IHH", 0, VIRTIO_CONSOLE_DEVICE_READY, 1)
+    for _ in range(CONTROL_BATCH + 1):
+        rig.guest.drivers[CONTROL_TRANSMITQ].add([ready])
+    rig.guest.notify(CONTROL_TRANSMITQ)
+    assert pops <= QUEUE_SIZE
+    assert set(rig.guest.host.agains) == {CONTROL_TRANSMITQ, CONTROL_RECEIVEQ}
 
 
 def test_a_driver_that_is_ready_again_and_again_hears_of_no_port_twice() -> None:
