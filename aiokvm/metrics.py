@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
+import anyio.lowlevel
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["MachineCollector"]
 
 _NS = 1e-9
+# That `snapshot` reads before the loop has a turn: some ten machines.
+_SLICE_NS = 500_000
 
 
 class MachineCollector(Collector):
@@ -28,7 +33,8 @@ class MachineCollector(Collector):
 
     It keeps nothing between two collections and forgets a machine that is closed. Collect on the thread of
     the machines' event loop, ``prometheus_client.generate_latest(registry)`` in a handler for instance;
-    `collect` raises StateError on any other. The kernel's own figures (``VmStats.kvm``) are left out.
+    `collect` raises StateError on any other. It holds the loop: of hundreds of machines take a `snapshot`.
+    The kernel's own figures (``VmStats.kvm``) are left out.
     """
 
     def __init__(self) -> None:
@@ -62,18 +68,50 @@ class MachineCollector(Collector):
         """All figures as they are now."""
         self._forget_closed()
         families = _Families()
-        for vm, thread in tuple(self._machines.items()):
-            if thread != threading.get_ident():
-                raise StateError(
-                    f"the figures of machine {vm.name} belong to its event loop's thread: collect there, "
-                    "for instance by generate_latest(registry) in a coroutine"
-                )
-            families.add(vm.name, vm.memory.size_bytes, vm.stats())
+        for vm in tuple(self._machines):
+            self._read(vm, families)
         return families.all
+
+    async def snapshot(self) -> CollectorRegistry:
+        """The figures as they are now, as a registry for ``generate_latest`` on any thread.
+
+        Others on the loop have their turns while machines are read. Raises StateError as `collect` does.
+        """
+        self._forget_closed()
+        families = _Families()
+        end_ns = time.monotonic_ns() + _SLICE_NS
+        for vm in tuple(self._machines):
+            # Meanwhile it may have been closed, or removed.
+            if vm in self._machines and vm.state is not VmState.CLOSED:
+                self._read(vm, families)
+            if time.monotonic_ns() >= end_ns:
+                await anyio.lowlevel.checkpoint()
+                end_ns = time.monotonic_ns() + _SLICE_NS
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Snapshot(families.all))
+        return registry
+
+    def _read(self, vm: VM, families: _Families) -> None:
+        if self._machines[vm] != threading.get_ident():
+            raise StateError(
+                f"the figures of machine {vm.name} belong to its event loop's thread: collect there, "
+                "for instance by generate_latest(registry) in a coroutine"
+            )
+        families.add(vm.name, vm.memory.size_bytes, vm.stats())
 
     def _forget_closed(self) -> None:
         for vm in [vm for vm in tuple(self._machines) if vm.state is VmState.CLOSED]:
             del self._machines[vm]
+
+
+class _Snapshot(Collector):
+    """Figures that do not change."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class _Families:

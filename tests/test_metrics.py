@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from anyio import to_thread
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aiokvm import VM, ConfigError, Device, StateError, boot
+from aiokvm import VM, ConfigError, Device, StateError, boot, metrics
 from aiokvm.metrics import MachineCollector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+
+    from aiokvm import VmStats
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kvm]
 
@@ -102,6 +107,48 @@ async def test_two_machines_of_one_name_are_refused() -> None:
         collector.add(vm)
         with pytest.raises(ConfigError, match="a machine named one is shown already"):
             collector.add(other)
+
+
+async def test_a_snapshot_of_many_machines_does_not_hold_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, registry = MachineCollector(), CollectorRegistry()
+    registry.register(collector)
+    async with AsyncExitStack() as stack:
+        for number in range(12):
+            collector.add(await stack.enter_async_context(await machine(f"m{number:02}")))
+        now = collected(registry)
+        stats = VM.stats
+
+        def slow(vm: VM) -> VmStats:
+            end_s = time.thread_time() + 0.006
+            while time.thread_time() < end_s:
+                pass
+            return stats(vm)
+
+        monkeypatch.setattr(VM, "stats", slow)
+        snapshot = await collector.snapshot()
+        assert await to_thread.run_sync(collected, snapshot) == now
+
+
+async def test_a_machine_that_is_closed_meanwhile_is_not_in_a_snapshot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "_SLICE_NS", 0)
+    collector = MachineCollector()
+    async with await machine("one") as vm, await machine("two") as other:
+        collector.add(vm)
+        collector.add(other)
+        snapshots: list[CollectorRegistry] = []
+
+        async def take() -> None:
+            snapshots.append(await collector.snapshot())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take)
+            await anyio.lowlevel.checkpoint()
+            collector.remove(other)
+        assert ("one",) in collected(snapshots[0])["aiokvm_memory_bytes"]
+        await other.aclose()
+        assert collected(await collector.snapshot())["aiokvm_memory_bytes"] == {("one",): 2 << 20}
 
 
 async def test_another_thread_may_not_collect() -> None:
