@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import stat
 import time
 from ipaddress import ip_address
 from pathlib import Path
@@ -35,6 +38,8 @@ IDLE_S = 30.0
 # RFC 1035, section 4.1.1: codes by which a nameserver says that it cannot help. RFC 2136 has more.
 _SERVFAIL, _NOTIMP, _REFUSED = 2, 4, 5
 _CHUNK = 65536
+_CONF_BYTES = 65536
+_ZONE_MAX = 15  # bytes of an interface's name
 
 
 def nameservers(text: str) -> list[str]:
@@ -48,9 +53,21 @@ def nameservers(text: str) -> list[str]:
             ip_address(words[1])
         except ValueError:
             continue
+        zone = words[1].partition("%")[2]
+        # Sockets do not say of another that nobody is there, they raise what is no OSError.
+        if len(zone) > _ZONE_MAX or not zone.isascii() or not zone.isprintable():
+            continue
         if words[1] not in found:
             found.append(words[1])
     return found or ["127.0.0.1"]
+
+
+def _read(path: Path) -> str:
+    """Its text, as much as the loop can bear. Raises OSError, also for what may have no end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read(_CONF_BYTES).decode(errors="replace")
 
 
 class Resolver:
@@ -68,7 +85,7 @@ class Resolver:
             status = self._path.stat()
             state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if state != self._read[0]:
-                self._read = (state, nameservers(self._path.read_text(errors="replace")))
+                self._read = (state, nameservers(_read(self._path)))
         except OSError:
             self._read = (None, nameservers(""))
         return sorted(self._read[1], key=lambda server: server != self._good)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -39,6 +40,7 @@ QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01x\x00\x00\x01\x00\
         ("nameserver fe80::1%eth0\n", ["fe80::1%eth0"]),
         ("nameserver 192.0.2.1\nnameserver 192.0.2.1\n", ["192.0.2.1"]),
         ("nameserver name.example\nnameserver\nnameserver 1.2.3\n", ["127.0.0.1"]),
+        ("nameserver fe80::1%a\0b\nnameserver fe80::1%é\n", ["127.0.0.1"]),
         ("", ["127.0.0.1"]),
     ],
 )
@@ -275,3 +277,43 @@ def test_names_by_the_nameserver_of_the_host(tmp_path: Path) -> None:
         (*argv, tmp_path, root), capture_output=True, text=True, timeout=LIMIT_S * 3, check=False
     )
     assert done.stdout == "198.51.100.7\n", done.stderr
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["fifo", "endless", "folder", "large"])
+async def test_a_resolv_conf_that_is_no_such_thing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "resolv.conf"
+    if kind == "fifo":
+        os.mkfifo(conf)
+    elif kind == "endless":
+        conf.symlink_to("/dev/zero")
+    elif kind == "folder":
+        conf.mkdir()
+    else:
+        with conf.open("w") as file:
+            file.write("nameserver 127.0.0.1\n")
+            file.truncate(1 << 32)
+    monkeypatch.setattr(dns, "ANSWER_S", 0.1)
+    with answering("127.0.0.1", 0, 0) as port:
+        monkeypatch.setattr(dns, "PORT", port)
+        with anyio.fail_after(LIMIT_S):
+            answer = await Resolver(conf).ask(QUERY)
+        assert answer
+        assert answer.endswith(b"127.0.0.1")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("zone", ["nope0", "a\0b", "é" * 40, "x" * 5000])
+async def test_nameservers_that_cannot_be_asked_are_passed_over(
+    zone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "resolv.conf"
+    conf.write_text(f"nameserver fe80::1%{zone}\nnameserver 127.0.0.2\n")
+    with answering("127.0.0.2", 0, 0) as port:
+        monkeypatch.setattr(dns, "PORT", port)
+        with anyio.fail_after(LIMIT_S):
+            answer = await Resolver(conf).ask(QUERY)
+        assert answer
+        assert answer.endswith(b"127.0.0.2")
