@@ -99,8 +99,7 @@ class VirtualCpu:
         """All of KVM's vCPU ioctls. Raises StateError while the vCPU runs: they would wait for it to stop."""
         if self.state is VcpuState.RUNNING:
             raise StateError(f"vCPU {self.index} is running: pause the machine first")
-        if not self.core:
-            raise StateError(f"vCPU {self.index} is closed")
+        self._open()
         if not lib.aiokvm_machine_alive(self._machine):
             raise StateError(NOT_INHERITED)
         return self._vcpu
@@ -138,14 +137,18 @@ class VirtualCpu:
         """What it has done so far."""
         from aiokvm.machine.stats import vcpu_stats
 
+        return vcpu_stats(self._open(), self._stats.read() if self._stats else {})
+
+    def _open(self) -> Pointer:
         if not self.core:
             raise StateError(f"vCPU {self.index} is closed")
-        return vcpu_stats(self.core, self._stats.read() if self._stats else {})
+        return self.core
 
     # What the machine does with it.
 
     def start(self) -> None:
         """Create the thread. Raises AiokvmError if the host has none to give."""
+        self._open()
         # Now: while it runs, the kernel gives the descriptor to nobody.
         try:
             self._stats = self._vcpu.get_stats()
@@ -153,7 +156,7 @@ class VirtualCpu:
             self._stats = None
         try:
             check(
-                lib.aiokvm_vcpu_start(self.core),
+                lib.aiokvm_vcpu_start(self._open()),
                 f"cannot create the thread of vCPU {self.index}; see RLIMIT_NPROC and the pids cgroup",
             )
         except AiokvmError:
@@ -169,7 +172,7 @@ class VirtualCpu:
         """Let it run."""
         if self.state is VcpuState.PAUSED:
             self._tell_watchdogs()
-        check(lib.aiokvm_vcpu_resume(self.core), "resuming a vCPU")
+        check(lib.aiokvm_vcpu_resume(self._open()), "resuming a vCPU")
         self.state = VcpuState.RUNNING
         self.to_pause = False
 
@@ -184,16 +187,16 @@ class VirtualCpu:
 
     def pause(self) -> None:
         """Tell it to stand still; it says when it does."""
-        check(lib.aiokvm_vcpu_pause(self.core), "pausing a vCPU")
+        check(lib.aiokvm_vcpu_pause(self._open()), "pausing a vCPU")
         self.to_pause = True
 
     def stop(self) -> None:
         """Tell its thread to end; it says when it has."""
-        check(lib.aiokvm_vcpu_stop(self.core), "stopping a vCPU")
+        check(lib.aiokvm_vcpu_stop(self._open()), "stopping a vCPU")
 
     def kick(self) -> None:
         """Tell it again."""
-        check(lib.aiokvm_vcpu_kick(self.core), "kicking a vCPU")
+        check(lib.aiokvm_vcpu_kick(self._open()), "kicking a vCPU")
 
     def on_parked(self) -> None:
         """It says that it stands still."""
@@ -203,13 +206,15 @@ class VirtualCpu:
 
     def on_stopped(self) -> None:
         """Its thread has ended."""
-        check(lib.aiokvm_vcpu_join(self.core), "joining a vCPU's thread")
+        check(lib.aiokvm_vcpu_join(self._open()), "joining a vCPU's thread")
         if self._forgotten:
             self._forgotten.detach()
         self.state = VcpuState.STOPPED
 
     def close(self) -> None:
-        """The thread must have ended. Idempotent."""
+        """The thread must have ended, else StateError. Idempotent."""
+        if self._forgotten and self._forgotten.alive:
+            raise StateError(f"vCPU {self.index} has a thread that runs: end the machine")
         if self.core:
             if self._stats:
                 self._stats.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 import pytest
 
-from aiokvm import AiokvmError, VcpuState, boot
+from aiokvm import AiokvmError, StateError, VcpuState, boot
 from aiokvm._core import ffi, lib
 from aiokvm.boot.plan import GuestInfo
 from aiokvm.machine.config import Config
@@ -378,3 +378,19 @@ def test_stats_count_what_a_vcpu_did(core: Callable[..., Core]) -> None:
     stats = machine.stats()
     assert (stats.exits, stats.unclaimed) == (5, 5)
     assert stats.kicks >= 1
+
+
+def test_nothing_is_done_with_a_vcpu_that_is_closed_or_cannot_be(core: Callable[..., Core]) -> None:
+    machine = core(READS_PORT)
+    machine.claim(lib.AIOKVM_BUS_PIO, 0x300)
+    vcpu = machine.vcpu
+    vcpu.start()
+    vcpu.resume()
+    with pytest.raises(StateError, match="vCPU 0 has a thread that runs"):
+        vcpu.close()
+    machine.stop()
+    vcpu.close()
+    vcpu.close()
+    for work in (vcpu.start, vcpu.resume, vcpu.pause, vcpu.kick, vcpu.stop, vcpu.on_stopped, vcpu.stats):
+        with pytest.raises(StateError, match="vCPU 0 is closed"):
+            work()
