@@ -32,7 +32,7 @@ class Watchdog:
     A warning is logged, once a hold-up, when the loop has given no sign of life for ``threshold`` seconds;
     ``callback`` is then called, too, in the watchdog's thread. What lasts twice as long is always noticed.
     It costs the loop one callback every ``threshold`` seconds. Raises ConfigError for a threshold that is not
-    above 0.
+    above 0, or infinite.
 
     A C function that does not release Python's global lock keeps the watchdog waiting as well, and may be
     over when it looks.
@@ -40,8 +40,10 @@ class Watchdog:
 
     @checked
     def __init__(self, threshold: float = 0.1, callback: Callable[[HoldUp], object] | None = None) -> None:
-        if not threshold > 0:
-            raise ConfigError(f"a threshold of {threshold} seconds is not above 0")
+        if not 0 < threshold <= threading.TIMEOUT_MAX:
+            raise ConfigError(
+                f"a threshold of {threshold} seconds is not above 0, or is more than a clock has"
+            )
         self._threshold = threshold
         self._callback = callback
         self._log = SeldomLogger(logger)

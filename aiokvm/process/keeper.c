@@ -110,8 +110,8 @@ static int keep(pid_t program, int parent, int signals, int grace_ms)
         }
         if (asked && !ending) {
             deadline = now_ms() + grace_ms;
-            if (grace_ms)
-                kill(-program, SIGTERM);
+            if (grace_ms && kill(-program, SIGTERM) < 0)
+                kill(program, SIGTERM); /* it has no group of its own yet */
         }
         if (deadline >= 0 && now_ms() >= deadline) {
             kill(-program, SIGKILL);

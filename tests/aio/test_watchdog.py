@@ -145,7 +145,7 @@ async def test_it_ends_when_it_is_cancelled() -> None:
     assert not any(thread.name == "aiokvm watchdog" for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("threshold", [0, -1, float("nan")])
+@pytest.mark.parametrize("threshold", [0, -1, float("nan"), float("inf"), 10**30])
 async def test_a_threshold_is_above_0(threshold: float) -> None:
     with pytest.raises(ConfigError, match=r"not above 0|give a number"):
         Watchdog(threshold)

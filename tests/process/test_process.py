@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,8 +19,6 @@ from aiokvm import process
 from tests.holdups import WANTED_S
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from aiokvm.process import Process
 
 pytestmark = pytest.mark.anyio
@@ -182,3 +181,18 @@ def test_programs_end_with_a_process_that_is_killed(script: str, grace_s: float,
             parent.kill()
             for fd in fds:
                 os.close(fd)
+
+
+def has_children(pid: int) -> bool:
+    return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+async def test_a_program_that_has_hardly_begun_gets_its_signal() -> None:
+    # Whether it has a group of its own by then is a matter of microseconds.
+    for turns in range(100):
+        program = await process.start(["sleep", "1000"], grace_s=10)
+        while not has_children(program.pid):
+            pass
+        for _ in range(10 * turns):
+            pass
+        assert await process.end(program) == -signal.SIGTERM
