@@ -33,8 +33,6 @@ void blk_tell(struct aiokvm_blk *blk, const struct aiokvm_blk_event *event)
     if (room > (event->kind == AIOKVM_BLK_BROKEN ? 0 : AIOKVM_BLK_QUEUES)) {
         struct aiokvm_blk_event *slot = &blk->events[blk->event_head++ % BLK_EVENTS];
         *slot = *event;
-        slot->missed = blk->missed;
-        blk->missed = 0;
     } else {
         blk->missed++;
     }
@@ -347,11 +345,15 @@ int aiokvm_blk_tid(const struct aiokvm_blk *blk)
 int aiokvm_blk_take(struct aiokvm_blk *blk, struct aiokvm_blk_event *event)
 {
     pthread_mutex_lock(&blk->lock);
-    bool found = blk->event_head != blk->event_tail;
-    if (found)
+    bool found = blk->event_head != blk->event_tail, more = found || blk->missed;
+    if (found) {
         *event = blk->events[blk->event_tail++ % BLK_EVENTS];
+    } else if (more) {
+        *event = (struct aiokvm_blk_event){ .kind = AIOKVM_BLK_MISSED, .missed = blk->missed };
+        blk->missed = 0;
+    }
     pthread_mutex_unlock(&blk->lock);
-    return found;
+    return more;
 }
 
 void aiokvm_blk_stats(const struct aiokvm_blk *blk, struct aiokvm_blk_stats *stats)

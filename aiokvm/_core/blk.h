@@ -46,6 +46,7 @@ struct aiokvm_blk_config {
 
 enum aiokvm_blk_event_kind {
     AIOKVM_BLK_FAILED, /* a request; it waits if so configured */
+    AIOKVM_BLK_MISSED, /* failed requests that found no room, so many */
     AIOKVM_BLK_BROKEN, /* a queue: error is that of vring.h, or AIOKVM_BLK_EHEADER, AIOKVM_BLK_ESTATUS */
 };
 
@@ -59,7 +60,7 @@ struct aiokvm_blk_event {
     int32_t error; /* FAILED: an errno */
     uint32_t type; /* VIRTIO_BLK_T_* */
     uint64_t offset, length; /* bytes of the disk */
-    uint64_t missed; /* events before this one that found no room */
+    uint64_t missed;
 };
 
 struct aiokvm_blk_stats {

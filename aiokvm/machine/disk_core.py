@@ -37,8 +37,9 @@ _BROKEN = {
 class CoreData:
     """`aiokvm.virtio.blk.BlkData` of a `Raw` that is open; closes it.
 
-    ``on_failed(type, offset, length, errno)`` is told of requests that the host has failed. Raises
-    AiokvmError if the thread cannot be had, or io_uring was forced and is refused.
+    ``on_failed(type, offset, length, errno)`` is told of requests that the host has failed, and
+    ``on_missed(count)`` of how many more did at the same time. Raises AiokvmError if the thread cannot be
+    had, or io_uring was forced and is refused.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class CoreData:
         pause: bool,
         limit: Limit | None,
         on_failed: Callable[[int, int, int, int], None],
+        on_missed: Callable[[int], None],
     ) -> None:
         self._raw = raw
         self._loop = loop
         self._on_failed = on_failed
+        self._on_missed = on_missed
         self._limit = limit  # lives as long as the thread
         self._host: VirtioHost | None = None
         # They keep guest RAM mapped until the kernel is done with it.
@@ -189,6 +192,8 @@ class CoreData:
         while lib.aiokvm_blk_take(core, event):
             if event.kind == lib.AIOKVM_BLK_FAILED:
                 self._on_failed(event.type, event.offset, event.length, event.error)
+            elif event.kind == lib.AIOKVM_BLK_MISSED:
+                self._on_missed(event.missed)
             elif self._host:
                 error = event.error
                 words = _BROKEN.get(error) or ffi.string(lib.aiokvm_vring_strerror(error)).decode()

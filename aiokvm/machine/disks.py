@@ -123,7 +123,7 @@ class VmDisk:
         self.device = VirtioBlk(config.layout(), data)
         self.engine = data.engine
         self.failures = 0
-        """Requests that the host has failed."""
+        """Requests that the host has failed. Of very many at once the first are told as events."""
         self._data = data
 
     def __repr__(self) -> str:
@@ -206,13 +206,24 @@ class Disks:
         def on_failed(type_: int, offset: int, length: int, error: int) -> None:
             self._on_failed(disk, type_, offset, length, error)
 
+        def on_missed(count: int) -> None:
+            disk.failures += count
+            self._failures.error("%s: %d more requests failed", disk.name, count)
+
         def on_bug(error: Exception) -> None:
             self._failures.error("%s: %r raised", disk.name, backend, exc_info=error)
 
         data: CoreData | LoopData
         if type(backend) is Raw:
             data = CoreData(
-                self._loop, backend, name, serial=config.serial, pause=pause, limit=limit, on_failed=on_failed
+                self._loop,
+                backend,
+                name,
+                serial=config.serial,
+                pause=pause,
+                limit=limit,
+                on_failed=on_failed,
+                on_missed=on_missed,
             )
         else:
             data = LoopData(

@@ -227,7 +227,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         case 7:
             blk->writeback = take(&input, 1) & 1;
             while (aiokvm_blk_take(blk, &event))
-                REQUIRE(event.kind == AIOKVM_BLK_BROKEN || event.offset + event.length <= SECTORS * SECTOR_BYTES);
+                REQUIRE(event.kind != AIOKVM_BLK_FAILED || event.offset + event.length <= SECTORS * SECTOR_BYTES);
             aiokvm_vring_publish(queue->vring);
             break;
         }

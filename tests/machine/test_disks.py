@@ -218,6 +218,18 @@ async def test_an_image_that_is_truncated_under_us(engine: str, image: Path) -> 
         assert r.disk.failures == 2
 
 
+async def test_failures_that_come_at_once_are_all_counted(engine: str, image: Path) -> None:
+    async with rig(backend(engine, image)) as r:
+        os.truncate(image, 0)
+        for _ in range(80):
+            r.submit(VIRTIO_BLK_T_OUT, 8, b"z" * 512)
+        r.host.notify(0)
+        with anyio.fail_after(30):
+            while r.disk.failures < 80:
+                await anyio.lowlevel.checkpoint()
+        assert r.disk.failures == r.disk.stats().errors == 80
+
+
 async def test_a_failed_request_pauses_the_machine_and_is_tried_again(engine: str, image: Path) -> None:
     async with rig(Disk(backend(engine, image), on_error="pause")) as r:
         os.truncate(image, 0)
