@@ -18,6 +18,7 @@ import pytest
 
 from aiokvm import ConfigError, net
 from aiokvm.aio import current_loop
+from aiokvm.net import pcap as module
 from aiokvm.net.plane import Plane
 from aiokvm.proto import pcapng
 from aiokvm.proto.pcapng import Interface, Packet, Statistics
@@ -328,3 +329,31 @@ async def test_a_backend_that_is_used_again_is_recorded_under_its_new_adapter(tm
     plane.close()
     interfaces, _, _ = read(path.read_bytes())
     assert [interface.name for interface in interfaces] == ["one/net0", "two/net0"]
+
+
+async def test_a_capture_whose_beginning_is_cancelled_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    make = module._Sink
+
+    def slow(*arguments: Any, **named: Any) -> module._Sink:
+        began.set()
+        go_on.wait()
+        return make(*arguments, **named)
+
+    async def use() -> None:
+        async with net.Switch() as switch:
+            await switch.connect(net.Port(tap=net.Pcap(tmp_path / "packets")))
+
+    await use()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(module, "_Sink", slow)
+    using = current_loop().spawn(use, "using")
+    await anyio.to_thread.run_sync(began.wait)
+    using.cancel()
+    for _ in range(5):
+        await current_loop().turn()
+    go_on.set()
+    await using.wait()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
