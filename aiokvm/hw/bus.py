@@ -156,8 +156,8 @@ class Bus:
         for neighbour in self._regions[max(index - 1, 0) : index + 1]:
             if neighbour.base < base + size and base < neighbour.base + neighbour.size:
                 raise DeviceError(
-                    f"{_span(base, size)} for {type(device).__name__} overlaps {neighbour} of "
-                    f"{type(neighbour.device).__name__}; choose another address"
+                    f"{_span(base, size)} for {device_name(device)} overlaps {neighbour} of "
+                    f"{device_name(neighbour.device)}; choose another address"
                 )
         region = Region(self._next_id, base, size, device, posted)
         self._next_id += 1
@@ -186,6 +186,12 @@ class Bus:
 
     def __len__(self) -> int:
         return len(self._regions)
+
+
+def device_name(device: BusDevice) -> str:
+    """The class of what is at a region of a bus: of a device of the user's own, if it is one."""
+    owner = getattr(device, "attachment", device)
+    return type(getattr(owner, "device", owner)).__name__
 
 
 def _span(base: int, size: int) -> str:

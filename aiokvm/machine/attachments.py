@@ -84,12 +84,6 @@ def _window(attachment: Attachment, first: int) -> BusDevice:
     return cast("BusDevice", _Window(attachment, first))
 
 
-def device_name(device: BusDevice) -> str:
-    """The class of what is at a region of a bus: of a device of the user's own, if it is one."""
-    owner = getattr(device, "attachment", device)
-    return type(getattr(owner, "device", owner)).__name__
-
-
 class Attachments:
     """All of one machine. ``on_failed`` is told what a device raised, and in what access."""
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from aiokvm._core import lib
 from aiokvm.errors import AiokvmError, KvmError, StateError
+from aiokvm.hw.bus import device_name
 from aiokvm.machine import events
-from aiokvm.machine.attachments import Attachment, Attachments, device_name
+from aiokvm.machine.attachments import Attachment, Attachments
 from aiokvm.machine.build import boot_plan, load, poll_ns
 from aiokvm.machine.device import ErrorPolicy
 from aiokvm.machine.emulated import first_start, warn_if_emulated

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiokvm._core import ffi, lib
+from aiokvm.hw.bus import device_name
 from aiokvm.kvm import KvmExit
-from aiokvm.machine.attachments import device_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -10,8 +10,8 @@ from anyio import to_thread
 
 from aiokvm._core import lib
 from aiokvm.aio.owner import owned
+from aiokvm.hw.bus import device_name
 from aiokvm.kvm import KvmExit
-from aiokvm.machine.attachments import device_name
 from aiokvm.machine.log import machine_logger
 from aiokvm.proto.trace import POSTED, Encoder, Header, Record
 

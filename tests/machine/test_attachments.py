@@ -208,7 +208,11 @@ async def test_what_has_gone_may_come_back(guest: Guest) -> None:
 # What is refused changes nothing.
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "another device": ({"pio": 0x315}, DeviceError, "0x315-0x315 .* overlaps 0x310-0x317"),
+    "another device": (
+        {"pio": 0x315},
+        DeviceError,
+        "0x315-0x315 for Recording overlaps 0x310-0x317 of Recording",
+    ),
     "another device's end": ({"pio": 0x30F, "size": 2}, DeviceError, "overlaps 0x310-0x317"),
     "a device of the machine": (
         {"pio": 0x3F8, "size": 8},
