@@ -205,6 +205,11 @@ static bool serve(struct aiokvm_net_end *end)
     }
     self->is_late = count > 1 && end->net->is_over;
     slirp_leave(self);
+    for (int i = 0; i < count; i++) {
+        const struct slirp_watched *watched = &self->watched[events[i].data.fd];
+        if (watched->is_dead && watched->socket)
+            slirp_cut(self, watched->socket);
+    }
     reap(self, now_ns);
     return count > 0;
 }

@@ -243,11 +243,18 @@ int slirp_get_revents(int index, void *opaque)
         return 0;
     }
     int events = 0;
-    /* A reset is found by who reads: who writes takes it for an end. Behind an end there is nothing to read. */
+    /* A reset is found by who reads: who writes takes it for an end. Behind an end there is nothing to read, and libslirp
+     * would keep a full window shut. */
     if (ready & (EPOLLERR | EPOLLHUP) && watched->kind == SLIRP_TCP && watched->socket &&
-        watched->socket->is_connected && !watched->socket->is_told) {
-        watched->is_broken = true;
-        return watched->events & SLIRP_POLL_IN ? SLIRP_POLL_IN : 0;
+        watched->socket->is_connected) {
+        if (!watched->socket->is_told) {
+            watched->is_broken = true;
+            return watched->events & SLIRP_POLL_IN ? SLIRP_POLL_IN : 0;
+        }
+        if (watched->events & SLIRP_POLL_OUT && !watched->is_dead) {
+            watched->is_dead = true;
+            return 0;
+        }
     }
     if (watched->events & SLIRP_POLL_IN)
         events |= (ready & EPOLLIN ? SLIRP_POLL_IN : 0) | (ready & EPOLLHUP ? SLIRP_POLL_HUP : 0) |

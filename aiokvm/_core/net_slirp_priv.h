@@ -233,6 +233,7 @@ struct slirp_watched {
     uint8_t kind;
     bool is_counted; /* it is one of tcp or other, and in the shares */
     bool is_broken; /* it has an error for who reads it, for which libslirp has no room now */
+    bool is_dead; /* it has one, but the guest, which has been told of its end, has more to say: it is cut */
     struct slirp_socket *socket;
 };
 

@@ -58,6 +58,15 @@ static int read_end(int fd)
     return count ? errno : 0;
 }
 
+static struct slirp_socket *first_socket(struct nat *nat)
+{
+    struct slirp_sockets *sockets = &((struct slirp_end *)nat->slirp)->sockets;
+    for (uint32_t i = 0; i < SLIRP_SOCKET_BUCKETS; i++)
+        if (sockets->buckets[i])
+            return sockets->buckets[i];
+    return NULL;
+}
+
 TEST(a_reset_of_the_guest_is_one_at_the_host)
 {
     int listener;
@@ -143,6 +152,34 @@ TEST(a_reset_is_seen_behind_what_was_sent_before)
             got = from + size;
         say(&nat, frame, tcp_frame(frame, GUEST, 5000, HOST, to, seq, next + got, ACK, NULL, 0));
     }
+    aiokvm_net_free(nat.net);
+    close(listener);
+}
+
+TEST(a_reset_behind_an_end_reaches_a_guest_whose_window_is_full)
+{
+    int listener;
+    uint32_t to;
+    struct nat nat = nat_of_host(&listener, &to);
+    uint32_t next = open_connection(&nat, 5000, HOST, to);
+    int fd = accept(listener, NULL, NULL), small = 4096;
+    static uint8_t block[1000], frame[2000];
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+    CHECK_EQ(shutdown(fd, SHUT_WR), 0);
+    CHECK_EQ(hear_end(&nat, 5000), FIN);
+    next++;
+    /* The guest goes on until it may say no more. */
+    for (uint32_t seq = 1001, window = 1; window;) {
+        say(&nat, frame, tcp_frame(frame, GUEST, 5000, HOST, to, seq, next, ACK, block, sizeof(block)));
+        const struct fake_frame *answer = hear_tcp(&nat, 5000);
+        seq = net_load32(answer->data + 42);
+        window = net_load16(answer->data + 48);
+        heard(&nat);
+    }
+    fake_end_clear(nat.guest);
+    reset(fd);
+    CHECK_EQ(hear_end(&nat, 5000), RST);
+    CHECK(!first_socket(&nat));
     aiokvm_net_free(nat.net);
     close(listener);
 }
@@ -236,15 +273,6 @@ TEST(a_service_hears_of_a_reset_and_can_make_one)
     CHECK_EQ(hear_end(&nat, 6001), RST);
     aiokvm_net_free(nat.net);
     remove_path();
-}
-
-static struct slirp_socket *first_socket(struct nat *nat)
-{
-    struct slirp_sockets *sockets = &((struct slirp_end *)nat->slirp)->sockets;
-    for (uint32_t i = 0; i < SLIRP_SOCKET_BUCKETS; i++)
-        if (sockets->buckets[i])
-            return sockets->buckets[i];
-    return NULL;
 }
 
 TEST(connections_that_are_half_closed_make_room)
