@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 MAX_SERIAL_PORTS = 4
 # The low memory that boot structures and ACPI tables take, and a little more.
 MIN_MEMORY_BYTES = 2 << 20
+# KVM's slots have fewer than 2^31 pages (KVM_MEM_MAX_NR_PAGES); all but the lowest RAM is in one.
+MAX_MEMORY_BYTES = 8 << 40
 NAME_MAX = 64
 # About what a sleep and a wake-up take on either side: polling for longer wins nothing.
 POLL_NS = 50_000

@@ -11,7 +11,7 @@ from aiokvm.aio.owner import owned
 from aiokvm.arguments import checked, shown
 from aiokvm.errors import AiokvmError, ConfigError, StateError
 from aiokvm.machine.build import acpi_tables, boot_plan, build_hardware, load
-from aiokvm.machine.config import POLL_NS, Config, RngConfig
+from aiokvm.machine.config import MAX_MEMORY_BYTES, POLL_NS, Config, RngConfig
 from aiokvm.machine.device import Device, ErrorPolicy, ModeName, Placement, PolicyName, RegionMode
 from aiokvm.machine.emulated import holds_kernel
 from aiokvm.machine.life import Life, VmState
@@ -143,6 +143,11 @@ class VM:
     ) -> VM:
         if not config.overcommit:
             check_memory(config.memory_bytes)
+        if config.memory_bytes > MAX_MEMORY_BYTES:
+            raise ConfigError(
+                f"memory is {config.memory_bytes >> 30} GiB: "
+                f"a machine has at most {MAX_MEMORY_BYTES >> 30} GiB"
+            )
         count = len(disks) + len(nets) + peripherals_count(config) + len(virtio)
         loop = current_loop()
         plans = [await boot_plan(loop, config, islice(places(config), count))]

@@ -367,3 +367,11 @@ def test_what_guests_share_limits_no_machines() -> None:
         assert limit.value > limit.used >= 0
         assert limit.machines > 10**9
         assert limit.advice
+
+
+@pytest.mark.kvm
+@pytest.mark.anyio
+@pytest.mark.parametrize("memory", ["64T", "99999999999T", 1 << 70])
+async def test_what_kvm_cannot_map_is_refused_with_overcommit_too(memory: int | str) -> None:
+    with pytest.raises(ConfigError, match="a machine has at most 8192 GiB"):
+        await VM.create(boot=boot.Flat(b"\xf4"), memory=memory, overcommit=True)
