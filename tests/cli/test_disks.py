@@ -179,7 +179,7 @@ def test_what_cannot_be_had_is_told_before_anything_is_fetched(
         (("--disk", tmp_path), f"the disk {tmp_path} is neither a file nor a block device"),
         (("--disk", disk / "x"), f"the disk {disk / 'x'}: Not a directory"),
         (("--disk", "nbd://localhost/x"), "the lab has no network: nbd://localhost/x"),
-        (("--net", "tap:tap0"), "--net tap:tap0: the lab has no way to it"),
+        (("--net", "tap:tap0"), "--net tap:tap0: the lab has no way to this machine's devices"),
     ):
         result = CliRunner().invoke(cli, ["run", "--lab", "always", *map(str, argv)])
         assert result.exit_code == 125

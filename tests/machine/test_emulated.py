@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from aiokvm import VM, boot, kvm
-from aiokvm.machine import emulated, vm
+from aiokvm.machine import emulated, life
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.kvm]
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (emulated, vm):
+    for module in (emulated, life):
         monkeypatch.setattr(module, "first_start", threading.Lock())
 
 
