@@ -88,6 +88,8 @@ class Hardware:
                 overcommit=config.overcommit,
             )
             stack.callback(self.memory.close)
+            # KVM and devices have addresses in it: it stays until then, though a program may close it before.
+            self._regions = self.memory.regions
             self.vm = stack.enter_context(_create_vm(system, config, self.memory))
             self.vcpus = tuple(stack.enter_context(vcpu) for vcpu in _create_vcpus(system, self.vm, config))
             system.close()
@@ -96,6 +98,7 @@ class Hardware:
     def close(self) -> None:
         """Give everything back to the kernel. No vCPU thread may be left. Idempotent."""
         self._stack.close()
+        self._regions = ()
 
     def set_cpu_state(self, state: CpuState) -> None:
         """The boot processor's registers that a boot protocol asks for."""

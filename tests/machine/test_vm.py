@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from typing import TYPE_CHECKING
 
 import anyio
@@ -283,3 +285,18 @@ async def test_a_machine_gets_a_name() -> None:
     ):
         assert one.name.startswith("vm-")
         assert one.name != other.name
+
+
+async def test_memory_that_the_program_closes_is_the_guest_s_until_the_end(guest: Guest) -> None:
+    async with guest(COUNT) as vm:
+        [region] = vm.memory.regions
+        address = region.host_address
+        del region
+        vm.memory.close()
+        gc.collect()
+        # The vCPU counts at 0x2000, or KVM would have said that there is nothing.
+        for _ in range(3):
+            seen = ctypes.string_at(address + 0x2000, 1)
+            while ctypes.string_at(address + 0x2000, 1) == seen:
+                await anyio.lowlevel.checkpoint()
+        assert vm.state is VmState.RUNNING
