@@ -62,7 +62,7 @@ def nameservers(text: str) -> list[str]:
     return found or ["127.0.0.1"]
 
 
-def _read(path: Path) -> str:
+def _text_of(path: Path) -> str:
     """Its text, as much as the loop can bear. Raises OSError, also for what may have no end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -85,7 +85,7 @@ class Resolver:
             status = self._path.stat()
             state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if state != self._read[0]:
-                self._read = (state, nameservers(_read(self._path)))
+                self._read = (state, nameservers(_text_of(self._path)))
         except OSError:
             self._read = (None, nameservers(""))
         return sorted(self._read[1], key=lambda server: server != self._good)

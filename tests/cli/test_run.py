@@ -13,7 +13,7 @@ from typing import Self
 
 import anyio
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from aiokvm import KvmError, kvm, lab
 from aiokvm.cli import cli, host
@@ -219,6 +219,19 @@ def test_no_lab_is_started_for_what_cannot_work(
     assert result.stderr.count("\n") == 1
 
 
+def as_if_in_the_lab(
+    inner: subprocess.CompletedProcess[bytes], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Result:
+    """The command outside of the lab, when the one inside ended like this."""
+
+    async def run(argv: list[str], *_: object, **__: object) -> int:
+        await anyio.Path(argv[3], "report").write_bytes(inner.stdout)
+        return inner.returncode
+
+    monkeypatch.setattr(lab, "run", run)
+    return CliRunner().invoke(cli, ["run", "--lab", "always", "--kernel", str(path)])
+
+
 @pytest.mark.kvm
 def test_what_is_warned_of_in_the_lab_is_no_output(
     kernel: Kernel, aiokvm: Aiokvm, monkeypatch: pytest.MonkeyPatch
@@ -226,12 +239,7 @@ def test_what_is_warned_of_in_the_lab_is_no_output(
     inner = aiokvm(*HERE, "--framed", "--json", "--kernel", kernel(HI + TRIPLE_FAULT))
     assert (inner.returncode, inner.stderr) == (75, b"hi\r\n")
 
-    async def run(argv: list[str], *_: object, **__: object) -> int:
-        await anyio.Path(argv[3], "report").write_bytes(inner.stdout)
-        return inner.returncode
-
-    monkeypatch.setattr(lab, "run", run)
-    result = CliRunner().invoke(cli, ["run", "--lab", "always", "--kernel", str(kernel(EXIT_42))])
+    result = as_if_in_the_lab(inner, kernel(EXIT_42), monkeypatch)
     assert (result.exit_code, result.stdout) == (75, "")
     warned, said = result.stderr.splitlines()
     assert warned.startswith(
@@ -246,12 +254,7 @@ def test_what_fails_in_the_lab_is_said_here(
     inner = aiokvm(*HERE, "--framed", "--json", "--kernel", "./nope")
     assert (inner.returncode, inner.stderr) == (125, b"")
 
-    async def run(argv: list[str], *_: object, **__: object) -> int:
-        await anyio.Path(argv[3], "report").write_bytes(inner.stdout)
-        return inner.returncode
-
-    monkeypatch.setattr(lab, "run", run)
-    result = CliRunner().invoke(cli, ["run", "--lab", "always", "--kernel", str(kernel(EXIT_42))])
+    result = as_if_in_the_lab(inner, kernel(EXIT_42), monkeypatch)
     assert (result.exit_code, result.stdout) == (125, "")
     assert result.stderr.startswith("aiokvm: cannot read ")
     assert result.stderr.count("\n") == 1
